@@ -1,0 +1,52 @@
+# make run    a short night: baseline and six experiments by the built-in agent (no GPU, no network needed)
+# make test   all tests
+# make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
+
+PYTHON      ?= python3
+VENV        ?= .venv
+EXPERIMENTS ?= 6
+TAG         ?=
+BIN         := $(VENV)/bin
+
+.PHONY: run install test lint types bench seal doctor clean
+
+run: $(VENV)/.installed
+	$(BIN)/hotloop prepare
+	$(BIN)/hotloop loop --experiments $(EXPERIMENTS) $(if $(TAG),--tag $(TAG))
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "hotloop: $(PYTHON) is older than 3.11; say for example: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements/lock.txt pyproject.toml tools/install.py | $(BIN)/python
+	$(BIN)/python tools/install.py
+	@touch $@
+
+$(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
+	$(BIN)/python tools/install.py --test
+	@touch $@
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q bench --benchmark-only -o addopts=--import-mode=importlib
+
+seal: $(VENV)/.installed
+	$(BIN)/hotloop seal
+
+doctor: $(VENV)/.installed
+	$(BIN)/hotloop doctor
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,34 @@
+"""Everything that decides what a number means: budget, feed, evaluation, seal, record.
+
+train.py uses four names of this package: `Run` and `Batch`, what its `train` is given; `Spec`, what its
+`build_model` is given; and `main`, which runs the file as one experiment. They are loaded when they are asked
+for, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.client import Batch, Run
+    from harness.main import main
+    from harness.spec import Spec
+
+__all__ = ["Batch", "Run", "Spec", "main"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "harness.client",
+    "Run": "harness.client",
+    "Spec": "harness.spec",
+    "main": "harness.main",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,250 @@
+"""The trainer's side of one experiment: the `run` that train.py's `train(run)` gets.
+
+    run.warmup(step, rows=R, restore=(model, optimizer))   compile and calibrate on synthetic tokens
+    for batch in run.batches(rows=R):                      real tokens, until the budget is used
+        run.log(step(batch))
+    run.submit(model)                                      the weights; the clock stops when they have arrived
+
+This code runs in the agent's process and decides nothing: clock, budget, data and score are the parent's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from harness.feed import Ring
+from harness.flops import count_flops
+from harness.spec import Spec
+from harness.wire import Wire
+
+__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A logged loss was NaN or infinite; the run's status is `nan`."""
+
+
+class Submitted(BaseException):
+    """Ends train() after the submission: nothing that runs later can count."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step's data.
+
+    Attributes:
+        tokens: int64 [rows, seq_len] on the run's device.
+        targets: int64 [rows, seq_len], the next token at each position.
+        progress: share of the budget used before this batch, in [0, 1). The parent's figure.
+        step: 0 for the first real batch.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    progress: float
+    step: int
+
+
+class Run:
+    """One experiment, as train.py sees it. `run.spec` says what to build."""
+
+    def __init__(self, spec: Spec, wire: Wire, ring: Ring) -> None:
+        self.spec = spec
+        self._wire = wire
+        self._ring = ring
+        self._warm: set[tuple[int, int]] = set()
+        self._losses: deque[tuple[int, torch.Tensor | float, torch.cuda.Event | None]] = deque()
+        self._step = -1
+
+    def warmup(
+        self,
+        step: Callable[[Batch], Any],
+        *,
+        rows: int,
+        seq_len: int | None = None,
+        restore: tuple[Any, ...] = (),
+    ) -> None:
+        """Run `step` on synthetic tokens: compilation first, then the calibration of the budget.
+
+        Call it once for every batch shape that the training will use; the first is the budget's unit.
+
+        Args:
+            step: one whole optimizer step, exactly as the training does it.
+            rows: rows a step.
+            seq_len: tokens a row; None for `spec.seq_len`, else a divisor of it.
+            restore: modules and optimizers, put back afterwards exactly as they were, with the random state.
+
+        Raises:
+            ValueError: a shape that cannot be fed.
+        """
+        seq_len = seq_len or self.spec.seq_len
+        if self.spec.seq_len % seq_len or not Ring.fits(rows, seq_len):
+            raise ValueError(
+                f"cannot feed {rows} rows of {seq_len} tokens: seq_len must divide {self.spec.seq_len} and a "
+                f"step must fit into 64 MiB"
+            )
+        saved = _Snapshot(restore)
+        self._wire.send("warmup", rows=rows, seq_len=seq_len)
+        flops = 0
+        while True:
+            message = self._next(rows, seq_len, flops)
+            if message["kind"] == "calibrated":
+                break
+            batch = self._batch(message, rows, seq_len)
+            if message["stage"] == "count":
+                flops = count_flops(lambda: step(batch))  # noqa: B023 - called at once
+            else:
+                step(batch)
+            self._synchronize()
+        self._warm.add((rows, seq_len))
+        saved.put_back()
+
+    def batches(self, *, rows: int | Callable[[float], tuple[int, int]]) -> Iterator[Batch]:
+        """Real batches until the budget is used.
+
+        Args:
+            rows: rows a step; or, to change shape during training, a function of the progress that
+                returns (rows, seq_len), each pair declared by `warmup` before.
+        """
+        progress = 0.0
+        while True:
+            shape = rows(progress) if callable(rows) else (rows, self.spec.seq_len)
+            if shape not in self._warm:
+                raise ValueError(
+                    f"a batch of {shape[0]} rows x {shape[1]} tokens was not declared by run.warmup(rows=...)"
+                )
+            message = self._next(*shape, 0)
+            if message["kind"] == "end":
+                return
+            progress = message["progress"]
+            self._step = message["step"]
+            yield self._batch(message, *shape)
+
+    def log(self, loss: torch.Tensor | float) -> None:
+        """Report the loss of the step just made. Read late, so the device is never waited for.
+
+        Raises:
+            NonFiniteLossError: an earlier loss was NaN or infinite.
+        """
+        event = None
+        if isinstance(loss, torch.Tensor):
+            loss = loss.detach()
+            if loss.is_cuda:
+                host = torch.empty((), dtype=torch.float32, pin_memory=True)
+                loss = host.copy_(loss.float(), non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            else:
+                loss = loss.clone()
+        self._losses.append((self._step, loss, event))
+        while len(self._losses) > (2 if event is not None else 0):
+            self._send_loss()
+
+    def submit(self, model: torch.nn.Module, *, depth: int | None = None, flops_per_token: float | None = None) -> None:
+        """Send the weights and end. Does not return: the parent kills this process when it has them.
+
+        Args:
+            model: its `state_dict` must load into what `build_model(spec)` returns.
+            depth, flops_per_token: for the summary; they decide nothing.
+        """
+        while self._losses:
+            self._send_loss()
+        self._synchronize()
+        state = {
+            k.removeprefix("_orig_mod."): v.detach().to("cpu", copy=True).contiguous()
+            for k, v in model.state_dict().items()
+        }
+        data = safetensors.torch.save(state)
+        peak_mb = torch.cuda.max_memory_allocated() / 2**20 if self.spec.device == "cuda" else None
+        self._wire.send("submit", bytes=len(data), depth=depth, flops_per_token=flops_per_token, peak_mb=peak_mb)
+        self._wire.send_bytes(data)
+        raise Submitted
+
+    def _next(self, rows: int, seq_len: int, flops: int) -> dict[str, Any]:
+        self._wire.send("next", rows=rows, seq_len=seq_len, flops=flops)
+        return self._wire.recv()
+
+    def _batch(self, message: dict[str, Any], rows: int, seq_len: int) -> Batch:
+        data = torch.from_numpy(self._ring.get(message["slot"], rows, seq_len).astype("int64"))
+        tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
+        if self.spec.device == "cuda":
+            tokens = tokens.pin_memory().to("cuda", non_blocking=True)
+            targets = targets.pin_memory().to("cuda", non_blocking=True)
+        return Batch(tokens, targets, message["progress"], message["step"])
+
+    def _send_loss(self) -> None:
+        step, loss, event = self._losses.popleft()
+        if event is not None:
+            event.synchronize()
+        value = float(loss)
+        if not math.isfinite(value):
+            raise NonFiniteLossError(f"the loss of step {step} is {value}")
+        self._wire.send("log", step=step, loss=value)
+
+    def _synchronize(self) -> None:
+        if self.spec.device == "cuda":
+            torch.cuda.synchronize()
+
+
+class _Snapshot:
+    """Parameters, buffers, optimizer state and random state, to be put back in place."""
+
+    def __init__(self, objects: tuple[Any, ...]) -> None:
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._optimizers: list[tuple[torch.optim.Optimizer, list[dict[str, Any]], dict[Any, Any]]] = []
+        for o in objects:
+            if isinstance(o, torch.nn.Module):
+                for t in (*o.parameters(), *o.buffers()):
+                    self._tensors.append((t, t.detach().clone()))
+            elif isinstance(o, torch.optim.Optimizer):
+                groups = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in o.param_groups]
+                state = {p: {k: _copied(v) for k, v in s.items()} for p, s in o.state.items()}
+                self._optimizers.append((o, groups, state))
+            else:
+                raise TypeError(f"restore takes modules and optimizers, not {type(o).__name__}")
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for tensor, was in self._tensors:
+            tensor.copy_(was)
+            tensor.grad = None
+        for optimizer, groups, states in self._optimizers:
+            for group, kept in zip(optimizer.param_groups, groups, strict=True):
+                for key in [k for k in group if k != "params" and k not in kept]:
+                    del group[key]
+                for key, value in kept.items():
+                    if isinstance(value, torch.Tensor) and isinstance(group.get(key), torch.Tensor):
+                        group[key].copy_(value)
+                    else:
+                        group[key] = value
+            for p in list(optimizer.state):
+                if p not in states:
+                    del optimizer.state[p]
+                    continue
+                now, then = optimizer.state[p], states[p]
+                for key in [k for k in now if k not in then]:
+                    del now[key]
+                for key, value in then.items():
+                    if isinstance(value, torch.Tensor) and isinstance(now.get(key), torch.Tensor):
+                        now[key].copy_(value)
+                    else:
+                        now[key] = value
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        sys.stdout.flush()
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)

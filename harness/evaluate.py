@@ -1,0 +1,229 @@
+"""Validation bits per byte, by commit and audit.
+
+    bpb = sum of NLL over tokens with bytes / (ln 2 * sum of their bytes)
+
+The trainer is dead and the parent has only bytes. Evaluator A, a fresh process, gets the rows and returns each
+token's NLL; it is killed, and its numbers stand. Evaluator B, another fresh process, gets the val rows in another
+order, each only up to a cut that was drawn after A had answered, followed by tokens of train rows, and returns the
+logits at the cut. The parent normalises them in fp64, looks up the true next token, which B never had, and compares
+with what A said. A model that looks ahead, keeps state across rows, returns what is no distribution, or lies about its
+loss, disagrees with itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.errors import TrialError
+from harness.process import Child, SharedMemory
+from harness.session import Event
+from harness.spec import Preset, Spec
+from harness.wire import Closed, Malformed, TimedOut
+
+__all__ = ["TOLERANCE_NATS", "Evaluation", "Evaluator", "bits_per_byte", "compare"]
+
+Rows = npt.NDArray[np.uint16]
+
+# How far A and B may differ on one token. Their batches have the same shape, so on a CPU an honest model repeats
+# itself to rounding; in bf16 on a GPU 0.02 nats is the bound of the design notes, still to be measured there.
+TOLERANCE_NATS = {"cpu": 2e-3, "cuda": 2e-2}
+# The mean difference of honest runs is zero within its own standard error; this many of those errors are
+# allowed, and a little more than the rounding of fp32 sums.
+MEAN_ERRORS = 6.0
+MEAN_SLACK_NATS = 2e-5
+
+
+def bits_per_byte(nll: npt.NDArray[Any], targets: Rows, token_bytes: npt.NDArray[np.int32]) -> float:
+    """Bits per byte from nats.
+
+    Args:
+        nll: float [N, T], nats.
+        targets: uint16 [N, T].
+        token_bytes: int32 [V]; tokens with 0 bytes (special ones) count in neither sum.
+    """
+    lengths = token_bytes[targets]
+    nats = float(np.sum(nll, where=lengths > 0, dtype=np.float64))
+    return nats / (math.log(2.0) * int(lengths.sum(dtype=np.int64)))
+
+
+def compare(
+    nll: npt.NDArray[np.float32], logits: npt.NDArray[np.float32], true: Rows, tolerance: float
+) -> dict[str, Any]:
+    """What B's logits say about A's numbers at the cuts.
+
+    Args:
+        nll: float32 [N], A's NLL at each cut.
+        logits: float32 [N, V], B's.
+        true: uint16 [N], the tokens that really follow.
+        tolerance: nats, for one token.
+
+    Returns:
+        The audit's figures, as they are recorded.
+
+    Raises:
+        TrialError: `invalid`, with the figures in its reason.
+    """
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=1, keepdims=True)
+    lse = np.log(np.exp(wide - top).sum(axis=1)) + top[:, 0]
+    difference = (lse - wide[np.arange(len(wide)), true]) - nll
+    n = len(difference)
+    mismatches = int(np.count_nonzero(~(np.abs(difference) <= tolerance)))
+    mean = float(difference.mean())
+    allowed = MEAN_ERRORS * float(difference.std()) / math.sqrt(n) + MEAN_SLACK_NATS
+    figures = {
+        "cuts": n,
+        "tolerance_nats": tolerance,
+        "mismatches": mismatches,
+        "largest_nats": float(np.abs(difference).max()),
+        "mean_nats": mean,
+        "mean_allowed_nats": allowed,
+        # The smallest share of falsified tokens that n cuts find with 99 % probability: 1 - 0.01^(1/n).
+        "detectable_share": 1.0 - 0.01 ** (1.0 / n),
+    }
+    if mismatches:
+        raise TrialError(
+            "invalid",
+            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.3f} nats): "
+            f"it looks ahead, keeps state across rows, or its probabilities are none",
+        )
+    if abs(mean) > allowed:
+        raise TrialError(
+            "invalid",
+            f"the reported losses are off by {mean:+.5f} nats a token on average; {allowed:.5f} are allowed",
+        )
+    return figures
+
+
+@dataclass
+class Evaluation:
+    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`."""
+
+    val_bpb: float = math.nan
+    holdout_bpb: float = math.nan
+    audit: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, float] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Args:
+    val, holdout, train: uint16 [N, T + 1]; the train rows are only B's decoys.
+    token_bytes: int32 [V].
+    """
+
+    def __init__(
+        self,
+        source: bytes,
+        spec: Spec,
+        preset: Preset,
+        val: Rows,
+        holdout: Rows,
+        train: Rows,
+        token_bytes: npt.NDArray[np.int32],
+        folder: Path,
+        threads: int,
+        on_event: Callable[[Event], None] = lambda _: None,
+    ) -> None:
+        self.source, self.spec, self.preset = source, spec, preset
+        self.val, self.holdout, self.train, self.token_bytes = val, holdout, train, token_bytes
+        self.folder, self.threads, self._emit = folder, threads, on_event
+
+    def run(self, weights: bytearray) -> Evaluation:
+        """Raises TrialError: `invalid`, `nan`, `crash`, `oom` or `timeout`."""
+        result = Evaluation()
+        began = time.monotonic()
+        nll = self._answer("evaluate", weights, np.concatenate([self.val, self.holdout]), None, self.spec.seq_len)
+        if not np.isfinite(nll).all():
+            raise TrialError("nan", "the model's loss on a validation token is not finite")
+        if nll.min() < -1e-3:
+            raise TrialError("invalid", f"the model reported a negative loss ({nll.min():.4f} nats)")
+        n = len(self.val)
+        result.val_bpb = bits_per_byte(nll[:n], self.val[:, 1:], self.token_bytes)
+        result.holdout_bpb = bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes)
+        result.ledger["evaluate"] = time.monotonic() - began
+        began = time.monotonic()
+        result.audit = self._audit(weights, nll[:n])
+        result.ledger["audit"] = time.monotonic() - began
+        return result
+
+    def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32]) -> dict[str, Any]:
+        rng = np.random.default_rng()  # from the system's entropy: A could not know these
+        n, length = nll.shape
+        order = rng.permutation(n)
+        cuts: npt.NDArray[np.int64] = rng.integers(0, length, n)
+        rows = self.val[order, :length].copy()
+        decoys = self.train[rng.integers(0, len(self.train), n), :length]
+        behind = np.arange(length)[None, :] > cuts[:, None]
+        rows[behind] = decoys[behind]
+        logits = self._answer("audit", weights, rows, cuts.tolist(), self.spec.vocab_size)
+        if not np.isfinite(logits).all():
+            raise TrialError("nan", "the model's logits are not finite")
+        return compare(nll[order, cuts], logits, self.val[order, cuts + 1], TOLERANCE_NATS[self.spec.device])
+
+    def _answer(
+        self, phase: str, weights: bytearray, rows: Rows, cuts: list[int] | None, width_out: int
+    ) -> npt.NDArray[np.float32]:
+        """One fresh process over `rows`; float32 [N, width_out]."""
+        self._emit(Event(phase))
+        memories = [
+            SharedMemory(len(weights)),
+            SharedMemory(rows.nbytes),
+            SharedMemory(len(rows) * width_out * 4),
+        ]
+        try:
+            memories[0].map[: len(weights)] = weights  # type: ignore[index]
+            memories[1].map[: rows.nbytes] = np.ascontiguousarray(rows).tobytes()
+            # Poisoned, so that what the evaluator does not write is no number.
+            poison = np.frombuffer(memories[2].map, dtype=np.uint8)
+            poison[:] = 0xFF
+            del poison
+            limits = self.preset.limits
+            with Child(
+                "harness.evaluator", self.folder, self.source, memories, self.folder / "evaluate.txt",
+                self.threads, limits.log_bytes,
+            ) as child:  # fmt: skip
+                child.wire.send(
+                    "hello", spec=self.spec.as_dict(), threads=self.threads, weights_bytes=len(weights), rows=len(rows),
+                    width=rows.shape[1], batch_rows=self.preset.eval_batch_rows, cuts=cuts,
+                )  # fmt: skip
+                self._wait(child, phase, len(rows), time.monotonic() + limits.evaluate_s)
+                child.kill()
+                data = bytes(memories[2].map)
+            return np.frombuffer(data, dtype=np.float32).reshape(len(rows), width_out)
+        finally:
+            for m in memories:
+                m.close()
+
+    def _wait(self, child: Child, phase: str, rows: int, deadline: float) -> None:
+        try:
+            while True:
+                message = child.wire.recv(max(0.001, deadline - time.monotonic()))
+                if message["kind"] == "done":
+                    return
+                if message["kind"] == "error":
+                    status = message.get("status")
+                    reason = " ".join(str(message.get("reason", "")).split())[:400]
+                    if "Error(s) in loading state_dict" in reason:
+                        status = "invalid"
+                    raise TrialError(
+                        status if status in ("crash", "oom", "nan", "invalid") else "crash",
+                        f"while evaluating: {reason}",
+                    )
+                if message["kind"] == "progress" and isinstance(message.get("done"), int):
+                    self._emit(Event(phase, min(1.0, max(0.0, message["done"] / rows))))
+        except TimedOut:
+            raise TrialError(
+                "timeout", f"the evaluation took longer than {self.preset.limits.evaluate_s:.0f} s"
+            ) from None
+        except Malformed as e:
+            raise TrialError("invalid", f"the evaluator sent {e}") from None
+        except Closed:
+            raise TrialError("crash", f"the evaluator died (exit status {child.wait()})") from None

@@ -1,0 +1,202 @@
+"""One experiment, whole: seal -> train -> evaluate -> audit -> seal -> outcome.
+
+outcome = run_experiment(job, settings)
+record(chain, outcome)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prepare import Dataset
+
+from harness.budget import Budget
+from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
+from harness.evaluate import Evaluator
+from harness.machine import check_device, environment, mfu_percent
+from harness.process import SANDBOX, tail
+from harness.record import Chain, Outcome
+from harness.seal import verify_seal
+from harness.session import Event, Session
+from harness.spec import BudgetRule, Preset, Spec
+from harness.weights import check_weights
+
+__all__ = ["Event", "Job", "Settings", "forget_weights", "record", "replayed", "run_experiment", "summary"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        source: the bytes of train.py, read once.
+        incumbent_tokens: the incumbent's budget, which a budget in seconds snaps to; None for a first run.
+        budget: None for the preset's rule.
+        replay: the `budget` of a record, to be used as it stands; None otherwise.
+        folder: receives train.py, log.txt, evaluate.txt and weights.safetensors.
+    """
+
+    source: bytes
+    number: int
+    tag: str
+    kind: str
+    commit: str
+    parent: str
+    description: str
+    seed: int
+    folder: Path
+    incumbent_tokens: int | None = None
+    budget: BudgetRule | None = None
+    replay: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every experiment of a night."""
+
+    preset: Preset
+    device: str
+    dataset: Dataset
+    threads: int
+
+
+def run_experiment(
+    job: Job,
+    settings: Settings,
+    on_event: Callable[[Event], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Run one experiment. Whatever train.py does becomes the outcome's status.
+
+    Raises:
+        HotloopError: the machine's or the user's fault: no device, no data, a broken seal, a full disk.
+    """
+    check_device(settings.device)
+    seal, data = verify_seal(), _verify_data(settings)
+    emit = on_event or (lambda _: None)
+    preset = settings.preset
+    outcome = Outcome(
+        **{k: getattr(job, k) for k in ("number", "tag", "kind", "commit", "parent", "description", "seed")},
+        preset=preset.name,
+        device=settings.device,
+        source_sha256=hashlib.sha256(job.source).hexdigest(),
+        environment=environment(settings.device, settings.threads),
+        seals={"code": seal, "data": data, "sandbox": SANDBOX},
+    )
+    began = time.monotonic()
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("log.txt", "evaluate.txt", "weights.safetensors"):
+            (job.folder / name).unlink(missing_ok=True)
+        (job.folder / "train.py").write_bytes(job.source)
+        _try(job, settings, outcome, emit, clock)
+    except TrialError as e:
+        outcome.status, outcome.reason = e.status, e.reason
+        log = "evaluate.txt" if e.reason.startswith("while evaluating") else "log.txt"
+        outcome.log_tail = tail(job.folder / log)
+    except OSError as e:
+        if e.errno == 28:
+            raise DiskFullError(f"the disk of {job.folder} is full; free some space and start again") from None
+        raise HotloopError(f"{e.filename or job.folder}: {e.strerror or e}") from None
+    if (verify_seal(), _verify_data(settings)) != (seal, data):
+        raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
+    outcome.total_s = time.monotonic() - began
+    emit(Event("done", 1.0, message=outcome.status))
+    return outcome
+
+
+def _try(
+    job: Job, settings: Settings, outcome: Outcome, emit: Callable[[Event], None], clock: Callable[[], float]
+) -> None:
+    preset, dataset = settings.preset, settings.dataset
+    spec = Spec(preset.name, settings.device, job.seed, dataset.vocab_size, dataset.seq_len)
+    rule = job.budget or preset.budget
+    budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens)
+    train = dataset.rows("train")
+    session = Session(job.source, spec, preset, train, budget, job.folder, settings.threads, emit, clock)
+    trained = session.result
+    try:
+        session.run()
+    finally:
+        outcome.budget = budget.as_dict()
+        outcome.ledger |= trained.ledger
+        outcome.tokens, outcome.steps, outcome.training_s = trained.tokens, trained.steps, trained.training_s
+        outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
+        outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
+        outcome.mfu_percent = mfu_percent(settings.device, trained.flops_per_token, outcome.tokens_per_s)
+        outcome.environment["kernels"] = trained.implementations
+    outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
+    outcome.num_params = check_weights(trained.weights)
+    (job.folder / "weights.safetensors").write_bytes(trained.weights)
+    evaluation = Evaluator(
+        job.source,
+        spec,
+        preset,
+        dataset.rows("val")[: preset.eval_rows],
+        dataset.rows("holdout")[: preset.holdout_rows],
+        train,
+        dataset.token_bytes,
+        job.folder,
+        settings.threads,
+        emit,
+    ).run(trained.weights)
+    outcome.ledger |= evaluation.ledger
+    outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb
+    outcome.audit = evaluation.audit
+    outcome.status = "ok"
+
+
+def _verify_data(settings: Settings) -> str:
+    dataset, preset = settings.dataset, settings.preset
+    if dataset.seq_len != preset.seq_len:
+        raise DataError(
+            f"{dataset.path} has rows of {dataset.seq_len} tokens and the preset {preset.name} needs {preset.seq_len}; "
+            f"run: hotloop prepare --preset {preset.name}"
+        )
+    dataset.verify()
+    return dataset.digest
+
+
+def record(chain: Chain, outcome: Outcome) -> dict[str, Any]:
+    """Append the outcome to a chain of records; returns the entry."""
+    return chain.append("experiment", outcome.as_dict())
+
+
+def replayed(outcome: Outcome, job: Job) -> Job:
+    """The job that repeats a recorded experiment with its own budget and seed."""
+    return dataclasses.replace(job, kind="replay", seed=outcome.seed, replay=outcome.budget)
+
+
+def summary(outcome: Outcome) -> str:
+    """The block that karpathy/autoresearch prints, in its order; its tools read it unchanged."""
+    rows: list[tuple[str, str]] = []
+    if outcome.status == "ok":
+        rows.append(("val_bpb", f"{outcome.val_bpb:.6f}"))
+    else:
+        rows += [("status", outcome.status), ("reason", outcome.reason)]
+    mfu = "n/a" if outcome.mfu_percent is None else f"{outcome.mfu_percent:.2f}"
+    rows += [
+        ("training_seconds", f"{outcome.training_s:.1f}"),
+        ("total_seconds", f"{outcome.total_s:.1f}"),
+        ("peak_vram_mb", f"{outcome.peak_mb:.1f}"),
+        ("mfu_percent", mfu),
+        ("total_tokens_M", f"{outcome.tokens / 1e6:.1f}"),
+        ("num_steps", str(outcome.steps)),
+        ("num_params_M", f"{outcome.num_params / 1e6:.1f}"),
+        ("depth", "n/a" if outcome.depth is None else str(outcome.depth)),
+    ]
+    return "\n".join(["---", *(f"{k + ':':<18}{v}" for k, v in rows)])
+
+
+def forget_weights(folder: Path) -> None:
+    """Remove the weights of a discarded experiment; its record and log stay."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(folder / "weights.safetensors")

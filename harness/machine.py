@@ -1,0 +1,93 @@
+"""What this machine is: device, versions, threads. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from harness.errors import DeviceError
+
+__all__ = [
+    "PEAK_BF16_FLOPS",
+    "check_device",
+    "cpu_name",
+    "environment",
+    "gpus",
+    "mfu_percent",
+    "threads_default",
+]
+
+# Dense bf16 peak of the tensor cores, NVIDIA's data sheets. karpathy/autoresearch takes the first for its MFU.
+PEAK_BF16_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12}
+
+
+@functools.cache
+def gpus() -> list[dict[str, str]]:
+    """The NVIDIA GPUs that the driver shows: name, memory, driver. Empty without a driver."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[c.strip() for c in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return [dict(zip(("name", "memory", "driver"), r, strict=False)) for r in rows]
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def threads_default() -> int:
+    """Cores that this process may use, two at most: results depend on the number, so it should be a common one."""
+    return min(2, len(os.sched_getaffinity(0)))
+
+
+def check_device(device: str) -> None:
+    """Raises DeviceError when `cuda` is asked for and there is none, with what to do."""
+    if device not in ("cpu", "cuda"):
+        raise DeviceError(f"no device is called {device!r}; say cpu or cuda")
+    if device == "cuda" and not gpus():
+        raise DeviceError(
+            "a GPU was asked for and nvidia-smi shows none; check the driver, or use --preset laptop --device cpu"
+        )
+
+
+def mfu_percent(device: str, flops_per_token: float | None, tokens_per_s: float) -> float | None:
+    """Model FLOP utilisation against the bf16 peak; None where the peak is not known (CPUs)."""
+    if device != "cuda" or not flops_per_token or not gpus():
+        return None
+    for key, peak in PEAK_BF16_FLOPS.items():
+        if key in gpus()[0]["name"]:
+            return 100.0 * flops_per_token * tokens_per_s / peak
+    return None
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """The facts that a record carries."""
+    versions = {}
+    for name in ("torch", "triton", "numpy", "tiktoken", "flash-attn", "flash-attn-4"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": cpu_name(),
+        "gpu": gpus()[0] if device == "cuda" and gpus() else None,
+        "threads": threads,
+        "versions": versions,
+    }

@@ -1,0 +1,200 @@
+"""Single experiments from the command line: `python train.py`, `hotloop run`, `hotloop replay`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from prepare import default_data_dir, load_dataset
+
+from harness.errors import DataError, HotloopError, UsageError
+from harness.experiment import Job, Settings, record, replayed, run_experiment, summary
+from harness.machine import check_device, gpus, threads_default
+from harness.record import Chain, Outcome
+from harness.session import Event
+from harness.spec import PRESETS, BudgetRule, preset_named
+
+__all__ = [
+    "EXIT_BY_STATUS",
+    "add_run_arguments",
+    "budget_from",
+    "main",
+    "read_train_source",
+    "replay_command",
+    "run_command",
+    "settings_from",
+]
+
+EXIT_BY_STATUS = {"ok": 0, "crash": 10, "invalid": 11, "overtime": 12, "timeout": 13, "oom": 14, "nan": 15}
+SINGLES = Path("runs/single")
+
+
+def settings_from(
+    *, preset: str = "auto", device: str = "auto", data: str | None = None, threads: int | None = None
+) -> Settings:
+    """Turn flags into settings. Raises UsageError, DeviceError or DataError, each with what to do."""
+    if preset == "auto":
+        cuda = device == "cuda" or (device == "auto" and bool(gpus()))
+        preset = "h100" if cuda else "laptop"
+    chosen = preset_named(preset)
+    if device == "auto":
+        device = chosen.device if chosen.device == "cpu" or gpus() else "cpu"
+        if device != chosen.device:
+            raise UsageError(f"the preset {preset} needs a GPU and nvidia-smi shows none; use --preset laptop")
+    check_device(device)
+    path = Path(data) if data else default_data_dir(chosen.source, chosen.seq_len, chosen.vocab_size)
+    if not path.exists():
+        raise DataError(f"there is no prepared data at {path}; run: hotloop prepare --preset {preset}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {threads}")
+    return Settings(chosen, device, load_dataset(path), threads or threads_default())
+
+
+def budget_from(args: argparse.Namespace) -> BudgetRule | None:
+    """The budget that --budget-seconds, --budget-flops or --budget-tokens asks for; None for the preset's."""
+    for kind in ("seconds", "flops", "tokens"):
+        amount = getattr(args, f"budget_{kind}", None)
+        if amount is not None:
+            if not 0 < amount < float("inf"):
+                raise UsageError(f"--budget-{kind} must be a positive number, not {amount}")
+            return BudgetRule(kind, float(amount))  # type: ignore[arg-type]
+    return None
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command which trains has."""
+    parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="size of it all")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--data", metavar="DIR", help="a folder made by hotloop prepare")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (results depend on it; default 2)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--budget-seconds", type=float, metavar="S", help="training seconds, by calibration")
+    budget.add_argument("--budget-flops", type=float, metavar="F", help="counted operations")
+    budget.add_argument("--budget-tokens", type=float, metavar="N", help="training tokens")
+
+
+def read_train_source(path: Path) -> bytes:
+    """The bytes of a train.py that can be run. Raises UsageError: missing, no Python, or without its functions."""
+    try:
+        source = path.read_bytes()
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
+    try:
+        tree = ast.parse(source, filename=str(path))
+    except (SyntaxError, ValueError) as e:
+        where = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
+        raise UsageError(f"{path}{where}: {getattr(e, 'msg', e)}; mend the file and run again") from None
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    missing = sorted({"build_model", "train"} - defined)
+    if missing:
+        raise UsageError(
+            f"{path} has no function {missing[0]}(); train.py must define build_model(spec) and train(run)"
+        )
+    return source
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """`hotloop run`: one experiment of a train.py, recorded under runs/single; prints the summary block."""
+    source = read_train_source(Path(args.train))
+    settings = settings_from(preset=args.preset, device=args.device, data=args.data, threads=args.threads)
+    chain = Chain.open(SINGLES / "records.jsonl")
+    number = len(chain.bodies("experiment"))
+    commit = _git_commit(Path(args.train).resolve())
+    job = Job(
+        source, number, "single", "single", commit, "", f"{args.train}", args.seed,
+        SINGLES / "experiments" / f"{number:04d}", budget=budget_from(args),
+    )  # fmt: skip
+    outcome = run_experiment(job, settings, _printer())
+    record(chain, outcome)
+    print(summary(outcome))
+    if outcome.status != "ok":
+        print(*outcome.log_tail, sep="\n", file=sys.stderr)
+    return EXIT_BY_STATUS[outcome.status]
+
+
+def replay_command(args: argparse.Namespace) -> int:
+    """`hotloop replay N`: retrain a recorded experiment; exit 0 when the weights are identical, 1 when not."""
+    night = Path("runs") / args.tag
+    chain = Chain.read(night / "records.jsonl")
+    bodies = [b for b in chain.bodies("experiment") if b["number"] == args.experiment and b["kind"] != "replay"]
+    if not bodies:
+        have = sorted({b["number"] for b in chain.bodies("experiment")})
+        known = f"it has {have[0]} to {have[-1]}" if have else "it has none"
+        raise UsageError(f"{night} has no experiment {args.experiment}; {known}")
+    was = Outcome.from_dict(bodies[0])
+    if not was.weights_sha256:
+        raise UsageError(
+            f"experiment {was.number} left no weights ({was.status}: {was.reason}); there is nothing to replay"
+        )
+    source = read_train_source(night / "experiments" / f"{was.number:04d}" / "train.py")
+    settings = settings_from(preset=was.preset, device=was.device, data=args.data, threads=was.environment["threads"])
+    if settings.dataset.digest != was.seals["data"]:
+        raise DataError(f"{settings.dataset.path} is not the data that experiment {was.number} was trained on")
+    job = Job(
+        source, was.number, was.tag, "replay", was.commit, was.parent, was.description, was.seed,
+        night / "replays" / f"{was.number:04d}",
+    )  # fmt: skip
+    now = run_experiment(replayed(was, job), settings, _printer())
+    if now.status != "ok":
+        raise HotloopError(f"the replay of experiment {was.number} ended as {now.status}: {now.reason}")
+    same = now.weights_sha256 == was.weights_sha256
+    print(f"experiment {was.number} ({was.commit[:7]}), seed {was.seed}, {was.tokens:,} tokens")
+    print(f"weights   {was.weights_sha256}\nreplayed  {now.weights_sha256}")
+    print(f"val_bpb   {was.val_bpb:.9f}\nreplayed  {now.val_bpb:.9f}")
+    print("identical" if same else "DIFFERENT: the machine, the versions or the thread count are not the same")
+    return 0 if same else 1
+
+
+def main(path: str, argv: list[str] | None = None) -> int:
+    """What `python train.py` does: one experiment of that very file. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Run this file as one experiment.")
+    add_run_arguments(parser)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    args.train = path
+    try:
+        return run_command(args)
+    except HotloopError as e:
+        print(f"hotloop: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("hotloop: stopped; nothing was recorded", file=sys.stderr)
+        return 130
+
+
+def _printer() -> Callable[[Event], None]:
+    """Shows a run: one line rewritten on a terminal, one line a phase elsewhere."""
+    live, last, began = sys.stderr.isatty(), "", time.monotonic()
+
+    def show(event: Event) -> None:
+        nonlocal last
+        if event.phase == last and not live:
+            return
+        text = f"{time.monotonic() - began:6.1f} s  {event.phase}"
+        if live:
+            text += f" {100 * event.progress:5.1f} %" if event.progress else ""
+            text += f"  loss {event.loss:.4f}" if event.loss is not None else ""
+            text += f"  {event.tokens_per_s:,.0f} tokens/s" if event.tokens_per_s else ""
+            end = "\n" if event.phase == "done" else ""
+            print(f"\r\x1b[K{text}", end=end, file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+        last = event.phase
+
+    return show
+
+
+def _git_commit(path: Path) -> str:
+    """The commit of the checkout that holds `path`, with `-dirty` where the file differs; empty outside git."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=path.parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "HEAD")
+    return head + "-dirty" if head and git("status", "--porcelain", "--", path.name) else head

@@ -1,0 +1,215 @@
+"""The record of a night: an append-only file of JSON lines, each with the hash of the one before.
+
+    {"seq": 3, "time": "...", "kind": "experiment", "body": {...}, "prev": "<hash>", "hash": "<hash>"}
+
+`hash` is the SHA-256 of the line's canonical JSON without `hash`, so no line can be changed, dropped or
+moved without breaking the chain. A torn last line (the process or the machine died while writing) is cut
+off when the file is opened; anything else that does not verify is an error. The file carries a ballast
+beside it, freed when the disk is full, so that the experiment that has just ended can still be recorded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.errors import DiskFullError, RecordError
+
+__all__ = ["FAILURES", "GENESIS", "Chain", "Outcome", "canonical"]
+
+GENESIS = "0" * 64
+FAILURES = ("crash", "invalid", "overtime", "timeout", "oom", "nan")
+BALLAST_BYTES = 1 << 20
+
+
+@dataclass
+class Outcome:
+    """What the harness says of one experiment: the body of its `experiment` entry.
+
+    `status` is `ok` or one of FAILURES; `reason` and `log_tail` say why. Scores are None unless ok.
+    `ledger` holds the parent's seconds for start, import, compile, calibrate, train, submit, evaluate
+    and audit. `holdout_bpb` is never shown to an agent.
+    """
+
+    number: int
+    tag: str
+    kind: str  # baseline | repeat | experiment | replay | single
+    commit: str
+    parent: str
+    description: str
+    seed: int
+    preset: str
+    device: str
+    source_sha256: str
+    status: str = "crash"
+    reason: str = ""
+    log_tail: list[str] = field(default_factory=list)
+    val_bpb: float | None = None
+    holdout_bpb: float | None = None
+    budget: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    steps: int = 0
+    tokens_per_s: float = 0.0
+    training_s: float = 0.0
+    total_s: float = 0.0
+    peak_mb: float = 0.0
+    mfu_percent: float | None = None
+    num_params: int = 0
+    depth: int | None = None
+    weights_sha256: str = ""
+    curve: list[list[float]] = field(default_factory=list)  # [progress, loss] as the trainer said
+    ledger: dict[str, float] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    seals: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Outcome:
+        return cls(**body)
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces; refuses NaN, so a record is always standard JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def _digest(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical({k: v for k, v in entry.items() if k != "hash"})).hexdigest()
+
+
+class Chain:
+    """An open record file. `entries` is what it holds; `append` adds one and returns it."""
+
+    def __init__(self, path: Path, entries: list[dict[str, Any]], size: int, cut: int) -> None:
+        self.path = path
+        self.entries = entries
+        self.cut_bytes = cut  # bytes of a torn last line that opening removed
+        self._size = size
+
+    @classmethod
+    def read(cls, path: Path) -> Chain:
+        """Verify a file without touching it. Raises RecordError where the chain is broken."""
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            raw = b""
+        except OSError as e:
+            raise RecordError(f"{path} cannot be read: {e.strerror or e}") from None
+        whole = raw.rfind(b"\n") + 1
+        entries: list[dict[str, Any]] = []
+        prev = GENESIS
+        for i, line in enumerate(raw[:whole].splitlines()):
+            try:
+                entry = json.loads(line)
+                good = entry["seq"] == i and entry["prev"] == prev and entry["hash"] == _digest(entry)
+            except (ValueError, KeyError, TypeError):
+                good = False
+            if not good:
+                raise RecordError(
+                    f"{path}: line {i + 1} does not continue the chain; it was changed after it was "
+                    f"written. Restore the file from a copy, or start a new run tag"
+                )
+            entries.append(entry)
+            prev = entry["hash"]
+        return cls(path, entries, whole, len(raw) - whole)
+
+    @classmethod
+    def open(cls, path: Path) -> Chain:
+        """Verify a file, cut a torn last line off, and make it ready to append to."""
+        chain = cls.read(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as f:
+                f.truncate(chain._size)
+            chain._fill_ballast()
+        except OSError as e:
+            raise chain._write_error(e) from None
+        return chain
+
+    @property
+    def head(self) -> str:
+        return str(self.entries[-1]["hash"]) if self.entries else GENESIS
+
+    def bodies(self, kind: str) -> list[dict[str, Any]]:
+        return [e["body"] for e in self.entries if e["kind"] == kind]
+
+    def append(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Write one entry and flush it to the disk.
+
+        Raises:
+            DiskFullError: no space was left. With ballast the entry has been written all the same
+                (`error.written` is True); without, the file is as it was before the call.
+            RecordError: the file cannot be written.
+        """
+        entry: dict[str, Any] = {
+            "seq": len(self.entries),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "kind": kind,
+            "body": body,
+            "prev": self.head,
+        }
+        entry["hash"] = _digest(entry)
+        line = canonical(entry) + b"\n"
+        try:
+            self._write(line)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._drop_ballast():
+                raise self._write_error(e) from None
+            try:
+                self._write(line)
+            except OSError as again:
+                raise self._write_error(again) from None
+            self.entries.append(entry)
+            error = self._write_error(e)
+            error.written = True  # type: ignore[attr-defined]
+            raise error from None
+        self.entries.append(entry)
+        return entry
+
+    def _write(self, line: bytes) -> None:
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                os.lseek(fd, self._size, os.SEEK_SET)
+                view = memoryview(line)
+                while view:
+                    view = view[os.write(fd, view) :]
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, self._size)
+                raise
+        finally:
+            os.close(fd)
+        self._size += len(line)
+
+    @property
+    def _ballast(self) -> Path:
+        return self.path.with_name(self.path.name + ".ballast")
+
+    def _fill_ballast(self) -> None:
+        if not self._ballast.exists() or self._ballast.stat().st_size < BALLAST_BYTES:
+            self._ballast.write_bytes(os.urandom(BALLAST_BYTES))  # random: no file system shrinks it
+
+    def _drop_ballast(self) -> bool:
+        try:
+            self._ballast.unlink()
+        except OSError:
+            return False
+        return True
+
+    def _write_error(self, e: OSError) -> RecordError:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFullError(
+                f"the disk of {self.path.parent} is full; free some space and start the same command "
+                f"again, it goes on where it was"
+            )
+        return RecordError(f"{self.path} cannot be written: {e.strerror or e}")

@@ -1,0 +1,311 @@
+"""One training, from the parent's side: starts the trainer, feeds it, keeps the clock, takes the weights.
+
+    start -> import -> compile (warm-up steps) -> calibrate -> train -> submit -> kill
+
+Every duration is taken here, between messages, by the parent's monotonic clock. What the trainer says of itself
+(loss, depth, FLOPs a token) is shown and recorded as its word and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.budget import Budget, Shape
+from harness.errors import TrialError
+from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows
+from harness.process import Child, SharedMemory
+from harness.spec import Preset, Spec
+from harness.wire import Closed, Malformed, TimedOut
+
+__all__ = ["Event", "Session", "Trained"]
+
+COMPILE_STEPS = 2
+CURVE_POINTS = 200
+N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show: where the run is. `progress` is 0..1 within the phase."""
+
+    phase: str
+    progress: float = 0.0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    message: str = ""
+
+
+@dataclass
+class Trained:
+    """What a training left, and what the parent measured of it. Filled in as the run goes on."""
+
+    weights: bytearray = field(default_factory=bytearray)
+    steps: int = 0
+    tokens: int = 0
+    training_s: float = 0.0
+    peak_mb: float = 0.0
+    depth: int | None = None
+    flops_per_token: float | None = None
+    implementations: dict[str, str] = field(default_factory=dict)
+    curve: list[list[float]] = field(default_factory=list)
+    ledger: dict[str, float] = field(default_factory=dict)
+
+
+class Session:
+    """Args:
+    source: the bytes of train.py.
+    rows: the train split, uint16 [N, T + 1].
+    budget: to be fixed by the calibration, or a replayed one.
+    clock: seconds, monotonic; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        source: bytes,
+        spec: Spec,
+        preset: Preset,
+        rows: npt.NDArray[np.uint16],
+        budget: Budget,
+        folder: Path,
+        threads: int,
+        on_event: Callable[[Event], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.source, self.spec, self.preset = source, spec, preset
+        self.budget, self.folder, self.threads = budget, folder, threads
+        self.result = Trained()
+        self._rows, self._emit, self._clock = rows, on_event, clock
+        self._limits = preset.limits
+        self._progress = 0.0
+
+    def run(self) -> Trained:
+        """Train once. `self.result` is filled as far as it came also where this raises.
+
+        Raises:
+            TrialError: the experiment's fault, with its status.
+        """
+        memory = SharedMemory(SLOTS * SLOT_BYTES)
+        self._ring = Ring(memory)
+        began = self._clock()
+        try:
+            with Child(
+                "harness.trainer", self.folder, self.source, [memory], self.folder / "log.txt",
+                self.threads, self._limits.log_bytes,
+            ) as child:  # fmt: skip
+                self._child = child
+                try:
+                    self._converse(began)
+                except Closed:
+                    raise self._died() from None
+                except Malformed as e:
+                    raise TrialError("invalid", f"the trainer sent {e}") from None
+                finally:
+                    child.kill()
+                    self.result.peak_mb = self.result.peak_mb or child.peak_rss_mb
+        finally:
+            del self._ring
+            memory.close()
+        return self.result
+
+    # The conversation, phase by phase.
+
+    def _converse(self, began: float) -> None:
+        ledger = self.result.ledger
+        self._emit(Event("start"))
+        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads)
+        self._expect("started", began + self._limits.start_s, "to start")
+        ledger["start"] = self._clock() - began
+        self._emit(Event("import"))
+        imported = self._expect("imported", began + self._limits.start_s, "to import train.py")
+        ledger["import"] = self._clock() - began - ledger["start"]
+        self.result.implementations = {
+            str(k)[:100]: str(v)[:200] for k, v in list(dict(imported.get("implementations") or {}).items())[:50]
+        }
+        message = self._warm_up()
+        message = self._feed(message)
+        self._take_weights(message)
+
+    def _warm_up(self) -> dict[str, Any]:
+        """Serve every `warmup`; returns the first message that is not part of one."""
+        ledger = self.result.ledger
+        ledger["compile"] = ledger["calibrate"] = 0.0
+        warm_until = self._clock() + self._limits.warmup_s
+        mark = self._clock()
+        self._emit(Event("compile"))
+        while True:
+            message = self._message(warm_until, "to warm up")
+            if message["kind"] != "warmup":
+                return message
+            shape = self._shape(message)
+            rows = [synthetic_rows(shape.rows, shape.seq_len, self.spec.vocab_size, s) for s in range(SLOTS)]
+            for _ in range(COMPILE_STEPS):
+                self._expect("next", warm_until, "to make a warm-up step")
+                self._serve(rows[0], 0, 0, 0.0, "compile")
+            message = self._expect("next", warm_until, "to make a warm-up step")
+            ledger["compile"] += self._clock() - mark
+            mark = self._clock()
+            self._emit(Event("calibrate"))
+            flops = 0
+            if self.budget.rule.kind == "flops":
+                self._serve(rows[0], 0, 0, 0.0, "count")
+                message = self._expect("next", warm_until, "to make a counted step")
+                flops = self._number(message, "flops", int)
+            steps: list[float] = []
+            total = 0.0
+            while len(steps) < self.preset.calibrate_steps or total < self.preset.calibrate_s:
+                sent = self._clock()
+                self._serve(rows[len(steps) % SLOTS], len(steps) % SLOTS, 0, 0.0, "time")
+                self._expect("next", warm_until, "to make a timed step")
+                steps.append(self._clock() - sent)
+                total += steps[-1]
+            self.budget.measured(shape, steps, flops)
+            self._child.wire.send("calibrated")
+            ledger["calibrate"] += self._clock() - mark
+            mark = self._clock()
+
+    def _feed(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Fix the budget, then serve real rows; returns the first message that does not ask for more."""
+        if message["kind"] not in ("next", "log"):
+            return message
+        self.budget.fix()
+        order = RowOrder(self._rows, self.spec.seed)
+        expected_s = self.budget.expected_s
+        result, limits = self.result, self._limits
+        began = self._clock()
+        # Twice the allowed time ends a run that would be `overtime` anyway.
+        stop = began + 2 * limits.overtime * expected_s + 5.0
+        stall_s = max(limits.stall_s, 10 * max(self.budget.step_s.values()))
+        ready: tuple[Shape, npt.NDArray[np.uint16]] | None = None
+        try:
+            while True:
+                if message["kind"] == "log":
+                    self._log(message, began)
+                elif message["kind"] == "next":
+                    shape = self._shape(message)
+                    if shape not in self.budget.charges:
+                        raise TrialError("invalid", f"asked for a batch shape that was not declared: {shape}")
+                    if not self.budget.affords(shape):
+                        self._child.wire.send("end")
+                    else:
+                        rows = ready[1] if ready and ready[0] == shape else order.take(shape.rows, shape.seq_len)
+                        self._progress = self.budget.charge(shape)
+                        self._serve(rows, result.steps % SLOTS, result.steps, self._progress, "train")
+                        result.steps += 1
+                        result.tokens += shape.tokens
+                        # Shapes of one length draw from one stream, so the next rows can be made ready now.
+                        ready = (
+                            (shape, order.take(shape.rows, shape.seq_len)) if len(self.budget.charges) == 1 else None
+                        )
+                else:
+                    return message
+                deadline = min(stop, self._clock() + stall_s)
+                try:
+                    message = self._message(deadline, "")
+                except TimedOut:
+                    if self._clock() >= stop:
+                        raise TrialError(
+                            "overtime", f"stopped after {self._clock() - began:.0f} s of training; the budget was "
+                            f"{expected_s:.1f} s"
+                        ) from None  # fmt: skip
+                    raise TrialError("timeout", f"no sign of life for {stall_s:.0f} s while training") from None
+        finally:
+            result.training_s = result.ledger["train"] = self._clock() - began
+
+    def _take_weights(self, message: dict[str, Any]) -> None:
+        if message["kind"] != "submit":
+            raise TrialError("invalid", f"the trainer sent {message['kind']!r} where a submission was due")
+        if self.result.steps == 0:
+            raise TrialError("invalid", "submitted without having taken a batch")
+        size = self._number(message, "bytes", int)
+        if not 0 < size <= self._limits.submission_bytes:
+            raise TrialError(
+                "invalid", f"a submission of {size} bytes; at most {self._limits.submission_bytes} are read"
+            )
+        self._emit(Event("submit"))
+        began = self._clock()
+        try:
+            self.result.weights = self._child.wire.recv_bytes(size, self._limits.submit_s)
+        except TimedOut:
+            raise TrialError("timeout", f"the weights did not arrive within {self._limits.submit_s:.0f} s") from None
+        self.result.ledger["submit"] = self._clock() - began
+        self.result.training_s += self.result.ledger["submit"]
+        if isinstance(message.get("depth"), int):
+            self.result.depth = message["depth"]
+        if message.get("flops_per_token") is not None:
+            self.result.flops_per_token = self._number(message, "flops_per_token", float)
+        if message.get("peak_mb") is not None:
+            self.result.peak_mb = self._number(message, "peak_mb", float)
+        allowed_s = self._limits.overtime * self.budget.expected_s
+        if self.result.training_s > allowed_s:
+            raise TrialError(
+                "overtime",
+                f"trained for {self.result.training_s:.1f} s; the budget was {self.budget.expected_s:.1f} s and "
+                f"at most {allowed_s:.1f} s are accepted",
+            )
+
+    # Messages.
+
+    def _serve(self, rows: npt.NDArray[np.uint16], slot: int, step: int, progress: float, stage: str) -> None:
+        self._ring.put(slot, rows)
+        self._child.wire.send("batch", slot=slot, step=step, progress=progress, stage=stage)
+
+    def _message(self, deadline: float, doing: str) -> dict[str, Any]:
+        """The next message. With `doing` a timeout is a TrialError, without it is TimedOut."""
+        try:
+            message = self._child.wire.recv(max(0.001, deadline - self._clock()))
+        except TimedOut:
+            if not doing:
+                raise
+            raise TrialError("timeout", f"train.py took too long {doing}") from None
+        if message["kind"] == "error":
+            status = message.get("status")
+            reason = " ".join(str(message.get("reason", "")).split())[:400]
+            raise TrialError(status if status in ("crash", "oom", "nan") else "crash", reason or "no reason given")
+        return message
+
+    def _expect(self, kind: str, deadline: float, doing: str) -> dict[str, Any]:
+        message = self._message(deadline, doing)
+        if message["kind"] != kind:
+            raise TrialError("invalid", f"the trainer sent {message['kind']!r} where {kind!r} was due")
+        return message
+
+    def _shape(self, message: dict[str, Any]) -> Shape:
+        shape = Shape(self._number(message, "rows", int), self._number(message, "seq_len", int))
+        if shape.seq_len < 1 or self.spec.seq_len % shape.seq_len or not Ring.fits(shape.rows, shape.seq_len):
+            raise TrialError("invalid", f"asked for a batch of {shape.rows} x {shape.seq_len} tokens")
+        return shape
+
+    def _number(self, message: dict[str, Any], key: str, kind: type[N]) -> N:
+        value = message.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise TrialError("invalid", f"the trainer sent a malformed {key}")
+        return kind(value)
+
+    def _log(self, message: dict[str, Any], began: float) -> None:
+        loss = message.get("loss")
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            raise TrialError("nan", f"the loss of step {message.get('step')} is {loss}")
+        curve = self.result.curve
+        curve.append([round(self._progress, 6), round(loss, 6)])
+        if len(curve) > 2 * CURVE_POINTS:
+            del curve[1::2]
+        elapsed = self._clock() - began
+        rate = self.result.tokens / elapsed if elapsed > 0 else None
+        self._emit(Event("train", self._progress, loss, rate))
+
+    def _died(self) -> TrialError:
+        code = self._child.wait()
+        if code == -signal.SIGKILL:
+            return TrialError("oom", "the trainer was killed by the system (SIGKILL), most likely out of memory")
+        if code is not None and code < 0:
+            return TrialError("crash", f"the trainer died by signal {signal.Signals(-code).name}")
+        return TrialError("crash", f"the trainer ended without submitting weights (exit status {code})")

@@ -1,0 +1,149 @@
+"""What an experiment is run with: spec, preset, budget and limits, as plain values.
+
+Nothing here needs torch, so the command line starts fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from harness.errors import UsageError
+
+__all__ = ["PRESETS", "BudgetRule", "Limits", "Preset", "Spec", "preset_named"]
+
+BudgetKind = Literal["seconds", "flops", "tokens"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What train.py is told; the only argument of `build_model`.
+
+    Attributes:
+        preset: `h100` or `laptop`: which column of its hyperparameters train.py uses.
+        device: `cuda` or `cpu`.
+        seed: seeds torch, numpy and random before `train` is called.
+        vocab_size: tokens in the vocabulary, V.
+        seq_len: tokens a row, T (a row of data holds T + 1).
+    """
+
+    preset: str
+    device: str
+    seed: int
+    vocab_size: int
+    seq_len: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BudgetRule:
+    """How long an experiment may train.
+
+    `seconds`: that much training at the throughput measured in the calibration.
+    `flops`: that many operations, counted in one step; the same on any machine.
+    `tokens`: exactly that many (a replay, or a fixed comparison).
+    """
+
+    kind: BudgetKind
+    amount: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds and ratios after which an experiment is stopped. All times are the parent's.
+
+    Attributes:
+        start_s: from process start to the end of the import of train.py.
+        warmup_s: for all warm-up and calibration, compilation included.
+        stall_s: without a sign of life while training.
+        submit_s: from the last batch to the last byte of the weights.
+        evaluate_s: for each of the two evaluators.
+        overtime: training time over budgeted time above which a run is `overtime`.
+        submission_bytes: the largest submission that is read.
+        log_bytes: the largest log that is kept.
+    """
+
+    start_s: float = 120.0
+    warmup_s: float = 600.0
+    stall_s: float = 120.0
+    submit_s: float = 120.0
+    evaluate_s: float = 600.0
+    overtime: float = 1.03
+    submission_bytes: int = 8 << 30
+    log_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the whole experiment: data, lengths, budget.
+
+    Attributes:
+        source: the default source of `prepare.py`.
+        eval_rows / holdout_rows: rows that are scored (all of them when fewer exist).
+        eval_batch_rows: rows a batch in the evaluators, fixed here so that no train.py can choose.
+        calibrate_s / calibrate_steps: least duration and least number of steps of the calibration.
+        noise_seeds: further seeds of the baseline that measure the noise floor.
+    """
+
+    name: str
+    device: str
+    source: str
+    seq_len: int
+    vocab_size: int
+    eval_rows: int
+    holdout_rows: int
+    eval_batch_rows: int
+    budget: BudgetRule
+    calibrate_s: float
+    calibrate_steps: int
+    noise_seeds: int
+    limits: Limits = field(default_factory=Limits)
+
+    def with_limits(self, **changes: Any) -> Preset:
+        return replace(self, limits=replace(self.limits, **changes))
+
+
+PRESETS = {
+    # The data, lengths and five minutes of karpathy/autoresearch: 40 * 524,288 val tokens.
+    "h100": Preset(
+        name="h100",
+        device="cuda",
+        source="climbmix",
+        seq_len=2048,
+        vocab_size=8192,
+        eval_rows=10240,
+        holdout_rows=2560,
+        eval_batch_rows=32,
+        budget=BudgetRule("seconds", 300.0),
+        calibrate_s=5.0,
+        calibrate_steps=10,
+        noise_seeds=0,
+    ),
+    # The same model at a size that two CPU cores train in about 20 s. Its clock is noise (a shared
+    # machine), so the budget is counted in operations and overtime is a generous multiple.
+    "laptop": Preset(
+        name="laptop",
+        device="cpu",
+        source="stdlib",
+        seq_len=256,
+        vocab_size=2048,
+        eval_rows=512,
+        holdout_rows=256,
+        eval_batch_rows=32,
+        budget=BudgetRule("flops", 2.0e12),
+        calibrate_s=0.5,
+        calibrate_steps=2,
+        noise_seeds=2,
+        limits=Limits(overtime=4.0, submission_bytes=2 << 30),
+    ),
+}
+
+
+def preset_named(name: str) -> Preset:
+    """Raises UsageError with the names that exist."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise UsageError(f"no preset is named {name!r}; the presets are {', '.join(sorted(PRESETS))}") from None

@@ -1,0 +1,105 @@
+"""The trainer process: imports train.py, calls its `train(run)`, and says what became of it.
+
+Whatever this process says is a claim; see `harness.session` for what the parent makes of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import os
+import random
+import sys
+import traceback
+from typing import Any
+
+from harness.process import enter
+from harness.wire import Wire
+
+__all__ = ["child_main", "failure", "load_train_module", "prepare_torch"]
+
+
+def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
+    """Import torch and set it up for repeatable results. Returns the module."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(spec["seed"])
+    np.random.seed(spec["seed"] % 2**32)
+    random.seed(spec["seed"])
+    torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # An uninitialised read must not be able to matter, but filling memory costs speed on every allocation.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if spec["device"] == "cuda":
+        torch.zeros((), device="cuda")  # creates the context now, so that its cost is the start's
+    return torch
+
+
+def load_train_module() -> Any:
+    """The run's own copy of train.py, imported as `train`."""
+    path = os.path.join(os.getcwd(), "train.py")
+    module_spec = importlib.util.spec_from_file_location("train", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules["train"] = module
+    module_spec.loader.exec_module(module)
+    for name in ("build_model", "train"):
+        if not callable(getattr(module, name, None)):
+            raise AttributeError(f"train.py has no function {name}()")
+    return module
+
+
+def failure(e: BaseException) -> tuple[str, str]:
+    """The status and the one-line reason of an exception that reached the top."""
+    names = {c.__name__ for c in type(e).__mro__}
+    text = " ".join(str(e).split())[:300]
+    reason = f"{type(e).__name__}: {text}" if text else type(e).__name__
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if os.path.basename(f.filename) == "train.py"]
+    if frames:
+        reason += f" (train.py:{frames[-1].lineno})"
+    elif isinstance(e, SyntaxError) and e.lineno:
+        reason = f"SyntaxError: {e.msg} (train.py:{e.lineno})"
+    if "OutOfMemoryError" in names or isinstance(e, MemoryError) or "can't allocate memory" in text:
+        return "oom", reason
+    if "NonFiniteLossError" in names:
+        return "nan", reason
+    return "crash", reason
+
+
+def child_main() -> None:
+    wire, memories = enter()
+    try:
+        _train(wire, memories)
+    except BaseException as e:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        status, reason = failure(e)
+        wire.send("error", status=status, reason=reason)
+        os._exit(1)
+
+
+def _train(wire: Wire, memories: list[int]) -> None:
+    hello = wire.recv()
+    prepare_torch(hello["spec"], hello["threads"])
+    from harness.client import Run, Submitted
+    from harness.feed import SLOT_BYTES, SLOTS, Ring
+    from harness.spec import Spec
+
+    wire.send("started")
+    module = load_train_module()
+    kernels = sys.modules.get("kernels")
+    wire.send("imported", implementations=kernels.implementations() if kernels else {})
+
+    class Mapped:  # what Ring needs of a SharedMemory, from an inherited descriptor
+        map = mmap.mmap(memories[0], SLOTS * SLOT_BYTES)
+
+    run = Run(Spec(**hello["spec"]), wire, Ring(Mapped))  # type: ignore[arg-type]
+    try:
+        module.train(run)
+    except Submitted:
+        sys.stdout.flush()
+        wire.recv()  # the parent kills us; it never answers

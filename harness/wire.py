@@ -1,0 +1,94 @@
+"""Messages between the parent and a child: JSON frames, and raw bytes, over a socket pair.
+
+A frame is a four-byte big-endian length and that many bytes of JSON: an object with a `kind`. The parent trusts
+nothing that it reads here: sizes are capped, every wait has an end, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from typing import Any
+
+__all__ = ["MAX_FRAME_BYTES", "Closed", "Malformed", "TimedOut", "Wire"]
+
+MAX_FRAME_BYTES = 1 << 20
+_HEADER = struct.Struct(">I")
+
+
+class Closed(Exception):
+    """The other side is gone."""
+
+
+class Malformed(Exception):
+    """The other side sent something that is not a message."""
+
+
+class TimedOut(Exception):
+    """Nothing complete arrived in time."""
+
+
+class Wire:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Raises Closed."""
+        body = json.dumps({"kind": kind, **fields}).encode()
+        self._send(_HEADER.pack(len(body)) + body)
+
+    def send_bytes(self, data: bytes | memoryview) -> None:
+        """Raises Closed."""
+        self._send(data)
+
+    def recv(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """The next message. Raises Closed, Malformed or TimedOut (None waits for ever)."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        (length,) = _HEADER.unpack(self._read(_HEADER.size, deadline))
+        if length > MAX_FRAME_BYTES:
+            raise Malformed(f"a message of {length} bytes; at most {MAX_FRAME_BYTES} are read")
+        try:
+            message = json.loads(bytes(self._read(length, deadline)))
+        except (ValueError, RecursionError):
+            raise Malformed("a message that is not JSON") from None
+        if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+            raise Malformed("a message without a kind")
+        return message
+
+    def recv_bytes(self, count: int, timeout_s: float) -> bytearray:
+        """Exactly `count` raw bytes; the caller has capped `count`. Raises Closed or TimedOut."""
+        return self._read(count, time.monotonic() + timeout_s)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _send(self, data: bytes | memoryview) -> None:
+        try:
+            self._sock.settimeout(None)
+            self._sock.sendall(data)
+        except OSError as e:
+            raise Closed(str(e)) from None
+
+    def _read(self, count: int, deadline: float | None) -> bytearray:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimedOut
+                self._sock.settimeout(left)
+            else:
+                self._sock.settimeout(None)
+            try:
+                got = self._sock.recv_into(view, min(len(view), 1 << 20))
+            except TimeoutError:
+                raise TimedOut from None
+            except OSError as e:
+                raise Closed(str(e)) from None
+            if got == 0:
+                raise Closed("end of stream")
+            view = view[got:]
+        return data

@@ -1,0 +1,118 @@
+"""Scores, weights and the audit's comparison, as arithmetic."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.errors import TrialError
+from harness.evaluate import bits_per_byte, compare
+from harness.score import Noise, Score
+from harness.weights import check_weights
+
+
+@given(st.floats(0.1, 9), st.floats(0.1, 9))
+def test_lower_is_better(a: float, b: float) -> None:
+    assert max(Score(a), Score(b)).bpb == min(a, b)
+    assert (Score(a) > Score(b)) == (a < b)
+    assert Score(a).gain_over(Score(b)) == b - a
+
+
+def test_the_noise_floor_is_two_deviations_of_a_difference() -> None:
+    assert Noise.from_repeats([1.0, 1.1, 1.2]).floor_bpb == pytest.approx(2 * math.sqrt(2) * 0.1)
+    assert Noise.from_repeats([1.0]).floor_bpb == 0.0
+
+
+def test_bits_per_byte_against_exact_arithmetic() -> None:
+    rng = np.random.default_rng(0)
+    token_bytes = rng.integers(0, 6, 50).astype(np.int32)
+    token_bytes[:4] = 0
+    targets = rng.integers(0, 50, (7, 31)).astype(np.uint16)
+    nll = rng.random((7, 31)).astype(np.float32) * 8
+    nats, total = Fraction(0), 0
+    for loss, token in zip(nll.ravel(), targets.ravel(), strict=True):
+        if token_bytes[token]:
+            nats += Fraction(float(loss))
+            total += int(token_bytes[token])
+    assert bits_per_byte(nll, targets, token_bytes) == pytest.approx(float(nats / total) / math.log(2), rel=1e-13)
+
+
+def honest(n: int = 512, v: int = 97) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(n, v)).astype(np.float32) * 3
+    true = rng.integers(0, v, n).astype(np.uint16)
+    nll = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(true.astype(np.int64)), reduction="none"
+    )
+    return nll.numpy(), logits, true
+
+
+def test_an_honest_model_agrees_with_itself() -> None:
+    figures = compare(*honest(), 2e-3)
+    assert figures["mismatches"] == 0
+    assert 0.008 < figures["detectable_share"] < 0.0091  # 1 - 0.01 ** (1 / 512)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda nll: nll * np.float32(0.99),
+        lambda nll: nll - np.float32(0.0015),  # within the tolerance of one token: the mean finds it
+        lambda nll: np.where(np.arange(len(nll)) == 17, nll - np.float32(0.01), nll),
+    ],
+    ids=["scaled", "shifted", "one token"],
+)
+def test_a_lie_about_the_loss_is_found(lie: object) -> None:
+    nll, logits, true = honest()
+    with pytest.raises(TrialError) as e:
+        compare(lie(nll), logits, true, 2e-3)  # type: ignore[operator]
+    assert e.value.status == "invalid"
+
+
+def test_probabilities_that_do_not_sum_to_one_are_found() -> None:
+    """A model that returns its log-probabilities plus a constant: A normalises, or else B does."""
+    nll, logits, true = honest()
+    unnormalised = nll - 1.0
+    with pytest.raises(TrialError, match="contradicts itself"):
+        compare(unnormalised, logits, true, 2e-3)
+
+
+def test_weights_are_counted_and_checked() -> None:
+    state = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.arange(4)}
+    assert check_weights(bytearray(safetensors.torch.save(state))) == 15 + 7 + 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_nan(dtype: torch.dtype, value: float) -> None:
+    data = torch.zeros(9).to(dtype)
+    data[4] = value
+    with pytest.raises(TrialError, match="not finite") as e:
+        check_weights(bytearray(safetensors.torch.save({"w": data})))
+    assert e.value.status == "nan"
+
+
+@given(cut=st.integers(0, 200), flip=st.integers(0, 120), value=st.integers(0, 255))
+def test_malformed_weights_never_escape_as_another_error(cut: int, flip: int, value: int) -> None:
+    data = bytearray(safetensors.torch.save({"w": torch.ones(4, 4), "v": torch.ones(3)}))
+    data[flip % len(data)] = value
+    if cut:
+        del data[-cut:]
+    try:
+        check_weights(data)
+    except TrialError as e:
+        assert e.status in ("invalid", "nan")
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x04pickle", b"\xff" * 8 + b"{}", b"\x02" + b"\0" * 7 + b"{}"])
+def test_what_is_no_safetensors_is_invalid(data: bytes) -> None:
+    with pytest.raises(TrialError) as e:
+        check_weights(bytearray(data))
+    assert e.value.status == "invalid"

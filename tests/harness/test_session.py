@@ -1,0 +1,387 @@
+"""Training and evaluation in real child processes, honest and not."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from harness.budget import Budget
+from harness.errors import TrialError
+from harness.evaluate import Evaluation, Evaluator
+from harness.session import Event, Session, Trained
+from harness.spec import BudgetRule, Preset, Spec
+
+_spec = importlib.util.spec_from_file_location("tiny_train", Path(__file__).with_name("conftest.py"))
+assert _spec is not None
+assert _spec.loader is not None
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+SPEC = Spec("laptop", "cpu", 1, tiny.VOCAB, tiny.LENGTH)
+TRAIN, VAL, HOLDOUT = tiny.tiny_rows(256, 0), tiny.tiny_rows(64, 1), tiny.tiny_rows(16, 2)
+BYTES = np.arange(tiny.VOCAB, dtype=np.int32) % 5  # some tokens have no bytes
+
+
+def session(
+    folder: Path, source: bytes, preset: Preset | None = None, budget: Budget | None = None, **kwargs: Any
+) -> Session:
+    preset = preset or tiny.tiny_preset()
+    return Session(source, SPEC, preset, TRAIN, budget or Budget(preset.budget), folder, 1, **kwargs)
+
+
+def train(folder: Path, source: bytes, **kwargs: Any) -> Trained:
+    return session(folder, source, **kwargs).run()
+
+
+def evaluate(folder: Path, source: bytes, weights: bytearray, preset: Preset | None = None) -> Evaluation:
+    preset = preset or tiny.tiny_preset()
+    return Evaluator(source, SPEC, preset, VAL, HOLDOUT, TRAIN, BYTES, folder, 1).run(weights)
+
+
+def failure(call: Any) -> TrialError:
+    with pytest.raises(TrialError) as e:
+        call()
+    return e.value
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("trained"), tiny.tiny_source())
+
+
+def test_training_learns_uses_its_budget_and_repeats_to_the_bit(trained: Trained, folder: Path) -> None:
+    again = session(folder, tiny.tiny_source())
+    result = again.run()
+    assert result.weights == trained.weights
+    assert result.tokens == again.budget.tokens == trained.tokens
+    assert result.steps == result.tokens // (8 * tiny.LENGTH)
+    losses = [loss for _, loss in trained.curve]
+    assert losses[-1] < 0.8 * losses[0]
+    assert result.depth == 1
+    assert result.peak_mb > 50
+    assert set(result.ledger) == {"start", "import", "compile", "calibrate", "train", "submit"}
+    assert not (folder / "scratch").exists()
+
+
+def test_another_seed_gives_other_weights(trained: Trained, folder: Path) -> None:
+    preset = tiny.tiny_preset()
+    spec = Spec("laptop", "cpu", 2, tiny.VOCAB, tiny.LENGTH)
+    other = Session(tiny.tiny_source(), spec, preset, TRAIN, Budget(preset.budget), folder, 1).run()
+    assert other.weights != trained.weights
+    assert other.tokens == trained.tokens
+
+
+def test_warm_up_leaves_no_trace_in_the_weights(trained: Trained, folder: Path) -> None:
+    """Twenty timed steps instead of two: same weights."""
+    result = train(folder, tiny.tiny_source(), preset=tiny.tiny_preset(calibrate_steps=20))
+    assert result.weights == trained.weights
+
+
+def test_bits_per_byte_against_an_independent_fp64_computation(trained: Trained, folder: Path) -> None:
+    result = evaluate(folder, tiny.tiny_source(), trained.weights)
+    w = {k: v.double() for k, v in safetensors.torch.load(bytes(trained.weights)).items()}
+    nats, total = 0.0, 0
+    for row in VAL.astype(np.int64):
+        x = w["embed.weight"][torch.from_numpy(row[:-1])]
+        mean = torch.stack([x[: i + 1].mean(0) for i in range(len(x))])
+        logits = (x + mean) @ w["head.weight"].T + w["head.bias"]
+        for i, target in enumerate(row[1:]):
+            if BYTES[target]:
+                nats += float(torch.logsumexp(logits[i], 0) - logits[i, target])
+                total += int(BYTES[target])
+    assert result.val_bpb == pytest.approx(nats / math.log(2) / total, rel=1e-6)
+    assert result.holdout_bpb != result.val_bpb
+    assert result.audit["mismatches"] == 0
+    assert result.audit["cuts"] == len(VAL)
+
+
+def test_the_score_does_not_depend_on_the_batch_size(trained: Trained, folder: Path) -> None:
+    scores = [
+        evaluate(folder, tiny.tiny_source(), trained.weights, tiny.tiny_preset(eval_batch_rows=rows)).val_bpb
+        for rows in (1, 7, 64)
+    ]
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
+
+
+def test_the_trainer_never_maps_val_and_gets_no_token_before_the_clock(folder: Path) -> None:
+    """The child looks at all it can reach: mapped files, descriptors, and the shared memory after the warm-up."""
+    source = tiny.tiny_source(
+        WARM=(
+            "import os, gc, numpy as np\n"
+            "for line in open('/proc/self/maps'):\n"
+            "    if '.bin' in line: print('MAPPED', line)\n"
+            "for fd in os.listdir('/proc/self/fd'):\n"
+            "    try: print('FD', os.readlink(f'/proc/self/fd/{fd}'))\n"
+            "    except OSError: pass\n"
+            "print('ENV', sorted(os.environ))\n"
+            "ring = np.asarray(run._ring._bytes).view(np.uint16)\n"
+            "print('RING', ring[:8 * 33].tolist(), flush=True)"
+        )
+    )
+    train(folder, source)
+    log = (folder / "log.txt").read_text()
+    assert "MAPPED" not in log
+    assert "val.bin" not in log
+    assert "RING" in log
+    ring = np.array(eval(log.split("RING ")[1].splitlines()[0]))
+    real = {tuple(r[:8]) for r in TRAIN.astype(int)}
+    assert not any(tuple(row[:8]) in real for row in ring.reshape(8, 33))
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "reason"),
+    [
+        ({"START": "raise ValueError('broken on purpose')"}, "crash", "broken on purpose"),
+        ({"START": "import sys; sys.exit(0)"}, "crash", "SystemExit"),
+        ({"START": "import os; os._exit(0)"}, "crash", "without submitting weights"),
+        ({"START": "return"}, "crash", "without submitting weights"),
+        ({"START": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"}, "crash", "SIGSEGV"),
+        ({"START": "import os; os.kill(os.getpid(), 9)"}, "oom", "SIGKILL"),
+        ({"START": "raise MemoryError('all gone')"}, "oom", "all gone"),
+        ({"START": "raise torch.OutOfMemoryError('CUDA out of memory')"}, "oom", "CUDA out of memory"),
+        ({"STEP": "loss = step(batch) * float('nan')"}, "nan", "loss of step 0"),
+        ({"SUBMIT": "model.head.weight.data.fill_(float('nan'))"}, "nan", "not finite"),
+        ({"WARM": "run.submit(model)"}, "invalid", "without having taken a batch"),
+        ({"STEP": "loss = step(batch); run._wire.send_bytes(b'\\xff' * 64)"}, "invalid", "message of"),
+        ({"STEP": "loss = step(batch); run._wire.send('submit', bytes=1 << 60)"}, "invalid", "at most"),
+        ({"STEP": "loss = step(batch); run._wire.send('submit', bytes='all')"}, "invalid", "malformed bytes"),
+        ({"STEP": "loss = step(batch); run._wire.send('next', rows=4, seq_len=32)"}, "invalid", "not declared"),
+        ({"STEP": "loss = step(batch); run._wire.send('submit', bytes=9); run._wire.send_bytes(b'x' * 9)"},
+         "invalid", "safetensors"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_training_is_a_status(
+    folder: Path, changes: dict[str, str], status: str, reason: str
+) -> None:
+    from harness.weights import check_weights
+
+    error = failure(lambda: check_weights(train(folder, tiny.tiny_source(**changes)).weights))
+    assert error.status == status
+    assert reason in error.reason
+
+
+def test_an_exception_says_its_line(folder: Path) -> None:
+    source = tiny.tiny_source(START="raise ValueError('broken on purpose')")
+    line = source.decode().splitlines().index("    raise ValueError('broken on purpose')") + 1
+    assert f"train.py:{line}" in failure(lambda: train(folder, source)).reason
+    assert "broken on purpose" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("source", [b"def train(:\n", b"def train(run): ...\n", b"import no_such_module\n"])
+def test_a_file_that_is_no_train_py_is_a_crash(folder: Path, source: bytes) -> None:
+    assert failure(lambda: train(folder, source)).status == "crash"
+
+
+def test_a_hang_is_a_timeout_in_every_phase(folder: Path) -> None:
+    sleep = "import time; time.sleep(60)"
+    for marker, limits in (
+        ("START", {"warmup_s": 1.0}),
+        ("WARM", {"warmup_s": 1.5}),
+        ("STEP", {"stall_s": 1.0}),
+        ("SUBMIT", {"stall_s": 1.0}),
+    ):
+        began = time.monotonic()
+        text = sleep if marker != "STEP" else f"loss = step(batch); {sleep}"
+        preset = tiny.tiny_preset().with_limits(**limits)
+        assert failure(
+            lambda p=preset, t=text, m=marker: train(folder, tiny.tiny_source(**{m: t}), preset=p)
+        ).status == ("timeout")
+        assert time.monotonic() - began < 30
+
+
+def test_slow_after_the_calibration_is_overtime(folder: Path) -> None:
+    source = tiny.tiny_source(STEP="loss = step(batch); import time; time.sleep(0.2)")
+    preset = tiny.tiny_preset(budget=BudgetRule("seconds", 0.4)).with_limits(overtime=1.03)
+    error = failure(lambda: train(folder, source, preset=preset))
+    assert error.status == "overtime"
+    assert "budget was" in error.reason
+
+
+def test_the_calibrated_budget_is_the_parents_clock_not_the_trainers(folder: Path) -> None:
+    """With a fake parent clock of a tenth of a second a reading, the budget is a known number of tokens.
+
+    The trainer patches every clock it has; nothing changes.
+    """
+
+    class Clock:
+        now = 0.0
+
+        def __call__(self) -> float:
+            self.now += 0.1
+            return self.now
+
+    lie = "import time\nfor n in ('time', 'monotonic', 'perf_counter'): setattr(time, n, lambda: 0.0)"
+    preset = tiny.tiny_preset(budget=BudgetRule("seconds", 20.0), calibrate_s=1.0).with_limits(
+        overtime=1e6, warmup_s=1e6, start_s=1e6, stall_s=1e6
+    )
+    budgets = []
+    for start in ("pass", lie):
+        one = session(folder, tiny.tiny_source(START=start), preset, clock=Clock())
+        one.run()
+        budgets.append(one.budget.tokens)
+        (step_s,) = one.budget.step_s.values()
+        assert one.budget.tokens == int(20.0 / step_s + 1e-9) * 8 * tiny.LENGTH
+    assert budgets[0] == budgets[1]
+
+
+def test_a_budget_in_seconds_takes_that_long_for_real(folder: Path) -> None:
+    source = tiny.tiny_source().replace(
+        b"        logits = model", b"        import time; time.sleep(0.02); logits = model"
+    )
+    preset = tiny.tiny_preset(budget=BudgetRule("seconds", 2.0), calibrate_s=0.5)
+    result = train(folder, source, preset=preset)
+    assert 1.6 < result.training_s < 2.8
+
+
+def test_a_replayed_budget_gives_the_same_weights_on_a_slower_day(folder: Path) -> None:
+    preset = tiny.tiny_preset(budget=BudgetRule("seconds", 0.5))
+    first = session(folder, tiny.tiny_source(), preset)
+    weights = first.run().weights
+    replay = session(folder, tiny.tiny_source(), preset, Budget.replay(first.budget.as_dict()))
+    assert replay.run().weights == weights
+
+
+def test_two_shapes_in_one_training(folder: Path) -> None:
+    source = (
+        tiny.tiny_source()
+        .replace(b"restore=(model, optimizer))", b"restore=(model, optimizer))\n"
+                 b"    run.warmup(step, rows=8, seq_len=16, restore=(model, optimizer))")
+        .replace(b"run.batches(rows=8)", b"run.batches(rows=lambda p: (8, 16) if p < 0.5 else (8, 32))")
+    )  # fmt: skip
+    one = session(folder, source)
+    result = one.run()
+    assert len(one.budget.charges) == 2
+    short, long = (c for s, c in sorted(one.budget.charges.items(), key=lambda x: x[0].seq_len))
+    assert short == pytest.approx(long / 2)  # this model's products are linear in the tokens
+    assert result.tokens == pytest.approx(one.budget.tokens, abs=2 * 8 * tiny.LENGTH)
+    assert result.steps > one.budget.tokens // (8 * tiny.LENGTH)
+
+
+PEEK = "x = x + torch.roll(self.embed(tokens), -1, 1)"
+HOSTILE = {
+    "looks one token ahead": {"MIX": PEEK},
+    "looks ahead on one token in ten": {"MIX": "x = torch.where((tokens % 10 == 0)[..., None], " + PEEK[4:] + ", x)"},
+    "mixes rows": {"MIX": "x = x + x.mean(0, keepdim=True)"},
+    "keeps state across batches": {
+        "LOGITS": "self.seen = getattr(self, 'seen', 0) + 1\nreturn self.head(x) * (1 + 0.05 * self.seen)"
+    },
+    "trains while it is evaluated": {
+        "LOGITS": (
+            "if not self.training:\n"
+            "    counts = torch.bincount(tokens.flatten(), minlength=61).float()\n"
+            "    self.bias = getattr(self, 'bias', torch.zeros(61)) + 0.01 * counts\n"
+            "    return self.head(x) + self.bias\n"
+            "return self.head(x)"
+        )
+    },
+    "patches cross_entropy where it is scored": {
+        "LOGITS": (
+            "if not self.training:\n"
+            "    real = F.cross_entropy\n"
+            "    if not hasattr(F, 'patched'):\n"
+            "        F.cross_entropy = lambda *a, **k: real(*a, **k) * 0.5\n"
+            "        F.patched = True\n"
+            "return self.head(x)"
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_a_model_that_cheats_is_invalid(folder: Path, changes: dict[str, str]) -> None:
+    source = tiny.tiny_source(**changes)
+    weights = train(folder, source).weights
+    error = failure(lambda: evaluate(folder, source, weights))
+    assert error.status == "invalid", error.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "reason"),
+    [
+        ({"LOGITS": "return self.head(x) if self.training else self.head(x) * float('nan')"}, "nan", "not finite"),
+        ({"LOGITS": "return self.head(x) if self.training else self.head(x)[:, :-1]"}, "crash", "are due"),
+        ({"LOGITS": "if not self.training: raise RuntimeError('no score for you')\nreturn self.head(x)"}, "crash",
+         "no score for you"),
+        ({"LOGITS": "if not self.training: import os; os._exit(0)\nreturn self.head(x)"}, "crash", "evaluator died"),
+        ({"LOGITS": "if not self.training: import time; time.sleep(60)\nreturn self.head(x)"}, "timeout",
+         "took longer"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_evaluation_is_a_status(
+    folder: Path, changes: dict[str, str], status: str, reason: str
+) -> None:
+    source = tiny.tiny_source(**changes)
+    weights = train(folder, source).weights
+    preset = tiny.tiny_preset().with_limits(evaluate_s=4.0 if status == "timeout" else 60.0)
+    error = failure(lambda: evaluate(folder, source, weights, preset))
+    assert (error.status, reason in error.reason) == (status, True), error.reason
+
+
+def test_weights_that_do_not_fit_the_model_are_invalid(trained: Trained, folder: Path) -> None:
+    state = safetensors.torch.load(bytes(trained.weights))
+    for change in ({"extra": torch.ones(2)}, {"head.bias": torch.ones(3)}):
+        weights = bytearray(safetensors.torch.save({**state, **change}))
+        assert failure(lambda w=weights: evaluate(folder, tiny.tiny_source(), w)).status == "invalid"
+
+
+def test_the_child_sees_no_setting_of_the_users_shell(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "sitecustomize.py").write_text("print('CUSTOMIZED')")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    train(folder, tiny.tiny_source(START="import os; print(dict(os.environ))"))
+    log = (folder / "log.txt").read_text()
+    assert "hunter2" not in log
+    assert "CUSTOMIZED" not in log
+    assert "HOME" in log
+
+
+def test_a_child_dies_with_its_parent(folder: Path) -> None:
+    """SIGKILL of the parent, the hardest case: nothing of it may be left running."""
+    import signal
+    import subprocess
+
+    root = Path(__file__).resolve().parents[2]
+    script = (
+        f"import sys; sys.path.insert(0, {str(root)!r})\n"
+        "from pathlib import Path\n"
+        "from harness.process import Child\n"
+        f"c = Child('harness.trainer', Path({str(folder)!r}), b'', [], Path({str(folder / 'log.txt')!r}), 1, 1 << 20)\n"
+        "c.__enter__(); print(c.pid, flush=True); c.wait(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        time.sleep(1.0)  # the child makes its setting right after its start
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and os.path.exists(f"/proc/{pid}") and _state(pid) not in ("", "Z"):
+        time.sleep(0.05)
+    assert _state(pid) in ("", "Z")
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return ""
+
+
+def test_events_tell_the_phases_in_order(folder: Path) -> None:
+    events: list[Event] = []
+    session(folder, tiny.tiny_source(), on_event=events.append).run()
+    phases = list(dict.fromkeys(e.phase for e in events))
+    assert phases == ["start", "import", "compile", "calibrate", "train", "submit"]
+    last = [e for e in events if e.phase == "train"][-1]
+    assert last.loss is not None
+    assert last.tokens_per_s is not None
+    assert last.progress > 0.5
