@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.client import Batch, Run
-    from harness.main import main
     from harness.spec import Spec
 
 __all__ = ["Batch", "Run", "Spec", "main"]
@@ -22,8 +21,14 @@ _HOMES = {
     "Batch": "harness.client",
     "Run": "harness.client",
     "Spec": "harness.spec",
-    "main": "harness.main",
 }
+
+
+def main(path: str) -> int:
+    """Run the train.py at `path` as one experiment; returns the exit code."""
+    from harness.single import main as run
+
+    return run(path)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from prepare import default_data_dir, load_dataset
-
 from harness.errors import DataError, HotloopError, UsageError
 from harness.experiment import Job, Settings, record, replayed, run_experiment, summary
 from harness.machine import check_device, gpus, threads_default
 from harness.record import Chain, Outcome
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, preset_named
+from prepare import default_data_dir, load_dataset
 
 __all__ = [
     "EXIT_BY_STATUS",

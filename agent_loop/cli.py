@@ -1,0 +1,201 @@
+"""The command line: `hotloop prepare|run|loop|report|replay|seal|doctor`.
+
+Every error that a user can mend is one line on stderr and a non-zero exit status; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.errors import HotloopError, UsageError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["prepare"]:  # prepare.py owns its flags
+            import prepare
+
+            return prepare.main(argv[1:])
+        args = _parser().parse_args(argv)
+        status: int = args.run(args)
+        return status
+    except HotloopError as e:
+        print(f"hotloop: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("hotloop: stopped; start the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    from harness.single import add_run_arguments
+
+    parser = argparse.ArgumentParser(prog="hotloop", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    commands.add_parser("prepare", help="text to tokenizer and packed rows, once")
+
+    run = commands.add_parser("run", help="run one experiment of ./train.py and print its summary")
+    run.add_argument("train", nargs="?", default="train.py", help="the file to run (default: train.py)")
+    run.add_argument("--seed", type=int, default=1)
+    add_run_arguments(run)
+    run.set_defaults(run=_run)
+
+    loop = commands.add_parser("loop", help="a night: experiments by an agent, kept or discarded in git")
+    loop.add_argument("--tag", help="name of the night; an existing one goes on (default: today, such as nov23)")
+    loop.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments (default: never)")
+    loop.add_argument("--hours", type=float, metavar="H", help="start no experiment after H hours")
+    loop.add_argument("--agent", choices=["builtin", "command"], default="builtin")
+    loop.add_argument("--command", metavar="STR", help="for --agent command: the program that edits train.py")
+    loop.add_argument("--agent-timeout", type=float, default=900.0, metavar="S", help="seconds a proposal may take")
+    loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
+    loop.add_argument("--min-gain", type=float, metavar="BPB", help="noise floor, instead of the measured one")
+    loop.add_argument("--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise")
+    add_run_arguments(loop)
+    loop.set_defaults(run=_loop)
+
+    report = commands.add_parser("report", help="results.tsv, progress.png and the table of a night")
+    report.add_argument("--tag", help="default: the newest night")
+    report.set_defaults(run=_report)
+
+    replay = commands.add_parser("replay", help="retrain a recorded experiment; are the weights identical?")
+    replay.add_argument("experiment", type=int, help="its number")
+    replay.add_argument("--tag", help="default: the newest night; `single` for those of hotloop run")
+    replay.add_argument("--data", metavar="DIR")
+    replay.set_defaults(run=_replay)
+
+    seal = commands.add_parser("seal", help="seal kernels/, harness/ and prepare.py as they are now")
+    seal.set_defaults(run=_seal)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and what is wrong with it")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from harness.single import run_command
+
+    return run_command(args)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from harness.single import replay_command
+
+    args.tag = args.tag or _newest_tag(Path("runs"))
+    return replay_command(args)
+
+
+def _seal(args: argparse.Namespace) -> int:
+    from harness.seal import write_seal
+
+    print(f"sealed: {write_seal()}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from harness.doctor import main as doctor
+
+    return doctor(args)
+
+
+def _newest_tag(runs: Path) -> str:
+    nights = sorted(runs.glob("*/records.jsonl"), key=lambda p: p.stat().st_mtime)
+    if not nights:
+        raise UsageError(f"there is no night under {runs.resolve()}; start one with: hotloop loop")
+    return nights[-1].parent.name
+
+
+def _report(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from agent_loop.night import Night
+    from agent_loop.report import print_results, write_progress, write_tsv
+
+    tag = args.tag or _newest_tag(Path("runs"))
+    folder = Path("runs") / tag
+    if not (folder / "records.jsonl").exists():
+        raise UsageError(f"there is no night called {tag} under {Path('runs').resolve()}")
+    night = Night(folder)
+    write_tsv(night)
+    write_progress(night)
+    print_results(night, Console())
+    return 0
+
+
+def _loop(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from agent_loop.agents import Agent, CommandAgent
+    from agent_loop.builtin import BuiltinAgent
+    from agent_loop.gitrepo import NightRepo, free_tag, open_repo
+    from agent_loop.live import View
+    from agent_loop.loop import Driver, Options
+    from agent_loop.night import Lock, Night
+    from agent_loop.report import print_results
+    from harness.process import SANDBOX
+    from harness.single import budget_from, settings_from
+
+    for name in ("experiments", "hours", "noise_seeds", "min_gain"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {value}")
+    repo = open_repo(Path.cwd())
+    settings = settings_from(preset=args.preset, device=args.device, data=args.data, threads=args.threads)
+    if args.agent == "command" and not args.command:
+        raise UsageError("--agent command needs --command 'PROGRAM ARGUMENTS'")
+    if args.command and args.agent != "command":
+        raise UsageError("--command goes with --agent command")
+    command = args.agent == "command"
+    agent: Agent = CommandAgent(args.command, args.agent_timeout) if command else BuiltinAgent(args.seed)
+    runs = Path(repo.working_tree_dir or ".") / "runs"
+    tag = args.tag or free_tag(repo, runs, datetime.date.today().strftime("%b%d").lower())
+    if tag in ("single", ".", "..") or "/" in tag:
+        raise UsageError(f"{tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'")
+    preset = settings.preset
+    options = Options(
+        seed=args.seed,
+        experiments=args.experiments,
+        hours=args.hours,
+        budget=budget_from(args),
+        least_gain=args.min_gain,
+        noise_seeds=preset.noise_seeds if args.noise_seeds is None else args.noise_seeds,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    lock = Lock(runs / tag / "lock")
+    console = Console()
+    try:
+        night = Night(runs / tag)
+        rule = options.budget or preset.budget
+        with View(console) as view:
+            view.header(
+                [
+                    f"hotloop  night {tag}, branch autoresearch/{tag}, agent {agent.name}, seed {args.seed}",
+                    f"         preset {preset.name} on {settings.device}, {settings.threads} threads, budget "
+                    f"{rule.amount:g} {rule.kind}, data {settings.dataset.path}",
+                    f"         sandbox: {SANDBOX} only",
+                ]
+            )
+            Driver(night, NightRepo(repo, tag, runs / tag), agent, settings, options, view).run()
+        print_results(night, console)
+    finally:
+        lock.release()
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

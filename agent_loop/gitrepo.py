@@ -1,0 +1,147 @@
+"""Git as memory: a branch and a worktree of the night's own. The user's checkout is never touched.
+
+The branch `autoresearch/<tag>` is the incumbent. A candidate is a commit made from the incumbent's tree with
+train.py's blob replaced, so that its diff cannot touch anything else; it is kept under `refs/hotloop/<tag>/<number>`
+whatever is decided. No hook runs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import git
+from gitdb.base import IStream
+
+from agent_loop.source import MAX_BYTES, ProposalError
+from harness.errors import UsageError
+from harness.single import read_train_source
+
+__all__ = ["NightRepo", "free_tag", "open_repo"]
+
+_AUTHOR = {
+    "GIT_AUTHOR_NAME": "hotloop", "GIT_AUTHOR_EMAIL": "hotloop@localhost",
+    "GIT_COMMITTER_NAME": "hotloop", "GIT_COMMITTER_EMAIL": "hotloop@localhost",
+}  # fmt: skip
+
+
+def open_repo(folder: Path) -> git.Repo:
+    """The repository that holds `folder`, fit for a night.
+
+    Raises:
+        UsageError: no repository, no commit, changed tracked files, or no train.py that can run.
+    """
+    try:
+        repo = git.Repo(folder, search_parent_directories=True)
+        root = Path(repo.working_tree_dir or "")
+    except (git.InvalidGitRepositoryError, git.NoSuchPathError):
+        raise UsageError(
+            f"{folder} is not in a git repository; start in a clone of hotloop, or run: git init && git add -A && "
+            f"git commit -m start"
+        ) from None
+    repo.git.set_persistent_git_options(c="core.hooksPath=/dev/null")
+    if not repo.head.is_valid():
+        raise UsageError(f"{root} has no commit yet; run: git add -A && git commit -m start")
+    read_train_source(root / "train.py")
+    changed = repo.git.status("--porcelain", "--untracked-files=no").splitlines()
+    if changed:
+        names = ", ".join(line[3:] for line in changed[:3]) + (" ..." if len(changed) > 3 else "")
+        raise UsageError(f"the checkout has uncommitted changes ({names}); commit them, or put them away: git stash")
+    if "train.py" not in {entry.path for entry in repo.head.commit.tree}:
+        raise UsageError(f"train.py is not committed; run: git add {root / 'train.py'} && git commit")
+    return repo
+
+
+def branch_of(tag: str) -> str:
+    return f"autoresearch/{tag}"
+
+
+def free_tag(repo: git.Repo, runs: Path, wish: str) -> str:
+    """`wish`, or `wish-2`, `wish-3`, ... where that is taken."""
+    taken = {head.name for head in repo.heads}
+    tag, count = wish, 1
+    while branch_of(tag) in taken or (runs / tag).exists():
+        count += 1
+        tag = f"{wish}-{count}"
+    return tag
+
+
+class NightRepo:
+    """The repository as one night uses it."""
+
+    def __init__(self, repo: git.Repo, tag: str, folder: Path) -> None:
+        self.repo, self.tag = repo, tag
+        self.branch = branch_of(tag)
+        self.worktree = folder / "worktree"
+
+    def start(self) -> str:
+        """Make the branch at HEAD if it is new, and the worktree; returns the branch's commit."""
+        try:
+            self.repo.git.check_ref_format("--branch", self.branch)
+        except git.GitCommandError:
+            raise UsageError(f"{self.tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'") from None
+        if self.branch not in {h.name for h in self.repo.heads}:
+            self.repo.git.branch(self.branch, "HEAD")
+        if not (self.worktree / ".git").exists():
+            self.repo.git.worktree("prune")
+            try:
+                self.repo.git.worktree("add", "--force", str(self.worktree), self.branch)
+            except git.GitCommandError as e:
+                words = " ".join(str(e.stderr).split())[:300]
+                raise UsageError(f"the worktree {self.worktree} cannot be made: {words}") from None
+        return self.head()
+
+    def head(self) -> str:
+        return str(self.repo.commit(self.branch).hexsha)
+
+    def source(self, commit: str) -> bytes:
+        """train.py as of a commit."""
+        data: bytes = (self.repo.commit(commit).tree / "train.py").data_stream.read()
+        return data
+
+    def reset(self) -> None:
+        """Put the worktree back to the incumbent, whatever an agent left there."""
+        work = git.Git(self.worktree)
+        # A killed git leaves its lock behind; ours is the only driver, so it is nobody's.
+        private = Path(str(work.execute(["git", "rev-parse", "--absolute-git-dir"])))
+        (private / "index.lock").unlink(missing_ok=True)
+        work.execute(["git", "-c", "core.hooksPath=/dev/null", "reset", "-q", "--hard", self.branch])
+        work.execute(["git", "-c", "core.hooksPath=/dev/null", "clean", "-q", "-ffdx"])
+
+    def proposed(self) -> bytes:
+        """The train.py that an agent left in the worktree.
+
+        Raises:
+            ProposalError: something else was changed too, or train.py is no ordinary file.
+        """
+        status = git.Git(self.worktree).execute(["git", "status", "--porcelain", "-uall", "--no-renames"])
+        others = sorted({line[3:] for line in str(status).splitlines()} - {"train.py"})
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise ProposalError("invalid", f"only train.py may change; also changed: {', '.join(others[:3])}{more}")
+        try:
+            fd = os.open(self.worktree / "train.py", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as e:
+            raise ProposalError("invalid", f"train.py is not an ordinary file: {e.strerror}") from None
+        with open(fd, "rb") as f:
+            return f.read(MAX_BYTES + 1)
+
+    def commit(self, source: bytes, parent: str, message: str, number: int) -> str:
+        """Commit `source` as train.py on top of `parent`, under the number's own ref; no branch moves."""
+        blob = self.repo.odb.store(IStream("blob", len(source), io.BytesIO(source))).hexsha.decode()
+        with tempfile.TemporaryDirectory() as folder:
+            env = {**_AUTHOR, "GIT_INDEX_FILE": str(Path(folder) / "index")}
+            self.repo.git.read_tree(parent, env=env)
+            self.repo.git.update_index("--cacheinfo", f"100644,{blob},train.py", env=env)
+            tree = self.repo.git.write_tree(env=env)
+            sha = str(self.repo.git.commit_tree(tree, "-p", parent, "-m", message, env=env))
+        self.repo.git.update_ref(f"refs/hotloop/{self.tag}/{number:04d}", sha)
+        return sha
+
+    def advance(self, commit: str, was: str) -> None:
+        """Make `commit` the incumbent: move the branch, if it still stands where it was, and the worktree."""
+        if self.head() != commit:
+            self.repo.git.update_ref(f"refs/heads/{self.branch}", commit, was)
+        self.reset()

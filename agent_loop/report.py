@@ -1,0 +1,121 @@
+"""What a night leaves to look at: results.tsv, progress.png, and a table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from agent_loop.night import Night, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "print_results", "write_progress", "write_tsv"]
+
+COLOURS = {"keep": "green", "discard": "bright_black", "measured": "cyan"}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def write_tsv(night: Night) -> Path:
+    """results.tsv in karpathy/autoresearch's five columns; failed runs have 0.000000 and 0.0, as there."""
+    lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
+    for row in night.rows():
+        if row.kind == "repeat":
+            continue
+        bpb = row.val_bpb or 0.0
+        memory = row.outcome.peak_mb / 1024 if row.outcome and row.val_bpb else 0.0
+        description = " ".join(row.description.split())
+        lines.append(f"{row.commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{row.decision}\t{description}")
+    path = night.folder / "results.tsv"
+    _replace(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def write_progress(night: Night) -> Path | None:
+    """progress.png: every score, the kept ones named, the best so far as a line. None without a score."""
+    rows = [r for r in night.rows() if r.kind != "repeat"]
+    scored = [(i, r, r.val_bpb) for i, r in enumerate(rows) if r.val_bpb is not None]
+    if not scored:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw(figure, night, rows, scored)
+    path = night.folder / "progress.png"
+    temporary = path.with_name("progress.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, path)
+    return path
+
+
+def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int, Row, float]]) -> None:
+    axes = figure.subplots()
+    kept = [(i, r, b) for i, r, b in scored if r.decision == "keep"]
+    others = [(i, b) for i, r, b in scored if r.decision != "keep"]
+    if others:
+        axes.scatter([i for i, _ in others], [b for _, b in others], c="#bbbbbb", s=22, zorder=2, label="Discarded")
+    if kept:
+        x, best = [i for i, _, _ in kept], [b for _, _, b in kept]
+        axes.step([*x, len(rows) - 1], [*best, best[-1]], where="post", color="#27ae60", lw=2, alpha=0.7, label="Best")
+        axes.scatter(x, best, c="#2ecc71", s=60, edgecolors="black", linewidths=0.5, zorder=4, label="Kept")
+        for i, r, b in kept:
+            text = r.description if len(r.description) <= 44 else r.description[:41] + "..."
+            axes.annotate(
+                text, (i, b), textcoords="offset points", xytext=(7, 7), fontsize=9, color="#1a7a3a", rotation=18
+            )
+    floor = night.noise().floor_bpb
+    if floor and kept:
+        base = kept[0][2]
+        label = f"Noise floor of the baseline ({floor:.4f})"
+        axes.axhspan(base - floor, base + floor, color="#3498db", alpha=0.10, zorder=0, label=label)
+    low, high = min(b for _, _, b in scored), scored[0][2]
+    margin = max((high - low) * 0.25, floor * 1.5, 1e-4)
+    axes.set_ylim(low - margin, high + margin * 1.6)
+    axes.set_xlim(-0.5, max(len(rows) - 0.2, 1.5))
+    axes.locator_params(axis="x", integer=True)
+    outcome = scored[0][1].outcome
+    where = (
+        "CPU" if outcome is None or outcome.device == "cpu" else (outcome.environment.get("gpu") or {}).get("name", "")
+    )
+    count = len(rows) - 1
+    axes.set_title(f"{night.folder.name}: {count} experiments, {max(len(kept) - 1, 0)} kept ({where} figures)")
+    axes.set_xlabel("Experiment")
+    axes.set_ylabel("val_bpb (lower is better)")
+    axes.grid(alpha=0.2)
+    axes.legend(loc="upper right", fontsize=9)
+
+
+def print_results(night: Night, console: Console) -> None:
+    """The results table, and where everything is."""
+    table = Table(title=f"Night {night.folder.name}", title_justify="left", pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("decision")
+    table.add_column("val_bpb", justify="right")
+    table.add_column("gain", justify="right")
+    table.add_column("what", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for row in night.rows():
+        colour = COLOURS.get(row.decision, "red")
+        bpb = f"{row.val_bpb:.6f}" if row.val_bpb is not None else "-"
+        gain = f"{row.gain:+.6f}" if row.gain is not None else ""
+        table.add_row(str(row.number), f"[{colour}]{row.decision}[/]", bpb, gain, row.description, row.reason)
+    console.print(table)
+    first, best = next((r for r in night.rows() if r.kind == "baseline"), None), night.incumbent()
+    if first and best and first.val_bpb and best.val_bpb and best.number != first.number:
+        share = (first.val_bpb - best.val_bpb) / first.val_bpb
+        console.print(f"val_bpb {first.val_bpb:.6f} -> {best.val_bpb:.6f} ({share:.2%} better than the baseline)")
+    console.print(f"branch  autoresearch/{night.folder.name}", highlight=False)
+    for name in ("results.tsv", "progress.png", "records.jsonl"):
+        if (night.folder / name).exists():
+            console.print(f"        {night.folder / name}", highlight=False, soft_wrap=True)

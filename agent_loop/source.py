@@ -1,0 +1,63 @@
+"""train.py as syntax: what may be run, what was tried before, how long it is."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import tokenize
+
+from harness.errors import HotloopError
+
+__all__ = ["MAX_BYTES", "ProposalError", "check_source", "code_lines", "syntax_hash"]
+
+MAX_BYTES = 256 * 1024
+
+
+class ProposalError(HotloopError):
+    """A proposal that is not run; `status` goes into its decision."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def check_source(source: bytes) -> None:
+    """Raises ProposalError for a train.py that cannot be an experiment."""
+    if len(source) > MAX_BYTES:
+        raise ProposalError("invalid", f"train.py has {len(source)} bytes; at most {MAX_BYTES} are run")
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as e:
+        where = f" in line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
+        raise ProposalError("crash", f"train.py does not parse: {getattr(e, 'msg', e)}{where}") from None
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for name in ("build_model", "train"):
+        if name not in defined:
+            raise ProposalError("crash", f"train.py does not define {name}()")
+
+
+def syntax_hash(source: bytes) -> str:
+    """Equal for two files that differ in comments, docstrings and layout only."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def code_lines(source: bytes) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings. The measure of "simpler"."""
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
+    lines: set[int] = set()
+    statement_starts = True
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        if token.type in skip or token.type == tokenize.ENDMARKER:
+            statement_starts = statement_starts or token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            continue
+        if not (token.type == tokenize.STRING and statement_starts):  # a string that is a statement is a docstring
+            lines.update(range(token.start[0], token.end[0] + 1))
+        statement_starts = False
+    return len(lines)

@@ -1,0 +1,25 @@
+"""The fast operations that train.py calls.
+
+Shapes: B batch, T time, D model, H heads, K head dim, V vocab, M = B*T. Each function here has a reference of the same
+name and signature in `kernels.reference`, which is its specification and what runs where no faster implementation can.
+Which one runs is chosen by capability and shown by `implementations()`; `HOTLOOP_KERNELS=reference` or `=triton` asks
+for one, and what is asked for and cannot run is an error.
+"""
+
+from __future__ import annotations
+
+from kernels.dispatch import KernelError, implementations
+from kernels.reference import apply_rope_norm, attention, embedding, linear_relu2, rms_norm
+from kernels.softcap_cross_entropy import softcap_cross_entropy_, softcap_linear_cross_entropy
+
+__all__ = [
+    "KernelError",
+    "apply_rope_norm",
+    "attention",
+    "embedding",
+    "implementations",
+    "linear_relu2",
+    "rms_norm",
+    "softcap_cross_entropy_",
+    "softcap_linear_cross_entropy",
+]

@@ -1,0 +1,125 @@
+"""Every operation in plain PyTorch: the specification that the kernels are tested against, and the fallback.
+
+Shapes: B batch, T time, D model, H heads, K head dim, V vocab, M = B*T.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "apply_rope_norm",
+    "attention",
+    "embedding",
+    "linear_relu2",
+    "rms_norm",
+    "softcap_cross_entropy_",
+    "softcap_linear_cross_entropy",
+]
+
+IGNORE = -1  # a target that counts in no loss
+NORM_EPS = 2.0**-23  # fp32's machine epsilon, whatever the dtype
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 2^-23) over the last dimension, without a gain. [..., D] -> [..., D]."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def apply_rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on the two halves of each head, then RMS norm over the head.
+
+    Args:
+        x: [B, T, H, K], K even.
+        cos, sin: [T, K/2].
+
+    Returns:
+        [B, T, H, K] of x's dtype.
+    """
+    half = x.size(-1) // 2
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    return rms_norm(torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
+
+
+def linear_relu2(x: Tensor, weight: Tensor) -> Tensor:
+    """relu(x W^T)^2. x [..., D], weight [N, D] -> [..., N]."""
+    return F.relu(F.linear(x, weight)).square()
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table. tokens int64 [...], weight [V, D] -> [..., D]."""
+    return F.embedding(tokens, weight)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention with a sliding window: query i sees keys j with i - window <= j <= i.
+
+    Args:
+        q: [B, T, H, K].
+        k, v: [B, T, G, K], G dividing H (grouped heads).
+        window: keys before the query's own that it sees; T or more is full attention.
+
+    Returns:
+        [B, T, H, K].
+    """
+    t, heads = q.size(1), q.size(2)
+    grouped = k.size(2) != heads
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if window >= t - 1:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        i = torch.arange(t, device=q.device)
+        distance = i[:, None] - i[None, :]
+        mask = (distance >= 0) & (distance <= window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def softcap_cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
+    """Cross-entropy of softcapped logits, and its gradient in place of the logits.
+
+        s = c tanh(l / c);  loss = logsumexp(s) - s[target];  l <- (softmax(s) - onehot) (1 - tanh(l / c)^2)
+
+    Args:
+        logits: [M, V]; overwritten by d loss[m] / d logits[m].
+        targets: int64 [M]; -1 gives loss 0 and gradient 0.
+        softcap: c; None for no cap.
+
+    Returns:
+        loss [M], fp32 (fp64 for fp64 logits), nats.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    t = None if softcap is None else torch.tanh(wide / softcap)
+    s = wide if t is None else softcap * t  # type: ignore[operator]
+    lse = torch.logsumexp(s, dim=-1)
+    valid = targets != IGNORE
+    at = targets.clamp_min(0)[:, None]
+    loss = torch.where(valid, lse - s.gather(1, at)[:, 0], 0.0)
+    grad = torch.exp(s - lse[:, None])
+    grad.scatter_add_(1, at, torch.full_like(grad[:, :1], -1.0))
+    if t is not None:
+        grad *= 1 - t * t
+    logits.copy_(grad * valid[:, None])
+    return loss
+
+
+def softcap_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
+    """Mean cross-entropy of softcap(x W^T) over the targets that are not -1.
+
+    Args:
+        x: [..., D].
+        weight: [V, D].
+        targets: int64 [...].
+        softcap: None for no cap.
+
+    Returns:
+        scalar, fp32 (fp64 for fp64 inputs), nats. NaN where no target counts.
+    """
+    logits = F.linear(x, weight).flatten(0, -2)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)

@@ -1,0 +1,246 @@
+"""Softcapped cross-entropy in one pass over the logits, in place.
+
+    s = c tanh(l / c);  loss = log sum exp(s) - s[target];  dl = scale (exp(s - lse) - onehot) (1 - tanh(l / c)^2)
+
+The loss and the gradient of the logits come from one read of a row, and the gradient takes the logits' place, so that
+neither fp32 logits nor a second M x V tensor ever exist. The cap bounds s by c, so exp(s) cannot overflow and no row
+maximum is needed; without a cap the maximum is taken. The gradient does not wait for the backward pass: the loss is a
+mean, so its scale is known in the forward pass, and the backward pass is two matrix products.
+
+Bytes, logits of b bytes an element: read M V b + write M V b (+ 12 M for targets and losses).
+Operations: about 12 M V, negligible beside the bytes; the products are 2 M D V each (one forward, two backward).
+
+After the in-place losses of Liger-Kernel and modded-nanogpt (the idea, not the code).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import reference
+from kernels.dispatch import HAVE_TRITON, KernelError, choose
+
+if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+
+__all__ = ["CONFIGS", "launch_config", "softcap_cross_entropy_", "softcap_linear_cross_entropy"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# A row of up to MAX_BLOCK logits stays in registers and is read once; a longer one is read twice.
+MAX_BLOCK = 16384
+# exp(s) of s <= MAX_CAP, summed over 2^20 columns, stays below fp32's largest number.
+MAX_CAP = 60.0
+
+
+def launch_config(vocab: int) -> dict[str, int]:
+    """Block and warps for rows of `vocab` logits."""
+    block = min(MAX_BLOCK, max(16, 1 << (vocab - 1).bit_length()))
+    return {"BLOCK": block, "num_warps": 16 if block > 8192 else 8 if block > 2048 else 4}
+
+
+# What is shipped, for the compile gate: (vocab, softcap is given).
+CONFIGS = [(v, cap) for v in (2048, 8192, 16384, 32768, 50304) for cap in (True, False)]
+
+
+# ---- forward kernel: losses and gradients -----------------------------------------------------------------------
+
+if HAVE_TRITON:
+
+    @triton.jit
+    def _capped(x: Any, softcap: Any, CAPPED: tl.constexpr) -> Any:
+        """(s, ds/dl) of logits x, fp32."""
+        if CAPPED:
+            t = 1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0)  # tanh; exact limits at both ends
+            s = softcap * t
+            slope = 1.0 - t * t
+        else:
+            s = x
+            slope = tl.full(x.shape, 1.0, tl.float32)
+        return s, slope
+
+    @triton.jit
+    def _softcap_cross_entropy_kernel(
+        logits_ptr, targets_ptr, loss_ptr, scale_ptr, stride, V, softcap,
+        CAPPED: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program a row. logits [M, V] rows `stride` apart, targets int64 [M], loss fp32 [M], scale fp32 [1]."""
+        row = tl.program_id(0).to(tl.int64)  # M x V passes 2^31 at the baseline
+        p_row = logits_ptr + row * stride
+        target = tl.load(targets_ptr + row)
+        valid = target != -1
+        scale = tl.where(valid, tl.load(scale_ptr), 0.0)
+        column = tl.arange(0, BLOCK)
+        if ONE_BLOCK:
+            inside = column < V
+            x = tl.load(p_row + column, mask=inside, other=0.0).to(tl.float32)
+            s, slope = _capped(x, softcap, CAPPED)
+            s = tl.where(inside, s, float("-inf"))
+            top = 0.0 if CAPPED else tl.max(s, 0)
+            e = tl.exp(s - top)
+            total = tl.sum(e, 0)
+            hit = column == target
+            at_target = tl.sum(tl.where(hit, s, 0.0), 0)
+            grad = (e / total - tl.where(hit, 1.0, 0.0)) * slope * scale
+            tl.store(p_row + column, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+        else:
+            top = 0.0 if CAPPED else float("-inf")
+            total = 0.0
+            at_target = 0.0
+            for start in range(0, V, BLOCK):
+                inside = start + column < V
+                x = tl.load(p_row + start + column, mask=inside, other=0.0).to(tl.float32)
+                s, _ = _capped(x, softcap, CAPPED)
+                s = tl.where(inside, s, float("-inf"))
+                if CAPPED:
+                    total += tl.sum(tl.exp(s), 0)
+                else:
+                    higher = tl.maximum(top, tl.max(s, 0))
+                    total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), 0)
+                    top = higher
+                at_target += tl.sum(tl.where(start + column == target, s, 0.0), 0)
+            for start in range(0, V, BLOCK):
+                inside = start + column < V
+                x = tl.load(p_row + start + column, mask=inside, other=0.0).to(tl.float32)
+                s, slope = _capped(x, softcap, CAPPED)
+                hit = start + column == target
+                grad = (tl.exp(s - top) / total - tl.where(hit, 1.0, 0.0)) * slope * scale
+                tl.store(p_row + start + column, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+        tl.store(loss_ptr + row, tl.where(valid, tl.log(total) + top - at_target, 0.0))
+
+
+# ---- launcher ---------------------------------------------------------------------------------------------------
+
+
+def _launch(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
+    m, v = logits.shape
+    loss = torch.empty(m, dtype=torch.float32, device=logits.device)
+    if m:
+        config = launch_config(v)
+        _softcap_cross_entropy_kernel[(m,)](
+            logits, targets, loss, scale, logits.stride(0), v, softcap or 1.0,
+            CAPPED=softcap is not None, ONE_BLOCK=v <= config["BLOCK"], **config,
+        )  # fmt: skip
+    return loss
+
+
+def _check(logits_shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor, softcap: float | None) -> None:
+    m, v = logits_shape
+    if dtype not in DTYPES:
+        raise KernelError(f"softcapped cross-entropy serves bfloat16, float16 and float32, not {dtype}")
+    if targets.dtype != torch.int64 or targets.numel() != m:
+        raise KernelError(f"{m} rows need int64 targets [{m}], not {targets.dtype} {list(targets.shape)}")
+    if v < 1:
+        raise KernelError("softcapped cross-entropy needs at least one column")
+    if softcap is not None and not 0.0 < softcap <= MAX_CAP:
+        raise KernelError(f"softcap must be in (0, {MAX_CAP:.0f}] or None, not {softcap}")
+
+
+# ---- operators --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hotloop::softcap_cross_entropy_", mutates_args=("logits",))
+def _inplace_op(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
+    return _launch(logits, targets, softcap, scale)
+
+
+@_inplace_op.register_fake
+def _(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("hotloop::softcap_linear_cross_entropy", mutates_args=())
+def _linear_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """x [M, D], weight [V, D], targets [M] -> mean loss [], d loss / d logits [M, V] (unscaled for fp16)."""
+    logits = x @ weight.T
+    share = 1.0 / (targets != reference.IGNORE).sum().float()
+    # One token's share of a mean underflows in fp16; there the backward pass scales.
+    scale = torch.ones_like(share) if x.dtype == torch.float16 else share
+    return _launch(logits, targets, softcap, scale).sum() * share, logits
+
+
+@_linear_op.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, targets, _ = inputs
+    ctx.save_for_backward(x, weight, targets, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, targets, dlogits = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None
+    if x.dtype == torch.float16:
+        grad = grad / (targets != reference.IGNORE).sum()
+    dx = (dlogits @ weight) * grad.to(x.dtype) if ctx.needs_input_grad[0] else None
+    dw = (dlogits.T @ x) * grad.to(x.dtype) if ctx.needs_input_grad[1] else None
+    return dx, dw, None, None
+
+
+_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.hotloop.softcap_linear_cross_entropy)
+def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * x[0] * x[1] * weight[0])
+
+
+# ---- public functions -------------------------------------------------------------------------------------------
+
+
+def softcap_cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
+    """Cross-entropy of softcapped logits, its gradient in place of the logits; see `reference`.
+
+    Args:
+        logits: [M, V], last dimension contiguous; overwritten by d loss[m] / d logits[m].
+        targets: int64 [M]; -1 gives loss 0 and gradient 0.
+
+    Returns:
+        loss fp32 [M], nats. No autograd.
+
+    Raises:
+        KernelError: inputs that the kernel does not serve.
+    """
+    if not choose("softcap_cross_entropy_", logits.device.type):
+        return reference.softcap_cross_entropy_(logits, targets, softcap)
+    if logits.ndim != 2 or logits.stride(-1) != 1:
+        raise KernelError(f"logits must be [M, V] with contiguous rows, not {list(logits.shape)}, {logits.stride()}")
+    _check(tuple(logits.shape), logits.dtype, targets, softcap)
+    one = torch.ones(1, dtype=torch.float32, device=logits.device)
+    loss: Tensor = _inplace_op(logits, targets.contiguous(), softcap, one)
+    return loss
+
+
+def softcap_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
+    """Mean cross-entropy of softcap(x W^T); see `reference`. No fp32 logits are formed.
+
+    Args:
+        x: [..., D]; under autocast it and the weight are taken in the autocast dtype.
+        weight: [V, D].
+        targets: int64 [...]; -1 is not counted.
+
+    Returns:
+        scalar fp32, nats, differentiable in x and weight.
+
+    Raises:
+        KernelError: inputs that the kernel does not serve.
+    """
+    if not choose("softcap_linear_cross_entropy", x.device.type):
+        return reference.softcap_linear_cross_entropy(x, weight, targets, softcap)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    flat = x.flatten(0, -2)
+    if weight.ndim != 2 or weight.shape[1] != flat.shape[1] or weight.dtype != flat.dtype:
+        raise KernelError(f"weight {list(weight.shape)} {weight.dtype} does not fit x {list(x.shape)} {x.dtype}")
+    _check((flat.shape[0], weight.shape[0]), flat.dtype, targets, softcap)
+    loss: Tensor = _linear_op(flat, weight, targets.flatten(), softcap)[0]
+    return loss

@@ -1,0 +1,366 @@
+"""One pretraining experiment: model, optimizer, schedules and loop. The only file that an experiment changes.
+
+The harness calls `build_model(spec)` and `train(run)`; everything else here is free: architecture, optimizer, batch
+size, precision, schedules. It counts the budget in tokens, feeds the data and scores the submitted weights, all from
+outside this process. Rules that follow: `forward(tokens)` must be causal and must treat every row on its own, and the
+weights that are submitted must load into what `build_model` returns. Run it with `python train.py`.
+
+The baseline is that of karpathy/autoresearch: a GPT with rotary positions, QK-norm, value embeddings, learned residual
+scalars, relu^2 and sliding windows, trained by Muon and AdamW. Shapes: B batch, T time, D model, H heads, K head dim.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from harness import Batch, Run, Spec, main
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyperparameters: edit these
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Model
+DEPTH = 8  # transformer blocks
+ASPECT_RATIO = 64  # model width = DEPTH * ASPECT_RATIO, rounded up to whole heads
+HEAD_DIM = 128  # width of one attention head
+WINDOW_PATTERN = "SSSL"  # attention windows, repeated over the blocks: L full, S half the context; the last is full
+SOFTCAP = 15.0  # logits are squashed into (-SOFTCAP, SOFTCAP)
+ROPE_BASE = 10000.0  # wavelength base of the rotary positions
+GATE_CHANNELS = 32  # first channels of the block's input that gate its value embedding
+
+# Batch
+TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step
+DEVICE_BATCH_SIZE = 128  # rows a forward and backward pass; lower it when memory runs out
+
+# Optimizer
+EMBEDDING_LR = 0.6  # token and value embeddings (AdamW)
+UNEMBEDDING_LR = 0.004  # lm_head (AdamW)
+MATRIX_LR = 0.04  # matrices of the blocks (Muon)
+SCALAR_LR = 0.5  # residual scalars (AdamW)
+WEIGHT_DECAY = 0.2  # cautious decay of the matrices, falling to 0 over the run
+ADAM_BETAS = (0.8, 0.95)  # AdamW's first and second moment
+MUON_MOMENTUM = 0.95  # Muon's Nesterov momentum, reached after MUON_RAMP steps
+MUON_RAMP = 300  # steps from momentum 0.85 to MUON_MOMENTUM
+MUON_BETA2 = 0.95  # second moment of Muon's variance reduction
+
+# Schedule, in shares of the budget
+WARMUP_RATIO = 0.0  # learning rates rise from 0
+WARMDOWN_RATIO = 0.5  # learning rates fall to FINAL_LR_FRAC
+FINAL_LR_FRAC = 0.0  # learning rate at the end, as a share of the full one
+
+# The laptop preset is the same experiment at a size for two CPU cores: rows of 256 tokens, 20 seconds. Where a name
+# stands in this table, its value is used there instead of the one above.
+LAPTOP = dict(
+    DEPTH=4,
+    ASPECT_RATIO=32,
+    HEAD_DIM=32,
+    WINDOW_PATTERN="L",
+    TOTAL_BATCH_SIZE=2**13,
+    DEVICE_BATCH_SIZE=32,
+    MUON_RAMP=30,
+)
+
+
+def hyperparameters(spec: Spec) -> SimpleNamespace:
+    """The constants above, with LAPTOP's on top where that preset runs."""
+    values = {name: value for name, value in globals().items() if name.isupper() and name != "LAPTOP"}
+    return SimpleNamespace(**(values | (LAPTOP if spec.preset == "laptop" else {})))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def has_value_embedding(layer: int, depth: int) -> bool:
+    """Every other block, the last one included."""
+    return layer % 2 == (depth - 1) % 2
+
+
+class Attention(nn.Module):
+    def __init__(self, hp: SimpleNamespace, dim: int, layer: int) -> None:
+        super().__init__()
+        self.heads = dim // hp.HEAD_DIM
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.gate_channels = hp.GATE_CHANNELS
+        gated = has_value_embedding(layer, hp.DEPTH)
+        self.gate = nn.Linear(hp.GATE_CHANNELS, self.heads, bias=False) if gated else None
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
+        heads = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
+        q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+        if self.gate is not None and ve is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate_channels]))  # [B, T, H], 1 at the start
+            v = v + gate[..., None] * ve.view(heads)
+        q, k = kernels.apply_rope_norm(q, cos, sin), kernels.apply_rope_norm(k, cos, sin)
+        return self.proj(kernels.attention(q, k, v, window).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(dim, 4 * dim, bias=False)
+        self.proj = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(kernels.linear_relu2(x, self.fc.weight))
+
+
+class Block(nn.Module):
+    def __init__(self, hp: SimpleNamespace, dim: int, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(hp, dim, layer)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
+        x = x + self.attention(kernels.rms_norm(x), ve, cos, sin, window)
+        return x + self.mlp(kernels.rms_norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, hp: SimpleNamespace, vocab_size: int, seq_len: int) -> None:
+        super().__init__()
+        heads = -(-hp.DEPTH * hp.ASPECT_RATIO // hp.HEAD_DIM)  # rounded up
+        self.dim = dim = heads * hp.HEAD_DIM
+        self.seq_len, self.softcap, self.depth = seq_len, hp.SOFTCAP, hp.DEPTH
+        pattern = [hp.WINDOW_PATTERN[i % len(hp.WINDOW_PATTERN)] for i in range(hp.DEPTH)]
+        self.windows = [seq_len if c == "L" else seq_len // 2 for c in (*pattern[:-1], "L")]
+        self.wte = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(Block(hp, dim, i) for i in range(hp.DEPTH))
+        self.lm_head = nn.Linear(dim, vocab_size, bias=False)
+        self.resid_scalars = nn.Parameter(torch.ones(hp.DEPTH))
+        self.x0_scalars = nn.Parameter(torch.full((hp.DEPTH,), 0.1))
+        layers = [i for i in range(hp.DEPTH) if has_value_embedding(i, hp.DEPTH)]
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, dim) for i in layers})
+        frequency = hp.ROPE_BASE ** -(torch.arange(0, hp.HEAD_DIM, 2, dtype=torch.float32) / hp.HEAD_DIM)
+        angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)  # [T, K/2]
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        bound = 3**0.5 * self.dim**-0.5  # a uniform distribution with the deviation of 1/sqrt(D)
+        nn.init.normal_(self.wte.weight, std=1.0)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.blocks:
+            for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.fc):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(block.attention.proj.weight)  # every block starts as the identity
+            nn.init.zeros_(block.mlp.proj.weight)
+            if block.attention.gate is not None:
+                nn.init.zeros_(block.attention.gate.weight)
+        for embed in self.value_embeds.values():
+            nn.init.uniform_(embed.weight, -bound, bound)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> normalised hidden state [B, T, D]."""
+        cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
+        x = x0 = kernels.rms_norm(kernels.embedding(tokens, self.wte.weight))
+        for i, block in enumerate(self.blocks):
+            x = self.resid_scalars[i] * x + self.x0_scalars[i] * x0
+            ve = kernels.embedding(tokens, self.value_embeds[str(i)].weight) if str(i) in self.value_embeds else None
+            x = block(x, ve, cos, sin, self.windows[i])
+        return kernels.rms_norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V], fp32. The harness scores with this; training uses `loss`."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+            logits = self.lm_head(self.hidden(tokens)).float()
+        return self.softcap * torch.tanh(logits / self.softcap)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, without forming fp32 logits."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+            return kernels.softcap_linear_cross_entropy(self.hidden(tokens), self.lm_head.weight, targets, self.softcap)
+
+    def flops_per_token(self) -> int:
+        """Forward and backward, by the formula of karpathy/autoresearch: 6 a matrix weight, 12 D a visible key."""
+        tables = [self.wte, *self.value_embeds.values()]
+        outside = sum(e.weight.numel() for e in tables) + 2 * self.depth
+        matrices = sum(p.numel() for p in self.parameters()) - outside
+        return 6 * matrices + sum(12 * self.dim * min(w, self.seq_len) for w in self.windows)
+
+
+def build_model(spec: Spec) -> GPT:
+    """The model that is trained and scored. Its weights depend on torch's seed alone."""
+    model = GPT(hyperparameters(spec), spec.vocab_size, spec.seq_len)
+    model.init_weights()
+    if spec.device == "cuda":
+        for table in (model.wte, *model.value_embeds.values()):
+            table.bfloat16()
+        model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
+    return model.to(spec.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer: Muon for the blocks' matrices, AdamW for everything else
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Polar Express (Amsel et al. 2025, arXiv:2505.16932): five odd polynomials that send singular values to 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def adamw_update(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float
+) -> None:
+    """AdamW without decay, in place. The scalars that change are 0-d tensors, so that nothing is compiled twice."""
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    denominator = (v / (1 - beta2**step)).sqrt() + eps
+    p.sub_((lr / (1 - beta1**step)) * (m / denominator))
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix, about: [N, rows, cols], in g's dtype."""
+    x = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    tall = g.size(-2) > g.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        poly = b * gram + c * (gram @ gram)
+        x = a * x + (x @ poly if tall else poly @ x)
+    return x
+
+
+def muon_update(
+    p: Tensor, grad: Tensor, buffer: Tensor, second: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor, beta2: float
+) -> Tensor:
+    """Muon over a stack of equal matrices [N, rows, cols]; updates the buffers in place and returns the new p.
+
+    Nesterov momentum, orthogonalisation, variance reduction along the longer side (NorMuon: each row or column is
+    divided by its running deviation, the whole keeps its norm), and decay only where it agrees with the step.
+    """
+    buffer.lerp_(grad, 1 - momentum)
+    g = torch.lerp(grad, buffer, momentum)
+    g = orthogonalize(g.bfloat16() if g.is_cuda else g)
+    side = -1 if p.size(-2) >= p.size(-1) else -2
+    mean = g.float().square().mean(dim=side, keepdim=True)
+    norm = mean.sum(dim=(-2, -1), keepdim=True).sqrt()
+    second.lerp_(mean.to(second.dtype), 1 - beta2)
+    scale = second.clamp_min(1e-10).rsqrt()
+    scaled_norm = (mean * scale.float().square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    g = g * (scale * (norm / scaled_norm.clamp_min(1e-10))).to(g.dtype)
+    return p - lr * g - lr * decay * p * (g * p >= 0)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups carry `kind` ("muon" or "adamw") and `base_lr`; `set_schedule` turns it into `lr`."""
+
+    def __init__(self, groups: list[dict], compiled: bool) -> None:
+        super().__init__(groups, {})
+        self.adamw_update = torch.compile(adamw_update, dynamic=False, fullgraph=True) if compiled else adamw_update
+        self.muon_update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
+
+    def set_schedule(self, lr_scale: float, momentum: float, decay: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+            if group["kind"] == "muon":
+                group["momentum"], group["decay"] = momentum, decay
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            self._muon(group) if group["kind"] == "muon" else self._adamw(group)
+
+    def _adamw(self, group: dict) -> None:
+        for p in group["params"]:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] += 1
+            lr = torch.tensor(group["lr"])
+            self.adamw_update(p, p.grad, state["m"], state["v"], state["step"], lr, *group["betas"], group["eps"])
+
+    def _muon(self, group: dict) -> None:
+        params = group["params"]
+        rows, cols = params[0].shape
+        state = self.state[params[0]]
+        if not state:
+            side = (rows, 1) if rows >= cols else (1, cols)
+            state["buffer"] = params[0].new_zeros(len(params), rows, cols)
+            state["second"] = params[0].new_zeros(len(params), *side)
+        grads = torch.stack([p.grad for p in params])
+        lr, decay, momentum = (torch.tensor(x) for x in (group["lr"], group["decay"], group["momentum"]))
+        new = self.muon_update(
+            torch.stack(list(params)), grads, state["buffer"], state["second"],
+            lr * max(1.0, rows / cols) ** 0.5, decay, momentum, group["beta2"],
+        )  # fmt: skip
+        torch._foreach_copy_(params, list(new.unbind(0)))
+
+
+def build_optimizer(model: GPT, hp: SimpleNamespace, compiled: bool) -> MuonAdamW:
+    adamw_lr_scale = (model.dim / 768) ** -0.5  # the rates were tuned at width 768
+    adamw = dict(kind="adamw", betas=hp.ADAM_BETAS, eps=1e-10)
+    embeddings = hp.EMBEDDING_LR * adamw_lr_scale
+    groups = [
+        dict(adamw, params=[model.lm_head.weight], base_lr=hp.UNEMBEDDING_LR * adamw_lr_scale),
+        dict(adamw, params=[model.wte.weight], base_lr=embeddings),
+        dict(adamw, params=list(model.value_embeds.parameters()), base_lr=embeddings),
+        dict(adamw, params=[model.resid_scalars], base_lr=hp.SCALAR_LR * 0.01),
+        dict(adamw, params=[model.x0_scalars], base_lr=hp.SCALAR_LR, betas=(0.96, 0.95)),
+    ]
+    muon = dict(kind="muon", base_lr=hp.MATRIX_LR, beta2=hp.MUON_BETA2)
+    matrices = list(model.blocks.parameters())
+    for shape in sorted({p.shape for p in matrices}):  # equal shapes are updated as one stack
+        groups.append(dict(muon, params=[p for p in matrices if p.shape == shape]))
+    return MuonAdamW(groups, compiled)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lr_multiplier(hp: SimpleNamespace, progress: float) -> float:
+    if progress < hp.WARMUP_RATIO:
+        return progress / hp.WARMUP_RATIO
+    if progress < 1.0 - hp.WARMDOWN_RATIO:
+        return 1.0
+    left = (1.0 - progress) / hp.WARMDOWN_RATIO
+    return left + (1.0 - left) * hp.FINAL_LR_FRAC
+
+
+def train(run: Run) -> None:
+    hp = hyperparameters(run.spec)
+    on_gpu = run.spec.device == "cuda"
+    model = build_model(run.spec)
+    optimizer = build_optimizer(model, hp, compiled=on_gpu)
+    loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True) if on_gpu else model.loss
+    rows = hp.TOTAL_BATCH_SIZE // run.spec.seq_len
+    micro_rows = min(rows, hp.DEVICE_BATCH_SIZE)
+    if rows < 1 or rows % micro_rows:
+        raise ValueError(f"TOTAL_BATCH_SIZE is {rows} rows, which must be a multiple of DEVICE_BATCH_SIZE {micro_rows}")
+
+    def step(batch: Batch) -> Tensor:
+        """One optimizer step over the whole batch, in micro-batches; returns its mean loss."""
+        total = torch.zeros((), device=batch.tokens.device)
+        for tokens, targets in zip(batch.tokens.split(micro_rows), batch.targets.split(micro_rows), strict=True):
+            loss = loss_of(tokens, targets) * (micro_rows / rows)
+            loss.backward()
+            total += loss.detach()
+        ramp = min(batch.step / hp.MUON_RAMP, 1.0)
+        momentum = (1 - ramp) * 0.85 + ramp * hp.MUON_MOMENTUM
+        optimizer.set_schedule(lr_multiplier(hp, batch.progress), momentum, hp.WEIGHT_DECAY * (1 - batch.progress))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    run.warmup(step, rows=rows, restore=(model, optimizer))
+    for batch in run.batches(rows=rows):
+        run.log(step(batch))
+    run.submit(model, depth=hp.DEPTH, flops_per_token=model.flops_per_token())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))
