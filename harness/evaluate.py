@@ -158,7 +158,7 @@ class Evaluator:
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
         n, length = nll.shape
         order = rng.permutation(n)
-        cuts: npt.NDArray[np.int64] = rng.integers(0, length, size=n, dtype=np.int64)
+        cuts = np.asarray(rng.integers(0, length, size=n))
         rows = self.val[order, :length].copy()
         decoys = self.train[rng.integers(0, len(self.train), n), :length]
         behind = np.arange(length)[None, :] > cuts[:, None]

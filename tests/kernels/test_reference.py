@@ -1,0 +1,69 @@
+"""The references against definitions written out in fp64, and the package's face."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+
+B, T, H, K = 2, 37, 4, 16
+
+
+def test_ours_is_the_package_that_is_imported_and_its_names_are_these() -> None:
+    assert Path(kernels.__file__).parent == Path(__file__).resolve().parents[2] / "kernels"
+    assert sorted(kernels.__all__) == [
+        "KernelError", "apply_rope_norm", "attention", "embedding", "implementations", "linear_relu2", "rms_norm",
+        "softcap_cross_entropy_", "softcap_linear_cross_entropy",
+    ]  # fmt: skip
+    assert set(kernels.implementations()) == set(reference.__all__)
+
+
+@pytest.mark.parametrize("length", [1, 2, T])
+@pytest.mark.parametrize("window", [0, 1, 5, T - 2, T - 1, T, 10 * T])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention(length: int, window: int, groups: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(B, length, H, K, dtype=torch.float64)
+    k, v = (torch.randn(B, length, groups, K, dtype=torch.float64) for _ in range(2))
+    want = torch.empty_like(q)
+    for b in range(B):
+        for h in range(H):
+            g = h * groups // H
+            for i in range(length):
+                low = max(0, i - window)
+                scores = k[b, low : i + 1, g] @ q[b, i, h] / math.sqrt(K)
+                want[b, i, h] = torch.softmax(scores, 0) @ v[b, low : i + 1, g]
+    torch.testing.assert_close(kernels.attention(q, k, v, window), want)
+
+
+def test_rope_turns_pairs_by_their_position_and_norms_the_head() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(B, T, H, K, dtype=torch.float64)
+    angle = torch.outer(torch.arange(T), 100.0 ** -(torch.arange(0, K, 2) / K)).double()
+    y = kernels.apply_rope_norm(x, angle.cos(), angle.sin())
+    pairs = torch.complex(x[..., : K // 2], x[..., K // 2 :]) * torch.exp(-1j * angle)[None, :, None, :]
+    turned = torch.cat([pairs.real, pairs.imag], -1)
+    torch.testing.assert_close(y, turned / (turned.square().mean(-1, keepdim=True) + 2.0**-23).sqrt())
+
+
+def test_cross_entropy_in_place_is_the_gradient_of_the_loss() -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(9, 23, dtype=torch.float64) * 5).requires_grad_()
+    targets = torch.randint(0, 23, (9,))
+    targets[4] = -1
+    capped = 15 * torch.tanh(logits / 15)
+    want = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
+    want.sum().backward()
+    inplace = logits.detach().clone()
+    torch.testing.assert_close(kernels.softcap_cross_entropy_(inplace, targets), want.detach())
+    torch.testing.assert_close(inplace, logits.grad)
+
+
+def test_linear_relu2() -> None:
+    x, w = torch.randn(3, 5, 8), torch.randn(11, 8)
+    torch.testing.assert_close(kernels.linear_relu2(x, w), torch.clamp(x @ w.T, min=0) ** 2)

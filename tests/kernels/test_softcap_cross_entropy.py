@@ -1,0 +1,193 @@
+"""The Triton kernel without a GPU: through the interpreter, and compiled for sm_90.
+
+Both need their environment set before Triton is imported, so each check is a script of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+
+PRELUDE = """
+import torch, kernels
+from kernels import reference
+torch.manual_seed(0)
+real_empty = torch.empty
+def poisoned(*a, **k):  # what a kernel does not write is no number
+    t = real_empty(*a, **k)
+    return t.fill_(float("nan")) if t.is_floating_point() else t
+torch.empty = poisoned
+def distance(x, y):
+    return float((x.double() - y).norm() / y.norm().clamp_min(1e-30))
+assert kernels.implementations()["softcap_linear_cross_entropy"] == "triton: interpreter"
+"""
+
+
+def test_loss_and_gradient_in_place_against_fp64() -> None:
+    run(
+        PRELUDE
+        + """
+for v in (1, 7, 2048, 5003, 20000):  # 20000 takes two passes over a row
+    for m in (1, 3, 130) if v < 5000 else (3,):
+        for cap in (15.0, 30.0, None):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                logits = (torch.randn(m, v) * 6).to(dtype)
+                targets = torch.randint(0, v, (m,))
+                if m > 1:
+                    targets[1] = -1
+                truth = logits.double()
+                want = reference.softcap_cross_entropy_(truth, targets, cap)
+                plain = logits.clone()
+                reference.softcap_cross_entropy_(plain, targets, cap)
+                ours = logits.clone()
+                loss = kernels.softcap_cross_entropy_(ours, targets, cap)
+                what = (v, m, cap, dtype)
+                assert (loss - want).abs().max() < 1e-5, what
+                # No worse than plain PyTorch's rounding to the same dtype, but for bfloat16, where the interpreter
+                # truncates and hardware rounds: at most one unit in the last place, 2^-7 of a number.
+                if dtype == torch.bfloat16:
+                    assert ((ours.double() - truth).abs() <= truth.abs() * 2**-7 + 1e-6).all(), what
+                else:
+                    assert distance(ours, truth) <= 1.5 * distance(plain, truth) + 1e-6, what
+                if m > 1:
+                    assert loss[1] == 0 and not ours[1].any(), what
+""",
+        **INTERPRETER,
+    )
+
+
+def test_linear_cross_entropy_and_every_gradient_against_fp64() -> None:
+    run(
+        PRELUDE
+        + """
+for b, t, d, v in ((2, 65, 48, 203), (1, 1, 16, 7), (4, 32, 64, 2048)):
+    for cap in (15.0, None):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.randn(b, t, d).to(dtype)
+            w = (torch.randn(v, d) * 0.3).to(dtype)
+            targets = torch.randint(0, v, (b, t))
+            if t > 1:
+                targets[0, :5] = -1
+            def both(function, x, w):
+                x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+                loss = function(x, w, targets, cap)
+                (loss * 3.0).backward()
+                return loss.detach(), x.grad, w.grad
+            truth = both(reference.softcap_linear_cross_entropy, x.double(), w.double())
+            plain = both(reference.softcap_linear_cross_entropy, x, w)
+            ours = both(kernels.softcap_linear_cross_entropy, x, w)
+            for name, o, p, y in zip(("loss", "dx", "dw"), ours, plain, truth):
+                # bfloat16 is allowed the interpreter's truncation, which doubles the error of rounding.
+                least = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+                limit = max(1.5 * distance(p, y), least)
+                assert distance(o, y) <= limit, (name, b, t, d, v, cap, dtype, distance(o, y), distance(p, y))
+""",
+        **INTERPRETER,
+    )
+
+
+def test_the_operators_are_well_formed_and_compile_without_a_graph_break() -> None:
+    run(
+        """
+import torch, kernels
+from torch.utils.flop_counter import FlopCounterMode
+x = torch.randn(12, 16, requires_grad=True)
+w = torch.randn(33, 16, requires_grad=True)
+t = torch.randint(0, 33, (12,))
+torch.library.opcheck(torch.ops.hotloop.softcap_linear_cross_entropy.default, (x, w, t, 15.0))
+torch.library.opcheck(torch.ops.hotloop.softcap_cross_entropy_.default, (torch.randn(12, 33), t, 15.0, torch.ones(1)))
+def f(x, w):
+    return kernels.softcap_linear_cross_entropy(kernels.rms_norm(x), w, t)
+eager = f(x, w)
+compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(x, w)
+torch.testing.assert_close(compiled, eager)
+torch._dynamo.reset()
+assert torch._dynamo.explain(f)(x, w).graph_break_count == 0
+with FlopCounterMode(display=False) as counter:
+    f(x, w).backward()
+assert counter.get_total_flops() == 3 * 2 * 12 * 16 * 33
+""",
+        **INTERPRETER,
+    )
+
+
+def test_every_shipped_configuration_compiles_for_sm_90_without_spills() -> None:
+    table = run(
+        """
+import re, subprocess, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import softcap_cross_entropy as m
+cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+for vocab, capped in m.CONFIGS:
+    config = m.launch_config(vocab)
+    warps = config.pop("num_warps")
+    signature = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "loss_ptr": "*fp32", "scale_ptr": "*fp32",
+                 "stride": "i64", "V": "i32", "softcap": "fp32"}
+    constants = {"CAPPED": capped, "ONE_BLOCK": vocab <= config["BLOCK"], **config}
+    signature |= {k: "constexpr" for k in constants}
+    source = ASTSource(fn=m._softcap_cross_entropy_kernel, signature=signature, constexprs=constants)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True)
+    facts = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\\d+)", usage.stdout))
+    assert facts["LOCAL"] == "0" and facts["STACK"] == "0", (vocab, capped, facts)
+    assert kernel.metadata.shared <= 232448
+    print(vocab, capped, facts)
+""",
+        HOTLOOP_KERNELS="triton",
+    )
+    assert len(table.splitlines()) == 10
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    run(
+        PRELUDE
+        + """
+def refused(words, *a):
+    try:
+        kernels.softcap_linear_cross_entropy(*a)
+    except kernels.KernelError as e:
+        assert words in str(e), e
+    else:
+        raise AssertionError(words)
+x, w, t = torch.randn(4, 8), torch.randn(16, 8), torch.zeros(4, dtype=torch.int64)
+refused("float64", x.double(), w.double(), t)
+refused("int64 targets [4]", x, w, t[:3])
+refused("int64 targets [4]", x, w, t.int())
+refused("does not fit", x, w[:, :7], t)
+refused("softcap must be", x, w, t, 100.0)
+refused("softcap must be", x, w, t, -1.0)
+""",
+        **INTERPRETER,
+    )
+
+
+@pytest.mark.parametrize(("asked", "words"), [("triton", "cannot run"), ("fast", "say auto, reference or triton")])
+def test_what_was_asked_for_and_cannot_run_is_an_error(asked: str, words: str) -> None:
+    script = "import kernels, torch\nif torch.cuda.is_available(): print('cannot run; say auto, reference or triton')\n"
+    script += "else:\n try: kernels.implementations()\n except kernels.KernelError as e: print(e)"
+    assert words in run(script, HOTLOOP_KERNELS=asked)
