@@ -12,13 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from prepare import default_data_dir, load_dataset
-
 from harness.errors import HotloopError
 from harness.machine import cpu_name, gpus, threads_default
 from harness.process import SANDBOX
 from harness.seal import verify_seal
 from harness.spec import PRESETS
+from prepare import default_data_dir, load_dataset
 
 __all__ = ["checks", "main"]
 

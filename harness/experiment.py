@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prepare import Dataset
-
 from harness.budget import Budget
 from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
 from harness.evaluate import Evaluator
@@ -28,6 +26,7 @@ from harness.seal import verify_seal
 from harness.session import Event, Session
 from harness.spec import BudgetRule, Preset, Spec
 from harness.weights import check_weights
+from prepare import Dataset
 
 __all__ = ["Event", "Job", "Settings", "forget_weights", "record", "replayed", "run_experiment", "summary"]
 
