@@ -46,9 +46,11 @@ __all__ = ["Dataset", "Packer", "Tokenizer", "default_data_dir", "load_dataset",
 
 FORMAT = 1
 SPLITS = ("train", "val", "holdout")
-# The GPT-4 pattern with numbers in pairs, as the reference splits.
+# The GPT-4 pattern with numbers in pairs: the pieces are the reference's. Its possessive quantifiers change no match
+# here, and without them all alternatives but the look-ahead form one group that runs as an automaton: twice as fast.
 SPLIT_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+    r"""(?:'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n])"""
+    r"""|\s+(?!\S)|\s+"""
 )
 SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the first is BOS
 TOKENIZER_CHARS = 1_000_000_000  # text that the tokenizer is trained on, at most
@@ -119,10 +121,15 @@ class Tokenizer:
         ranks = [base64.b64encode(r).decode() for r in self.ranks]
         return json.dumps({"pattern": self.pattern, "special": self.special, "ranks": ranks}).encode()
 
-    def encode(self, texts: Sequence[str], threads: int = 1) -> list[Row]:
-        """Each text's tokens behind a BOS, uint16."""
-        batches = self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
-        return [np.array([self.bos_id, *ids], dtype=np.uint16) for ids in batches]
+    def encode(self, text: str) -> Row:
+        """The text's tokens behind a BOS, uint16. What looks like a special token is text. Releases the GIL."""
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate; becomes U+FFFD
+            ids = np.array(self._encoding.encode_ordinary(text))
+        row = np.empty(len(ids) + 1, dtype=np.uint16)
+        row[0], row[1:] = self.bos_id, ids
+        return row
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(i) for i in ids])
@@ -294,7 +301,8 @@ def _parquet_texts(file: Path) -> Iterator[str]:
     try:
         table = pq.ParquetFile(file)
         for group in range(table.num_row_groups):
-            yield from table.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            texts = table.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            yield from (text for text in texts if text)
     except (pa.ArrowException, KeyError) as e:
         raise DataError(f"{file} is no parquet file with a column text ({' '.join(str(e).split())[:120]})") from None
 
@@ -605,18 +613,18 @@ def _write_rows(
     documents: Iterator[str], tokenizer: Tokenizer, width: int, path: Path, most: int | None
 ) -> dict[str, int]:
     facts = {"rows": 0, "documents": 0, "bytes": 0, "tokens": 0}
-    threads = len(os.sched_getaffinity(0))
 
-    def batches() -> Iterator[list[Row]]:
+    def batches(pool: ThreadPoolExecutor) -> Iterator[list[Row]]:
         while texts := list(_first(documents, BATCH_DOCUMENTS)):
-            tokens = tokenizer.encode(texts, threads)
+            tokens = list(pool.map(tokenizer.encode, texts))
             facts["documents"] += len(texts)
             facts["bytes"] += sum(len(t.encode("utf-8", "surrogatepass")) for t in texts)
             facts["tokens"] += sum(map(len, tokens))
             yield tokens
 
-    with open(path, "wb", opener=functools.partial(os.open, mode=0o600)) as f:
-        for row in Packer(batches(), width).rows():
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with pool, open(path, "wb", opener=functools.partial(os.open, mode=0o600)) as f:
+        for row in Packer(batches(pool), width).rows():
             if facts["rows"] == most:
                 break
             f.write(row.astype("<u2", copy=False).tobytes())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from agent_loop.gitrepo import read_ordinary
 from agent_loop.source import ProposalError
 from harness.errors import UsageError
 
@@ -100,17 +101,11 @@ class CommandAgent:
                 process.wait()
         if code:
             raise ProposalError("crash", f"the agent ended with exit status {code}; see {context.folder / 'agent.log'}")
-        if (context.worktree / "train.py").read_bytes() == context.source:
-            raise ProposalError("crash", "the agent left train.py as it was")
         return _first_line(description) or "an edit without a description"
 
 
 def _first_line(path: Path) -> str:
-    try:
-        with open(path, "rb") as f:
-            text = f.read(2000).decode("utf-8", "replace")
-    except OSError:
-        return ""
+    text = (read_ordinary(path, 2000) or b"").decode("utf-8", "replace")
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return "".join(c if c.isprintable() else " " for c in line)[:200]
 

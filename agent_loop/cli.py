@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as e:  # the machine's fault: a full disk, a folder that may not be written
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"hotloop: {where}{e.strerror or e}; mend it and start the same command again", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,6 +142,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _loop(args: argparse.Namespace) -> int:
+    from git.exc import GitError
     from rich.console import Console
 
     from agent_loop.agents import Agent, CommandAgent
@@ -190,7 +195,11 @@ def _loop(args: argparse.Namespace) -> int:
                     f"         sandbox: {SANDBOX} only",
                 ]
             )
-            Driver(night, NightRepo(repo, tag, runs / tag), agent, settings, options, view).run()
+            try:
+                Driver(night, NightRepo(repo, tag, runs / tag), agent, settings, options, view).run()
+            except GitError as e:
+                words = " ".join(str(getattr(e, "stderr", "") or e).split())[:300]
+                raise HotloopError(f"git failed ({words}); mend it and start the same command again") from None
         print_results(night, console)
     finally:
         lock.release()

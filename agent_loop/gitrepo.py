@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -69,12 +71,19 @@ def free_tag(repo: git.Repo, runs: Path, wish: str) -> str:
 
 
 class NightRepo:
-    """The repository as one night uses it."""
+    """The repository as one night uses it.
+
+    An agent works in the worktree and may leave anything there: a deleted `.git`, commits, another branch. So nothing
+    here asks the worktree what it is. Git's folders are named outright, the incumbent is a commit that the records
+    name, and a worktree that is not ours any more is made anew: without its `.git`, git would take the user's own
+    checkout for it.
+    """
 
     def __init__(self, repo: git.Repo, tag: str, folder: Path) -> None:
         self.repo, self.tag = repo, tag
         self.branch = branch_of(tag)
-        self.worktree = folder / "worktree"
+        self.worktree = folder.resolve() / "worktree"
+        self._common = Path(repo.common_dir).resolve()
 
     def start(self) -> str:
         """Make the branch at HEAD if it is new, and the worktree; returns the branch's commit."""
@@ -84,13 +93,8 @@ class NightRepo:
             raise UsageError(f"{self.tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'") from None
         if self.branch not in {h.name for h in self.repo.heads}:
             self.repo.git.branch(self.branch, "HEAD")
-        if not (self.worktree / ".git").exists():
-            self.repo.git.worktree("prune")
-            try:
-                self.repo.git.worktree("add", "--force", str(self.worktree), self.branch)
-            except git.GitCommandError as e:
-                words = " ".join(str(e.stderr).split())[:300]
-                raise UsageError(f"the worktree {self.worktree} cannot be made: {words}") from None
+        if self._private() is None:
+            self._make_worktree()
         return self.head()
 
     def head(self) -> str:
@@ -101,32 +105,40 @@ class NightRepo:
         data: bytes = (self.repo.commit(commit).tree / "train.py").data_stream.read()
         return data
 
-    def reset(self) -> None:
-        """Put the worktree back to the incumbent, whatever an agent left there."""
-        work = git.Git(self.worktree)
-        # A killed git leaves its lock behind; ours is the only driver, so it is nobody's.
-        private = Path(str(work.execute(["git", "rev-parse", "--absolute-git-dir"])))
-        (private / "index.lock").unlink(missing_ok=True)
-        work.execute(["git", "-c", "core.hooksPath=/dev/null", "reset", "-q", "--hard", self.branch])
-        work.execute(["git", "-c", "core.hooksPath=/dev/null", "clean", "-q", "-ffdx"])
+    def reset(self, commit: str) -> None:
+        """Put branch and worktree to the incumbent, whatever an agent left there."""
+        self.repo.git.update_ref(f"refs/heads/{self.branch}", commit)
+        private = self._private()
+        if private is None:
+            private = self._make_worktree()
+        for lock in ("index.lock", "HEAD.lock"):  # of a git that was killed; ours is the only driver
+            (private / lock).unlink(missing_ok=True)
+        self._git(private, "symbolic-ref", "HEAD", f"refs/heads/{self.branch}")
+        self._git(private, "reset", "-q", "--hard", commit)
+        self._git(private, "clean", "-q", "-ffdx")
 
-    def proposed(self) -> bytes:
-        """The train.py that an agent left in the worktree.
+    def proposed(self, commit: str) -> bytes:
+        """The train.py that an agent left in the worktree, which had `commit` checked out.
 
         Raises:
             ProposalError: something else was changed too, or train.py is no ordinary file.
         """
-        status = git.Git(self.worktree).execute(["git", "status", "--porcelain", "-uall", "--no-renames"])
-        others = sorted({line[3:] for line in str(status).splitlines()} - {"train.py"})
+        if self._private() is None:
+            raise ProposalError("invalid", "the worktree's .git was removed or replaced; only train.py may change")
+        # An index of our own: the agent's could say that nothing changed.
+        with tempfile.TemporaryDirectory() as folder:
+            env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+            self._git(self._common, "read-tree", commit, env=env)
+            changed = self._git(self._common, "diff", "--no-ext-diff", "--no-renames", "--name-only", "-z", env=env)
+            new = self._git(self._common, "ls-files", "--others", "--exclude-standard", "-z", env=env)
+        others = sorted({name for name in (changed + new).split("\0") if name} - {"train.py"})
         if others:
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise ProposalError("invalid", f"only train.py may change; also changed: {', '.join(others[:3])}{more}")
-        try:
-            fd = os.open(self.worktree / "train.py", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as e:
-            raise ProposalError("invalid", f"train.py is not an ordinary file: {e.strerror}") from None
-        with open(fd, "rb") as f:
-            return f.read(MAX_BYTES + 1)
+        source = read_ordinary(self.worktree / "train.py", MAX_BYTES + 1)
+        if source is None:
+            raise ProposalError("invalid", "train.py is gone, or is not an ordinary file")
+        return source
 
     def commit(self, source: bytes, parent: str, message: str, number: int) -> str:
         """Commit `source` as train.py on top of `parent`, under the number's own ref; no branch moves."""
@@ -140,8 +152,47 @@ class NightRepo:
         self.repo.git.update_ref(f"refs/hotloop/{self.tag}/{number:04d}", sha)
         return sha
 
-    def advance(self, commit: str, was: str) -> None:
-        """Make `commit` the incumbent: move the branch, if it still stands where it was, and the worktree."""
-        if self.head() != commit:
-            self.repo.git.update_ref(f"refs/heads/{self.branch}", commit, was)
-        self.reset()
+    # The worktree.
+
+    def _private(self) -> Path | None:
+        """Git's own folder of our worktree; None where the worktree is missing or is not that one any more."""
+        link = read_ordinary(self.worktree / ".git", 8192)
+        if link is None or not link.startswith(b"gitdir: "):
+            return None
+        private = (self.worktree / os.fsdecode(link[len(b"gitdir: ") :]).strip()).resolve()
+        try:
+            back = (private / (private / "gitdir").read_text().strip()).resolve()
+        except OSError:
+            return None
+        ours = private.parent == self._common / "worktrees" and back == self.worktree / ".git"
+        return private if ours else None
+
+    def _make_worktree(self) -> Path:
+        if self.worktree.is_symlink() or self.worktree.is_file():
+            self.worktree.unlink()
+        elif self.worktree.exists():
+            shutil.rmtree(self.worktree)
+        self.repo.git.worktree("prune")
+        try:
+            self.repo.git.worktree("add", "--force", str(self.worktree), self.branch)
+        except git.GitCommandError as e:
+            words = " ".join(str(e.stderr).split())[:300]
+            raise UsageError(f"the worktree {self.worktree} cannot be made: {words}") from None
+        private = self._private()
+        assert private is not None
+        return private
+
+    def _git(self, git_dir: Path, *args: str, env: dict[str, str] | None = None) -> str:
+        where = [f"--git-dir={git_dir}", f"--work-tree={self.worktree}"]
+        safe = ["-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.bare=false"]
+        return str(git.Git(self.worktree).execute(["git", *where, *safe, *args], env=env))
+
+
+def read_ordinary(path: Path, most: int) -> bytes | None:
+    """Up to `most` bytes of a regular file; None for anything else: missing, a link, a pipe, a device, a folder."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(fd, "rb") as f:
+        return f.read(most) if stat.S_ISREG(os.fstat(fd).st_mode) else None

@@ -67,7 +67,7 @@ class Driver:
         began = time.monotonic()
         base = self.repo.start()
         self.night.check_settings(self._night_settings())
-        self._catch_up()
+        self._catch_up(base)
         failed = 0
         while not self._finished(began):
             number = self.night.next_number
@@ -105,7 +105,7 @@ class Driver:
             return True
         return self.options.hours is not None and time.monotonic() - began >= self.options.hours * 3600
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, base: str) -> None:
         """Make up for what a killed driver left undone."""
         if self.night.chain.cut_bytes:
             self.view.note(
@@ -116,12 +116,11 @@ class Driver:
             self.view.note(f"experiment {waiting.number} was run and not decided; deciding now")
             self._decide(waiting)
         incumbent = self.night.incumbent()
-        if incumbent:
-            self.repo.advance(incumbent.commit, self.repo.head())
-        else:
-            self.repo.reset()
+        self.repo.reset(incumbent.commit if incumbent else base)
         if self.night.rows():
             self._reports()
+            if incumbent is None:
+                raise self._no_baseline()
 
     def _baseline_commit(self) -> str:
         return next(r.commit for r in self.night.rows() if r.kind == "baseline")
@@ -130,10 +129,14 @@ class Driver:
         outcome = self._train(InFlight(number, commit, description), kind, "", seed)
         self._decide(outcome)
         if outcome.status != "ok" and kind == "baseline":
-            raise HotloopError(
-                f"the baseline itself ended as {outcome.status}: {outcome.reason}; see "
-                f"{self.night.experiment_folder(number) / 'log.txt'}, mend train.py, commit, and give another --tag"
-            )
+            raise self._no_baseline()
+
+    def _no_baseline(self) -> HotloopError:
+        row = self.night.rows()[0]
+        return HotloopError(
+            f"the baseline itself ended as {row.decision}: {row.reason}; see "
+            f"{self.night.experiment_folder(row.number) / 'log.txt'}, mend train.py, commit, and give another --tag"
+        )
 
     def _experiment(self, number: int) -> bool:
         """One experiment, proposal included; False where the proposal could not be run."""
@@ -145,7 +148,7 @@ class Driver:
             try:
                 description, source = self._propose(number, incumbent)
             except ProposalError as e:
-                self.repo.reset()
+                self.repo.reset(incumbent.commit)
                 decision = Decision(e.status, str(e))
                 self._record(
                     number, "experiment", "0" * 40, description or "a proposal that was not run", decision, None
@@ -155,12 +158,12 @@ class Driver:
             commit = self.repo.commit(source, incumbent.commit, gain_line, number)
             proposal = InFlight(number, commit, description)
             self.night.set_in_flight(proposal)
-            self.repo.reset()
+            self.repo.reset(incumbent.commit)
         self._decide(self._train(proposal, "experiment", incumbent.commit, self.options.seed))
         return True
 
     def _propose(self, number: int, incumbent: Row) -> tuple[str, bytes]:
-        self.repo.reset()
+        self.repo.reset(incumbent.commit)
         source = self.repo.source(incumbent.commit)
         seen = frozenset(syntax_hash(self.repo.source(r.commit)) for r in self.night.rows() if r.outcome)
         context = Context(
@@ -168,7 +171,9 @@ class Driver:
             self.night.experiment_folder(number),
         )  # fmt: skip
         description = self.agent.propose(context)
-        proposed = self.repo.proposed()
+        proposed = self.repo.proposed(incumbent.commit)
+        if proposed == source:
+            raise ProposalError("crash", "the agent left train.py as it was")
         check_source(proposed)
         if syntax_hash(proposed) in seen:
             raise ProposalError("discard", f"not run, it was tried before: {description}")
@@ -207,7 +212,7 @@ class Driver:
         kind, description = outcome.kind, outcome.description
         row = self._record(outcome.number, kind, outcome.commit, description, decision, outcome)
         if decision.decision == "keep":
-            self.repo.advance(row.commit, self.repo.head())
+            self.repo.reset(row.commit)
         elif kind != "baseline":
             forget_weights(self.night.experiment_folder(outcome.number))
 
@@ -237,5 +242,9 @@ class Driver:
         return row
 
     def _reports(self) -> None:
-        write_tsv(self.night)
-        write_progress(self.night)
+        """The records hold everything, so a report that cannot be written ends nothing."""
+        try:
+            write_tsv(self.night)
+            write_progress(self.night)
+        except OSError as e:
+            self.view.note(f"{e.filename or self.night.folder}: {e.strerror or e}; later: hotloop report")

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import regex  # tiktoken's own dependency
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,13 +122,33 @@ def test_a_thousand_documents_in_the_buffer_cost_no_more_than_ten() -> None:
 def test_tokens_give_the_text_back_and_count_its_bytes(dataset: prep.Dataset) -> None:
     tokenizer = dataset.tokenizer
     for text in ["naïve 字 — 1234 \n\n  x", *words(9, 5), ""]:
-        (ids,) = tokenizer.encode([text])
+        ids = tokenizer.encode(text)
         assert ids[0] == tokenizer.bos_id
         assert tokenizer.decode(ids[1:]) == text
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     lone = tokenizer.ranks.index(b"\xc3")  # the first byte of é: one byte, not the three of a replacement character
     assert tokenizer.token_bytes[lone] == 1
     assert (tokenizer.token_bytes[-4:] == 0).all()
+
+
+# nanochat's and autoresearch's, as published.
+REFERENCE_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+
+
+@given(st.text(alphabet=" \t\r\n'aBſéİ字12½_.<|—\u3000\x85\x1c\u0301", max_size=60))
+def test_the_pieces_are_the_references(text: str) -> None:
+    assert regex.findall(prep.SPLIT_PATTERN, text) == regex.findall(REFERENCE_PATTERN, text)
+
+
+def test_a_lone_surrogate_and_a_special_token_are_text(dataset: prep.Dataset) -> None:
+    tokenizer = dataset.tokenizer
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")[1:]) == "a\ufffdb"
+    text = f"x{prep.SPECIAL_TOKENS[0]}y"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids[1:]) == text
+    assert (ids[1:] < tokenizer.bos_id).all()
 
 
 def test_training_the_tokenizer_twice_gives_the_same_one(tmp_path: Path) -> None:

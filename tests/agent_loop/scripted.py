@@ -1,0 +1,103 @@
+"""A real driver on a real repository, with a runner that scores a train.py by its constants, in no time.
+
+    python scripted.py REPO TAG EXPERIMENTS [KILL_AT]
+
+KILL_AT n: SIGKILL this process at the n-th write to the records, to git, or to the proposal in flight; odd ones
+before the write, even ones after it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rich.console import Console
+
+from agent_loop import gitrepo, night
+from agent_loop.agents import Agent
+from agent_loop.builtin import BuiltinAgent, constants
+from agent_loop.gitrepo import NightRepo, open_repo
+from agent_loop.live import View
+from agent_loop.loop import Driver, Options
+from agent_loop.night import Lock, Night
+from agent_loop.report import print_results
+from harness.experiment import Event, Job, Settings
+from harness.record import Chain, Outcome
+from harness.spec import PRESETS
+
+SETTINGS = Settings(PRESETS["laptop"], "cpu", SimpleNamespace(digest="d", path="nowhere"), 1)  # type: ignore[arg-type]
+
+
+def outcome_of(job: Job, **changes: Any) -> Outcome:
+    fields = {k: getattr(job, k) for k in ("number", "tag", "kind", "commit", "parent", "description", "seed")}
+    return Outcome(**fields, preset="laptop", device="cpu", source_sha256="", **changes)
+
+
+def run(job: Job, settings: Settings, on_event: Callable[[Event], None]) -> Outcome:
+    """Best at MATRIX_LR 0.1 and DEPTH 6; a DEPTH of 5 crashes; each seed is off by 0.001."""
+    found = {k: c.value for k, c in constants(job.source, "laptop").items()}
+    on_event(Event("train", 0.5, 2.0, 1000.0))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if found["DEPTH"] == 5:
+        return outcome_of(job, status="crash", reason="five is not a depth", log_tail=["Traceback"])
+    bpb = 1.0 + abs(found["MATRIX_LR"] - 0.1) + 0.02 * abs(found["DEPTH"] - 6) + 0.001 * (job.seed - 1)
+    (job.folder / "weights.safetensors").write_bytes(b"w")
+    ledger = {"start": 1.0, "train": 20.0}
+    return outcome_of(job, status="ok", val_bpb=bpb, peak_mb=512.0, budget={"tokens": 4096}, ledger=ledger)
+
+
+def drive(
+    repo: Path, tag: str, experiments: int, agent: Agent | None = None, runner: Any = run, noise_seeds: int = 2
+) -> Night:
+    lock = Lock(repo / "runs" / tag / "lock")
+    try:
+        state = Night(repo / "runs" / tag)
+        options = Options(experiments=experiments, noise_seeds=noise_seeds)
+        console = Console(force_terminal=False, width=160)
+        with View(console) as view:
+            night_repo = NightRepo(open_repo(repo), tag, state.folder)
+            Driver(state, night_repo, agent or BuiltinAgent(1), SETTINGS, options, view, runner).run()
+        print_results(state, console)
+        return state
+    finally:
+        lock.release()
+
+
+def _die_at(count: int) -> None:
+    calls = 0
+
+    def wrap(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == count and count % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **kwargs)
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, call)
+
+    for owner, name in (
+        (Chain, "append"),
+        (gitrepo.NightRepo, "commit"),
+        (gitrepo.NightRepo, "reset"),
+        (night.Night, "set_in_flight"),
+    ):
+        wrap(owner, name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 4:
+        _die_at(int(sys.argv[4]))
+    drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
