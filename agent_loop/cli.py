@@ -150,9 +150,10 @@ def _loop(args: argparse.Namespace) -> int:
     from agent_loop.gitrepo import NightRepo, free_tag, open_repo
     from agent_loop.live import View
     from agent_loop.loop import Driver, Options
-    from agent_loop.night import Lock, Night
+    from agent_loop.night import Night
     from agent_loop.report import print_results
     from harness.process import SANDBOX
+    from harness.record import Lock
     from harness.single import budget_from, settings_from
 
     for name in ("experiments", "hours", "noise_seeds", "min_gain"):

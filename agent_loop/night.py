@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from agent_loop.agents import Tried
-from harness.errors import LockedError, UsageError
+from harness.errors import UsageError
 from harness.record import Chain, Outcome
 from harness.score import Noise, Score
 
-__all__ = ["InFlight", "Lock", "Night", "Row"]
+__all__ = ["InFlight", "Night", "Row"]
 
 
 @dataclass(frozen=True)
@@ -42,28 +41,6 @@ class Row:
     @property
     def val_bpb(self) -> float | None:
         return self.outcome.val_bpb if self.outcome else None
-
-
-class Lock:
-    """One driver a run tag. The lock is the kernel's, so it does not outlive its owner."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
-            os.close(self._fd)
-            raise LockedError(
-                f"the run tag {path.parent.name} is in use by process {owner}; wait for it, stop it, or "
-                f"give another --tag"
-            ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        os.close(self._fd)
 
 
 class Night:

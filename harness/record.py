@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import DiskFullError, RecordError
+from harness.errors import DiskFullError, LockedError, RecordError
 
-__all__ = ["FAILURES", "GENESIS", "Chain", "Outcome", "canonical"]
+__all__ = ["FAILURES", "GENESIS", "Chain", "Lock", "Outcome", "canonical"]
 
 GENESIS = "0" * 64
 FAILURES = ("crash", "invalid", "overtime", "timeout", "oom", "nan")
@@ -213,3 +214,29 @@ class Chain:
                 f"again, it goes on where it was"
             )
         return RecordError(f"{self.path} cannot be written: {e.strerror or e}")
+
+
+class Lock:
+    """One writer a run tag. The lock is the kernel's, so it does not outlive its owner.
+
+    Raises:
+        LockedError: another process has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(self._fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise LockedError(
+                f"the run tag {path.parent.name} is in use by process {owner}; wait for it, stop it, or "
+                f"give another --tag"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._fd)

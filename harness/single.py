@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from harness.errors import DataError, HotloopError, UsageError
 from harness.experiment import Job, Settings, record, replayed, run_experiment, summary
 from harness.machine import check_device, gpus, threads_default
-from harness.record import Chain, Outcome
+from harness.record import Chain, Lock, Outcome
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, preset_named
 from prepare import default_data_dir, load_dataset
@@ -101,6 +102,7 @@ def run_command(args: argparse.Namespace) -> int:
     """`hotloop run`: one experiment of a train.py, recorded under runs/single; prints the summary block."""
     source = read_train_source(Path(args.train))
     settings = settings_from(preset=args.preset, device=args.device, data=args.data, threads=args.threads)
+    lock = Lock(SINGLES / "lock")  # two at once would write one record
     chain = Chain.open(SINGLES / "records.jsonl")
     number = len(chain.bodies("experiment"))
     commit = _git_commit(Path(args.train).resolve())
@@ -110,6 +112,7 @@ def run_command(args: argparse.Namespace) -> int:
     )  # fmt: skip
     outcome = run_experiment(job, settings, _printer())
     record(chain, outcome)
+    lock.release()
     print(summary(outcome))
     if outcome.status != "ok":
         print(*outcome.log_tail, sep="\n", file=sys.stderr)
@@ -130,7 +133,10 @@ def replay_command(args: argparse.Namespace) -> int:
         raise UsageError(
             f"experiment {was.number} left no weights ({was.status}: {was.reason}); there is nothing to replay"
         )
-    source = read_train_source(night / "experiments" / f"{was.number:04d}" / "train.py")
+    path = night / "experiments" / f"{was.number:04d}" / "train.py"
+    source = read_train_source(path)
+    if hashlib.sha256(source).hexdigest() != was.source_sha256:
+        raise UsageError(f"{path} is not what was run; restore it: git show {was.commit[:12]}:train.py > {path}")
     settings = settings_from(preset=was.preset, device=was.device, data=args.data, threads=was.environment["threads"])
     if settings.dataset.digest != was.seals["data"]:
         raise DataError(f"{settings.dataset.path} is not the data that experiment {was.number} was trained on")

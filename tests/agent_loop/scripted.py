@@ -26,10 +26,10 @@ from agent_loop.builtin import BuiltinAgent, constants
 from agent_loop.gitrepo import NightRepo, open_repo
 from agent_loop.live import View
 from agent_loop.loop import Driver, Options
-from agent_loop.night import Lock, Night
+from agent_loop.night import Night
 from agent_loop.report import print_results
 from harness.experiment import Event, Job, Settings
-from harness.record import Chain, Outcome
+from harness.record import Chain, Lock, Outcome
 from harness.spec import PRESETS
 
 SETTINGS = Settings(PRESETS["laptop"], "cpu", SimpleNamespace(digest="d", path="nowhere"), 1)  # type: ignore[arg-type]

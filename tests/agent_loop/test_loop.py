@@ -18,8 +18,9 @@ import pytest
 from agent_loop.agents import CommandAgent
 from agent_loop.cli import main
 from agent_loop.gitrepo import free_tag, open_repo
-from agent_loop.night import Lock, Night
+from agent_loop.night import Night
 from harness.errors import DiskFullError, HotloopError, LockedError, RecordError, UsageError
+from harness.record import Lock
 
 SCRIPT = Path(__file__).with_name("scripted.py")
 _spec = importlib.util.spec_from_file_location("scripted", SCRIPT)

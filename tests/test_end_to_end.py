@@ -1,0 +1,230 @@
+"""The commands as they are typed, with real data, real processes and real training; only small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import git
+import pytest
+from rich.console import Console
+
+import prepare as prep
+from agent_loop.agents import Context
+from agent_loop.gitrepo import NightRepo, open_repo
+from agent_loop.live import View
+from agent_loop.loop import Driver, Options
+from agent_loop.night import Night
+from harness.experiment import Settings
+from harness.process import project_root
+from harness.record import Chain, Lock
+from harness.spec import BudgetRule, preset_named
+from tests.harness.conftest import TINY, tiny_source
+
+ROOT = project_root()
+SMALL = ["--preset", "laptop", "--device", "cpu", "--budget-flops", "3e8", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A laptop-shaped dataset of some pages of Python's manual."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("text")
+    for number, name in enumerate(sorted(topics)[:80]):
+        (folder / f"{number}.txt").write_text(topics[name])
+    out = folder / "data"
+    caps = {"train": 400, "val": 24, "holdout": 8}
+    prep.prepare(str(folder), seq_len=256, vocab_size=320, out=out, max_rows=caps)
+    return out
+
+
+def call(folder: Path, *command: str, timeout: float = 200.0) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HOTLOOP")} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def hotloop(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return call(folder, sys.executable, "-c", "import sys; from agent_loop.cli import main; sys.exit(main())", *args)
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, words: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert re.fullmatch(rf"hotloop: .*{words}.*\n", done.stderr), done.stderr
+    assert done.stdout == ""
+
+
+def test_run_prints_the_block_and_its_replay_is_identical(tmp_path: Path, data: Path) -> None:
+    # The file claims a score and stops every clock that it can reach: neither counts.
+    lies = "print('val_bpb:          0.100000')\nimport time\n" + "\n".join(
+        f"time.{name} = lambda: 0.0" for name in ("time", "monotonic", "perf_counter", "process_time")
+    )
+    (tmp_path / "train.py").write_bytes(tiny_source(START=lies))
+    first, second = (hotloop(tmp_path, "run", *SMALL, "--data", str(data)) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    block = first.stdout.splitlines()
+    assert block[0] == "---"
+    names = (
+        "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"
+    )
+    assert [line.split(":")[0] for line in block[1:]] == names.split()
+    values = dict(line.split(":") for line in block[1:])
+    assert 1.0 < float(values["val_bpb"]) < 8.0
+    assert Chain.read(tmp_path / "runs/single/records.jsonl").bodies("experiment")[0]["training_s"] > 0
+    assert (tmp_path / "runs/single/experiments/0000/log.txt").read_text().count("val_bpb") == 1
+    assert second.stdout.splitlines()[1] == block[1]  # the same score to the last digit
+    replay = hotloop(tmp_path, "replay", "0", "--tag", "single", "--data", str(data))
+    assert replay.returncode == 0, replay.stderr
+    assert replay.stdout.splitlines()[-1] == "identical"
+    (tmp_path / "runs/single/experiments/0000/train.py").write_text("def build_model(): ...\ndef train(): ...\n")
+    refused(hotloop(tmp_path, "replay", "0", "--tag", "single", "--data", str(data)), 2, "is not what was run")
+
+
+def test_python_train_py_runs_the_shipped_model(tmp_path: Path, data: Path) -> None:
+    shutil.copy(ROOT / "train.py", tmp_path)
+    small = [*SMALL[:4], "--budget-tokens", "8192", "--threads", "2", "--data", str(data)]
+    done = call(tmp_path, sys.executable, "train.py", *small)
+    assert done.returncode == 0, done.stderr
+    assert "total_tokens_M:   0.0\nnum_steps:        2\n" in done.stdout
+    assert "depth:            4" in done.stdout
+
+
+def test_a_failure_is_an_exit_status_with_its_reason(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_bytes(tiny_source(STEP="loss = step(batch) * float('nan')"))
+    done = hotloop(tmp_path, "run", *SMALL, "--data", str(data))
+    assert done.returncode == 15
+    assert "status:           nan\nreason:           NonFiniteLossError: the loss of step 0 is nan" in done.stdout
+    assert "val_bpb" not in done.stdout
+
+
+class Scripted:
+    """An agent with a list of files to try."""
+
+    name = "scripted"
+
+    def __init__(self, sources: dict[str, bytes]) -> None:
+        self.sources = list(sources.items())
+
+    def propose(self, context: Context) -> str:
+        name, source = self.sources[context.number - 1]
+        (context.worktree / "train.py").write_bytes(source)
+        return name
+
+
+def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) -> None:
+    """One hostile file after the other, for real; then an honest one, which is kept on merit."""
+    (tmp_path / "train.py").write_text(TINY)
+    made = git.Repo.init(tmp_path, initial_branch="main")
+    made.git.add("train.py")
+    made.git.execute(["git", "-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qm", "start"])
+    tries = {
+        "raise": ("crash", tiny_source(STEP="raise RuntimeError('no')")),
+        "hang": ("timeout", tiny_source(STEP="while True: pass")),
+        "not a number": ("nan", tiny_source(STEP="loss = step(batch) * float('inf')")),
+        "exit 0": ("crash", tiny_source(SUBMIT="raise SystemExit(0)")),
+        "kill itself": ("oom", tiny_source(SUBMIT="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")),
+        "look ahead": ("invalid", tiny_source(MIX="x = x + x.roll(-1, 1)")),
+        "another protocol": ("invalid", tiny_source(SUBMIT="run._wire.send('score', val_bpb=0.1)")),
+        "a fake score": ("discard", tiny_source(SUBMIT="print('---\\nval_bpb:          0.000001', flush=True)")),
+        "learn faster": ("keep", TINY.replace("lr=0.01", "lr=0.03").encode()),
+    }
+    preset = preset_named("laptop").with_limits(stall_s=3.0, overtime=50.0)
+    settings = Settings(preset, "cpu", prep.load_dataset(data), 1)
+    night = Night(tmp_path / "runs" / "t")
+    agent = Scripted({name: source for name, (_, source) in tries.items()})
+    options = Options(experiments=len(tries), budget=BudgetRule("flops", 3e8))
+    with View(Console(width=160)) as view:
+        Driver(night, NightRepo(open_repo(tmp_path), "t", night.folder), agent, settings, options, view).run()
+    rows = night.rows()
+    assert [(r.description, r.decision) for r in rows[1:]] == [(k, want) for k, (want, _) in tries.items()]
+    assert all(r.reason for r in rows)
+    assert all(r.val_bpb is None for r in rows[1:8])
+    assert rows[8].val_bpb == rows[0].val_bpb  # printing changes nothing
+    assert b"lr=0.03" in made.git.show("autoresearch/t:train.py").encode()
+    assert not list((night.folder / "experiments").glob("*/scratch"))
+    made.close()
+
+
+def test_an_edited_kernel_is_refused(tmp_path: Path, data: Path) -> None:
+    for name in ("harness", "kernels", "agent_loop"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("prepare.py", "train.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    with open(tmp_path / "kernels" / "reference.py", "a") as f:
+        f.write("# faster\n")
+    env = os.environ | {"PYTHONPATH": ""}
+    command = [sys.executable, "train.py", *SMALL, "--data", str(data)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    refused(done, 4, r"kernels/reference\.py differ from the seal; undo with: git checkout kernels/reference\.py.*")
+
+
+def test_damaged_data_is_refused(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_text(TINY)
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    raw = bytearray((copy / "val.bin").read_bytes())
+    raw[100] ^= 1
+    (copy / "val.bin").write_bytes(raw)
+    refused(hotloop(tmp_path, "run", *SMALL, "--data", str(copy)), 3, r"val\.bin is not what was prepared.*")
+    (copy / "val.bin").write_bytes(raw[:-2])
+    refused(hotloop(tmp_path, "run", *SMALL, "--data", str(copy)), 3, r"val\.bin.*prepare it again.*")
+    refused(hotloop(tmp_path, "run", *SMALL, "--data", str(tmp_path / "none")), 3, "no prepared data")
+
+
+def test_two_runs_at_once_do_not_share_a_record(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_text(TINY)
+    lock = Lock(tmp_path / "runs" / "single" / "lock")
+    refused(hotloop(tmp_path, "run", *SMALL, "--data", str(data)), 7, f"in use by process {os.getpid()}")
+    lock.release()
+
+
+def test_doctor_names_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+    done = call(
+        tmp_path, sys.executable, "-c",
+        "import os, sys; os.environ['HOTLOOP_DATA'] = 'none'; from agent_loop.cli import main; sys.exit(main(['doctor']))",
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = {line[5:].split("  ")[0].strip(): line for line in done.stdout.splitlines()}
+    for name in ("python", "torch", "gpu", "cpu", "git", "sandbox", "disk", "seal", "data laptop", "data h100"):
+        assert name in lines, done.stdout
+    assert "run: hotloop prepare --preset" in done.stdout
+    assert lines["seal"].startswith("ok")
+
+
+def test_the_package_installs_whole(tmp_path: Path) -> None:
+    """`pip install .`, from a copy, so that nothing of the checkout is picked up."""
+    copy, target = tmp_path / "copy", tmp_path / "target"
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "runs", "tests", "*.egg-info", "build")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = call(copy, *pip, "--target", str(target), ".")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(copy)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import kernels, prepare, harness.seal, agent_loop.cli\n"
+        "print(harness.seal.verify_seal()); print(kernels.__file__)\n"
+        "for p in (kernels, harness): [getattr(p, name) for name in p.__all__]"
+    )
+    done = call(tmp_path, sys.executable, "-I", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert str(target) in done.stdout
+    entry = next(target.glob("hotloop-*.dist-info")) / "entry_points.txt"
+    assert "hotloop = agent_loop.cli:main" in entry.read_text()
+
+
+def test_the_two_package_files_agree() -> None:
+    """setup.py adds nothing to pyproject.toml, and the versions are one."""
+    import harness
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--name", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [project["name"], project["version"]], done.stderr
+    assert harness.__version__ == project["version"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
