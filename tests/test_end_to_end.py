@@ -184,10 +184,8 @@ def test_two_runs_at_once_do_not_share_a_record(tmp_path: Path, data: Path) -> N
 
 
 def test_doctor_names_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
-    done = call(
-        tmp_path, sys.executable, "-c",
-        "import os, sys; os.environ['HOTLOOP_DATA'] = 'none'; from agent_loop.cli import main; sys.exit(main(['doctor']))",
-    )  # fmt: skip
+    code = "import os, sys; os.environ['HOTLOOP_DATA'] = 'none'\nfrom agent_loop.cli import main; sys.exit(main(['doctor']))"
+    done = call(tmp_path, sys.executable, "-c", code)
     assert done.returncode == 1
     lines = {line[5:].split("  ")[0].strip(): line for line in done.stdout.splitlines()}
     for name in ("python", "torch", "gpu", "cpu", "git", "sandbox", "disk", "seal", "data laptop", "data h100"):
