@@ -44,13 +44,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def call(folder: Path, *command: str, timeout: float = 200.0) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HOTLOOP")} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+def call(folder: Path, *command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HOTLOOP")} | {"PYTHONPATH": str(ROOT)} | settings
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
-def hotloop(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return call(folder, sys.executable, "-c", "import sys; from agent_loop.cli import main; sys.exit(main())", *args)
+def hotloop(folder: Path, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    main = "import sys; from agent_loop.cli import main; sys.exit(main())"
+    return call(folder, sys.executable, "-c", main, *args, **settings)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, words: str) -> None:
@@ -184,8 +185,7 @@ def test_two_runs_at_once_do_not_share_a_record(tmp_path: Path, data: Path) -> N
 
 
 def test_doctor_names_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
-    code = "import os, sys; os.environ['HOTLOOP_DATA'] = 'none'\nfrom agent_loop.cli import main; sys.exit(main(['doctor']))"
-    done = call(tmp_path, sys.executable, "-c", code)
+    done = hotloop(tmp_path, "doctor", HOTLOOP_DATA=str(tmp_path))
     assert done.returncode == 1
     lines = {line[5:].split("  ")[0].strip(): line for line in done.stdout.splitlines()}
     for name in ("python", "torch", "gpu", "cpu", "git", "sandbox", "disk", "seal", "data laptop", "data h100"):
