@@ -229,14 +229,21 @@ def split_of(key: str) -> str:
 _TOP_LEVEL = re.compile(r"^(?=class |def |async def |@)", re.MULTILINE)
 
 
+# Parts of the standard library that distributions leave out or keep elsewhere, so that the text is nearly the same on
+# all of them.
+STDLIB_SKIP = {
+    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "tkinter", "turtledemo",
+    "lib2to3", "distutils", "ensurepip",
+}  # fmt: skip
+
+
 def stdlib_source() -> Source:
     """The text of the running Python's standard library. Split by file; a file's documents are its definitions."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "__pycache__"}
 
     def paths() -> Iterator[Path]:
         for folder, folders, files in os.walk(root):
-            folders[:] = sorted(f for f in folders if f not in skip)
+            folders[:] = sorted(f for f in folders if f not in STDLIB_SKIP)
             yield from (Path(folder, f) for f in sorted(files) if f.endswith((".py", ".txt", ".rst")))
 
     def documents(split: str) -> Iterator[str]:

@@ -25,11 +25,13 @@ Number = int | float
 class Knob:
     """A constant that is searched.
 
-    `weight` is how promising it is at first; `step` gives the next value up (+1) or down (-1), or None.
+    `up` and `down` are how promising each direction is at first; `step` gives the next value up (+1) or down (-1), or
+    None.
     """
 
     name: str
-    weight: float
+    up: float
+    down: float
     step: Callable[[Number, int], Number | None]
 
 
@@ -57,24 +59,26 @@ def _doubled(low: int, high: int) -> Callable[[Number, int], Number | None]:
     return step
 
 
-# In the order in which a researcher would try them on a short budget.
+# In the order in which a researcher would try them on a short budget: the sizes that decide how many tokens and steps
+# there are, then the rates, then the rest. Too short a budget for the model is the common case, so sizes are tried
+# downwards first.
 KNOBS = (
-    Knob("TOTAL_BATCH_SIZE", 3.0, _doubled(2**10, 2**21)),
-    Knob("MATRIX_LR", 3.0, _times(1.5, 1e-4, 1.0)),
-    Knob("EMBEDDING_LR", 2.0, _times(1.5, 1e-3, 5.0)),
-    Knob("UNEMBEDDING_LR", 2.0, _times(2.0, 1e-5, 1.0)),
-    Knob("WARMDOWN_RATIO", 2.0, _plus(0.15, 0.05, 1.0)),
-    Knob("DEPTH", 1.5, _plus(1, 1, 64)),
-    Knob("MUON_RAMP", 1.0, _doubled(4, 2000)),
-    Knob("WEIGHT_DECAY", 1.0, _times(2.0, 0.01, 2.0)),
-    Knob("FINAL_LR_FRAC", 1.0, _plus(0.05, 0.0, 0.5)),
-    Knob("SCALAR_LR", 1.0, _times(2.0, 0.01, 5.0)),
-    Knob("MUON_MOMENTUM", 1.0, _plus(0.02, 0.8, 0.99)),
-    Knob("MUON_BETA2", 0.5, _plus(0.03, 0.8, 0.99)),
-    Knob("SOFTCAP", 0.5, _times(1.5, 5.0, 60.0)),
-    Knob("ASPECT_RATIO", 0.5, _doubled(16, 256)),
-    Knob("WARMUP_RATIO", 0.5, _plus(0.05, 0.0, 0.4)),
-    Knob("ROPE_BASE", 0.5, _times(4.0, 100.0, 1e6)),
+    Knob("ASPECT_RATIO", 2.0, 5.0, _doubled(8, 256)),
+    Knob("TOTAL_BATCH_SIZE", 1.0, 5.0, _doubled(2**10, 2**21)),
+    Knob("MATRIX_LR", 2.5, 1.5, _times(1.5, 1e-4, 1.0)),
+    Knob("EMBEDDING_LR", 1.5, 1.0, _times(1.5, 1e-3, 5.0)),
+    Knob("UNEMBEDDING_LR", 1.5, 1.0, _times(2.0, 1e-5, 1.0)),
+    Knob("WARMDOWN_RATIO", 1.5, 1.0, _plus(0.15, 0.05, 1.0)),
+    Knob("DEPTH", 1.0, 1.0, _plus(1, 1, 64)),
+    Knob("FINAL_LR_FRAC", 1.0, 0.5, _plus(0.05, 0.0, 0.5)),
+    Knob("WEIGHT_DECAY", 0.5, 0.5, _times(2.0, 0.01, 2.0)),
+    Knob("SCALAR_LR", 0.5, 0.5, _times(2.0, 0.01, 5.0)),
+    Knob("MUON_RAMP", 0.5, 0.5, _doubled(4, 2000)),
+    Knob("MUON_MOMENTUM", 0.5, 0.5, _plus(0.02, 0.8, 0.99)),
+    Knob("MUON_BETA2", 0.25, 0.25, _plus(0.03, 0.8, 0.99)),
+    Knob("SOFTCAP", 0.25, 0.25, _times(1.5, 5.0, 60.0)),
+    Knob("WARMUP_RATIO", 0.25, 0.25, _plus(0.05, 0.0, 0.4)),
+    Knob("ROPE_BASE", 0.25, 0.25, _times(4.0, 100.0, 1e6)),
 )
 
 
@@ -174,7 +178,7 @@ class BuiltinAgent:
 
     @staticmethod
     def _weights(context: Context) -> dict[tuple[str, int], float]:
-        weights = {(knob.name, way): knob.weight for knob in KNOBS for way in (1, -1)}
+        weights = {(knob.name, way): knob.up if way > 0 else knob.down for knob in KNOBS for way in (1, -1)}
         for tried in context.history:
             for name, old, new in _CHANGE.findall(tried.description):
                 way = 1 if float(new) > float(old) else -1

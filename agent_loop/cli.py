@@ -1,4 +1,4 @@
-"""The command line: `hotloop prepare|run|loop|report|replay|seal|doctor`.
+"""The command line: `hotloop prepare|run|loop|report|replay|bench|seal|doctor`.
 
 Every error that a user can mend is one line on stderr and a non-zero exit status; a traceback is a bug of ours.
 """
@@ -13,8 +13,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.errors import HotloopError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -47,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from bench.cli import add_parsers as add_bench_parsers
     from harness.single import add_run_arguments
 
     parser = argparse.ArgumentParser(prog="hotloop", description=__doc__.splitlines()[0] if __doc__ else None)
@@ -83,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--data", metavar="DIR")
     replay.set_defaults(run=_replay)
 
+    add_bench_parsers(commands.add_parser("bench", help="the kernels: compile gate, timings, comparison, tuning"))
+
     seal = commands.add_parser("seal", help="seal kernels/, harness/ and prepare.py as they are now")
     seal.set_defaults(run=_seal)
 
@@ -117,6 +124,13 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor(args)
 
 
+def _console() -> Console:
+    """A terminal as it is; a file or a pipe, which has no width, as 120 columns."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 def _newest_tag(runs: Path) -> str:
     nights = sorted(runs.glob("*/records.jsonl"), key=lambda p: p.stat().st_mtime)
     if not nights:
@@ -125,8 +139,6 @@ def _newest_tag(runs: Path) -> str:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from agent_loop.night import Night
     from agent_loop.report import print_results, write_progress, write_tsv
 
@@ -137,13 +149,12 @@ def _report(args: argparse.Namespace) -> int:
     night = Night(folder)
     write_tsv(night)
     write_progress(night)
-    print_results(night, Console())
+    print_results(night, _console())
     return 0
 
 
 def _loop(args: argparse.Namespace) -> int:
     from git.exc import GitError
-    from rich.console import Console
 
     from agent_loop.agents import Agent, CommandAgent
     from agent_loop.builtin import BuiltinAgent
@@ -183,7 +194,7 @@ def _loop(args: argparse.Namespace) -> int:
     )
     signal.signal(signal.SIGTERM, _interrupt)
     lock = Lock(runs / tag / "lock")
-    console = Console()
+    console = _console()
     try:
         night = Night(runs / tag)
         rule = options.budget or preset.budget

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["HAVE_TRITON", "TRITON_OPERATORS", "KernelError", "choose", "implementations"]
+from kernels import tuning
+
+__all__ = ["HAVE_TRITON", "TRITON_OPERATORS", "CompileCase", "KernelError", "choose", "implementations"]
 
 # Importing Triton takes a third of a second, in every process of every experiment, so a torch without CUDA goes without
 # unless the kernels are asked for.
@@ -25,6 +28,28 @@ REFERENCE_OPERATORS = ("apply_rope_norm", "attention", "embedding", "linear_relu
 
 class KernelError(RuntimeError):
     """An implementation was asked for that cannot run here, or inputs that no implementation serves."""
+
+
+class CompileCase(NamedTuple):
+    """One configuration that is shipped, for the compile gate.
+
+    Attributes:
+        key: size and variant, in words.
+        function: the @triton.jit function.
+        signature: argument -> Triton type, without the constants.
+        constants: argument -> value.
+        options: num_warps, num_stages.
+        capabilities: 10 * major + minor of every architecture that it claims to run on.
+        tensor_cores: whether matrix instructions must appear.
+    """
+
+    key: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    tensor_cores: bool = False
 
 
 _decided: dict[str, tuple[bool, str]] = {}
@@ -50,7 +75,7 @@ def _capable(device: str) -> tuple[bool, str]:
         major, minor = torch.cuda.get_device_capability()
         if major < 8:
             return False, f"compute capability {major}.{minor} is below 8.0"
-        return True, f"cuda sm_{major}{minor}"
+        return True, "; ".join(filter(None, [f"cuda sm_{major}{minor}", tuning.notice()]))
     # The interpreter proves kernels and is slow: only where it is asked for.
     if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("HOTLOOP_KERNELS") == "triton":
         return True, "interpreter"

@@ -21,31 +21,68 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference
-from kernels.dispatch import HAVE_TRITON, KernelError, choose
+from kernels import reference, tuning
+from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-__all__ = ["CONFIGS", "launch_config", "softcap_cross_entropy_", "softcap_linear_cross_entropy"]
+__all__ = ["compile_cases", "launch_config", "search_space", "softcap_cross_entropy_", "softcap_linear_cross_entropy"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A row of up to MAX_BLOCK logits stays in registers and is read once; a longer one is read twice.
-MAX_BLOCK = 16384
+MAX_BLOCK = 8192
 # exp(s) of s <= MAX_CAP, summed over 2^20 columns, stays below fp32's largest number.
 MAX_CAP = 60.0
 
 
-def launch_config(vocab: int) -> dict[str, int]:
-    """Block and warps for rows of `vocab` logits."""
+def launch_config(vocab: int, capped: bool) -> dict[str, int]:
+    """Block and warps for rows of `vocab` logits: as tuned on this GPU, else by size."""
+    return tuning.config("softcap_cross_entropy", config_key(vocab, capped)) or _default_config(vocab)
+
+
+def config_key(vocab: int, capped: bool) -> str:
+    return f"V={vocab} {'capped' if capped else 'uncapped'}"
+
+
+def _default_config(vocab: int) -> dict[str, int]:
     block = max(16, 1 << (vocab - 1).bit_length())
     block = block if block <= MAX_BLOCK else 4096  # two passes: more would only spill
-    return {"BLOCK": block, "num_warps": 16 if block > 8192 else 8 if block > 2048 else 4}
+    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4}
 
 
-# What is shipped, for the compile gate: (vocab, softcap is given).
-CONFIGS = [(v, cap) for v in (2048, 8192, 16384, 32768, 50304) for cap in (True, False)]
+def search_space(vocab: int) -> list[dict[str, int]]:
+    """Configurations worth timing: whole rows in registers, and two passes in blocks."""
+    whole = max(16, 1 << (vocab - 1).bit_length())
+    blocks = {whole, 1024, 2048, 4096, 8192}
+    return [
+        {"BLOCK": block, "num_warps": warps}
+        for block in sorted(b for b in blocks if b <= min(whole, 2 * MAX_BLOCK))
+        for warps in (4, 8, 16, 32)
+        if 4 <= block // (32 * warps) <= 64
+    ]
+
+
+def compile_cases() -> list[CompileCase]:
+    """What is shipped: defaults and every tuned configuration, at the vocabularies that people use."""
+    cases = {}
+    for vocab in (2048, 8192, 16384, 32768, 50304):
+        for capped in (True, False):
+            key = config_key(vocab, capped)
+            tuned = [f["configs"].get("softcap_cross_entropy", {}).get(key) for f in tuning.shipped()]
+            for config in [_default_config(vocab), *filter(None, tuned)]:
+                options = {"num_warps": config["num_warps"]}
+                constants = {"CAPPED": capped, "BLOCK": config["BLOCK"], "ONE_BLOCK": vocab <= config["BLOCK"]}
+                name = f"{key} BLOCK={config['BLOCK']} warps={config['num_warps']}"
+                cases[name] = CompileCase(name, _softcap_cross_entropy_kernel, _SIGNATURE, constants, options)
+    return list(cases.values())
+
+
+_SIGNATURE = {
+    "logits_ptr": "*bf16", "targets_ptr": "*i64", "loss_ptr": "*fp32", "scale_ptr": "*fp32",
+    "stride": "i64", "V": "i32", "softcap": "fp32",
+}  # fmt: skip
 
 
 # ---- forward kernel: losses and gradients -----------------------------------------------------------------------
@@ -117,11 +154,13 @@ if HAVE_TRITON:
 # ---- launcher ---------------------------------------------------------------------------------------------------
 
 
-def _launch(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
+def _launch(
+    logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor, config: dict[str, int] | None = None
+) -> Tensor:
     m, v = logits.shape
     loss = torch.empty(m, dtype=torch.float32, device=logits.device)
     if m:
-        config = launch_config(v)
+        config = config or launch_config(v, softcap is not None)
         _softcap_cross_entropy_kernel[(m,)](
             logits, targets, loss, scale, logits.stride(0), v, softcap or 1.0,
             CAPPED=softcap is not None, ONE_BLOCK=v <= config["BLOCK"], **config,

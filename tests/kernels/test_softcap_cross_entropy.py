@@ -1,6 +1,6 @@
-"""The Triton kernel without a GPU: through the interpreter, and compiled for sm_90.
+"""The cross-entropy kernel through the interpreter, at more sizes than the table has, and what it refuses.
 
-Both need their environment set before Triton is imported, so each check is a script of its own.
+The interpreter must be asked for before Triton is imported, so each check is a script of its own.
 """
 
 from __future__ import annotations
@@ -105,62 +105,19 @@ for b, t, d, v in ((2, 65, 48, 203), (1, 1, 16, 7), (4, 32, 64, 2048)):
     )
 
 
-def test_the_operators_are_well_formed_and_compile_without_a_graph_break() -> None:
+def test_the_operator_has_a_flop_formula() -> None:
+    """A budget in FLOPs must not depend on which implementation runs."""
     run(
         """
 import torch, kernels
 from torch.utils.flop_counter import FlopCounterMode
-x = torch.randn(12, 16, requires_grad=True)
-w = torch.randn(33, 16, requires_grad=True)
-t = torch.randint(0, 33, (12,))
-torch.library.opcheck(torch.ops.hotloop.softcap_linear_cross_entropy.default, (x, w, t, 15.0))
-torch.library.opcheck(torch.ops.hotloop.softcap_cross_entropy_.default, (torch.randn(12, 33), t, 15.0, torch.ones(1)))
-def f(x, w):
-    return kernels.softcap_linear_cross_entropy(kernels.rms_norm(x), w, t)
-eager = f(x, w)
-compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(x, w)
-torch.testing.assert_close(compiled, eager)
-torch._dynamo.reset()
-assert torch._dynamo.explain(f)(x, w).graph_break_count == 0
+x, w = torch.randn(12, 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
 with FlopCounterMode(display=False) as counter:
-    f(x, w).backward()
+    kernels.softcap_linear_cross_entropy(x, w, torch.randint(0, 33, (12,))).backward()
 assert counter.get_total_flops() == 3 * 2 * 12 * 16 * 33
 """,
         **INTERPRETER,
     )
-
-
-def test_every_shipped_configuration_compiles_for_sm_90_without_spills() -> None:
-    table = run(
-        """
-import re, subprocess, tempfile
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels import softcap_cross_entropy as m
-cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-for vocab, capped in m.CONFIGS:
-    config = m.launch_config(vocab)
-    warps = config.pop("num_warps")
-    signature = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "loss_ptr": "*fp32", "scale_ptr": "*fp32",
-                 "stride": "i64", "V": "i32", "softcap": "fp32"}
-    constants = {"CAPPED": capped, "ONE_BLOCK": vocab <= config["BLOCK"], **config}
-    signature |= {k: "constexpr" for k in constants}
-    source = ASTSource(fn=m._softcap_cross_entropy_kernel, signature=signature, constexprs=constants)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        usage = subprocess.run([cuobjdump, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True)
-    facts = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\\d+)", usage.stdout))
-    assert facts["LOCAL"] == "0" and facts["STACK"] == "0", (vocab, capped, facts)
-    assert kernel.metadata.shared <= 232448
-    print(vocab, capped, facts)
-""",
-        HOTLOOP_KERNELS="triton",
-    )
-    assert len(table.splitlines()) == 10
 
 
 def test_what_cannot_be_served_is_refused() -> None:

@@ -1,0 +1,192 @@
+"""Is an implementation right? Error against fp64, next to plain PyTorch's error in the same dtype, on the same tensors.
+
+The fp64 truth goes through the rows in pieces, so that the baseline's 262,144 x 8,192 logits need no fp64 copy. No
+speed is reported beside a wrong answer: the benchmarks call `check` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from bench.operators import Operator
+from kernels import reference
+
+__all__ = ["Errors", "bitwise_repeats", "check", "fresh", "poisoned_memory", "results"]
+
+Function = Callable[..., Any]
+TRUTH_ELEMENTS = 1 << 26  # fp64 elements of one intermediate: 512 MiB
+# Below so many elements a relative error is chance, and plain PyTorch may be exact where another order of sums is not.
+FEW = 4096
+
+
+@dataclass(frozen=True)
+class Errors:
+    """One output or gradient: relative L2 errors against fp64, and what is allowed."""
+
+    what: str
+    ours: float
+    plain: float
+    allowed: float
+
+    @property
+    def fine(self) -> bool:
+        return self.ours <= self.allowed  # False for NaN
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin give NaN, so that what a kernel does not write shows."""
+    real = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+
+    def poisoned(make: Function) -> Function:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            tensor: Tensor = make(*args, **kwargs)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+        return call
+
+    for name, make in real.items():
+        setattr(torch, name, poisoned(make))
+    try:
+        yield
+    finally:
+        for name, make in real.items():
+            setattr(torch, name, make)
+
+
+def fresh(args: list[Any], op: Operator) -> list[Any]:
+    """Arguments that may be differentiated and overwritten; the originals stay as they are."""
+    made = list(args)
+    for i in op.gradients:
+        made[i] = args[i].detach().clone().requires_grad_()
+    if op.mutates is not None:
+        made[op.mutates] = args[op.mutates].clone()
+    return made
+
+
+def results(function: Function, args: list[Any], op: Operator, seed_grad: Tensor | float | None) -> dict[str, Tensor]:
+    """Every output and gradient of one call, by name."""
+    given = fresh(args, op)
+    out = function(*given)
+    found = {"out": out.detach()}
+    if op.mutates is not None:
+        found["overwritten"] = given[op.mutates]
+    if op.gradients:
+        upstream = torch.full_like(out, seed_grad) if isinstance(seed_grad, float) else seed_grad
+        grads = torch.autograd.grad(out, [given[i] for i in op.gradients], upstream)
+        found |= {f"gradient {i}": g for i, g in zip(op.gradients, grads, strict=True)}
+    return found
+
+
+def upstream(op: Operator, args: list[Any]) -> Tensor | float | None:
+    """The gradient that flows in: a number for a mean, else a random tensor of the output's shape."""
+    if not op.gradients:
+        return None
+    if op.mean:
+        return 3.0
+    with torch.no_grad():
+        out = getattr(reference, op.name)(*args)
+    return torch.randn(out.shape, device=out.device).to(out.dtype)
+
+
+def check(op: Operator, args: list[Any], ours: Function | None = None, *, loose: float | None = None) -> list[Errors]:
+    """Errors of `ours` (default: the function of `kernels`) and of plain PyTorch, against fp64.
+
+    Args:
+        args: in the dtype under test.
+        loose: a limit in place of the table's, for an interpreter that rounds otherwise than the hardware.
+    """
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    plain_function: Function = getattr(reference, op.name)
+    grad = upstream(op, args)
+    with poisoned_memory():
+        mine = results(ours or getattr(kernels, op.name), args, op, grad)
+    # Where nothing adds up over the rows, plain PyTorch goes in pieces as well, for its memory's sake.
+    piecewise = not op.mean and all(i in op.rows for i in op.gradients)
+    plain = None if piecewise else results(plain_function, args, op, grad)
+    squares = _compare(op, args, grad, mine, plain)
+    limit = loose or op.tolerance[dtype].limit
+    found = []
+    for what, (true, mine_off, plain_off) in squares.items():
+        # What is zero in truth (the gradient of a single score) has no relative error; there it is the RMS.
+        scale = math.sqrt(true) if true > 1e-20 else math.sqrt(mine[what].numel())
+        ours_error, plain_error = math.sqrt(mine_off) / scale, math.sqrt(plain_off) / scale
+        # fp32 results (a loss) are held to fp32's own limit by 1.5 times the plain error or 1e-5.
+        strict = mine[what].numel() > FEW and loose is None
+        allowed = min(limit, max(1.5 * plain_error, 1e-5)) if strict else max(limit, 1.5 * plain_error)
+        found.append(Errors(what, ours_error, plain_error, allowed))
+    return found
+
+
+def _compare(
+    op: Operator, args: list[Any], grad: Tensor | float | None, mine: dict[str, Tensor], plain: dict[str, Tensor] | None
+) -> dict[str, list[float]]:
+    """What -> sums of squares: of the truth, of ours minus it, of plain minus it."""
+    sums: dict[str, list[float]] = {}
+    totals: dict[str, Tensor] = {}  # what adds up over the pieces: a mean, gradients of shared arguments
+
+    def note(what: str, truth: Tensor, pieces: list[Tensor]) -> None:
+        entry = sums.setdefault(what, [0.0, 0.0, 0.0])
+        for i, value in enumerate([truth, *(p.double() - truth for p in pieces)]):
+            entry[i] += float(value.square().sum())
+
+    n = args[op.rows[0]].shape[0]
+    counted = _counted(op, args, slice(0, n))
+    for piece in _pieces(op, args, n):
+        part = [a[piece] if i in op.rows else a for i, a in enumerate(args)]
+        wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in part]
+        share = _counted(op, args, piece) / counted if op.mean else 1.0
+        if op.mean and not share:
+            continue
+        seed: Tensor | float | None
+        seed = grad[piece].double() if isinstance(grad, Tensor) else grad * share if grad is not None else None
+        truth = results(getattr(reference, op.name), wide, op, seed)
+        narrow = None
+        if plain is None:
+            narrow = results(getattr(reference, op.name), part, op, grad[piece] if isinstance(grad, Tensor) else grad)
+        for what, value in truth.items():
+            position = int(what.split()[1]) if what.startswith("gradient") else None
+            if (what == "out" and op.mean) or (position is not None and position not in op.rows):
+                value = value * share if what == "out" else value
+                totals[what] = totals[what] + value if what in totals else value
+            else:
+                note(what, value, [mine[what][piece], narrow[what] if narrow else plain[what][piece]])  # type: ignore[index]
+    for what, value in totals.items():
+        note(what, value, [mine[what], plain[what]])  # type: ignore[index]
+    return sums
+
+
+def _counted(op: Operator, args: list[Any], piece: slice) -> int:
+    """Rows that a mean counts: those with a target."""
+    return int((args[op.rows[-1]][piece] >= 0).sum()) if op.mean else 1
+
+
+def _pieces(op: Operator, args: list[Any], n: int) -> Iterator[slice]:
+    widest = max(a.numel() // n for i, a in enumerate(args) if i in op.rows)
+    shared = max((a.shape[0] for i, a in enumerate(args) if isinstance(a, Tensor) and i not in op.rows), default=1)
+    first = args[op.rows[0]]
+    per_row = max(widest, shared * (first.numel() // n // first.shape[-1] if first.ndim > 1 else 1))
+    if op.name == "attention":
+        per_row = first.shape[1] ** 2 * first.shape[2]  # the mask's scores
+    step = max(1, TRUTH_ELEMENTS // max(1, per_row))
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
+
+
+def bitwise_repeats(op: Operator, args: list[Any], function: Function, runs: int) -> int:
+    """How many of `runs` calls gave other bits than the first, gradients included."""
+    grad = upstream(op, args)
+    first = results(function, args, op, grad)
+    different = 0
+    for _ in range(runs - 1):
+        again = results(function, args, op, grad)
+        different += any(not torch.equal(first[k], again[k]) for k in first)
+    return different

@@ -1,0 +1,181 @@
+"""Every operator of the table, every implementation at hand, timed against the reference: A, B, A, B on one stream.
+
+One benchmark is one operator, shape, dtype, pass and implementation. Each of its rounds takes the next copy of the
+inputs, evicts the cache, times the compiled reference, evicts the cache again and times the implementation, so that
+both see the same clocks and temperature. `extra_info` has the ratio, the share of the roofline and the errors; an
+answer that is wrong gets no time.
+
+On a CPU the same code runs at the tiny shapes, the kernel through Triton's interpreter where that is asked for: a test
+of the rig, whose figures say nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import kernels
+from bench import device as dev
+from bench.accuracy import bitwise_repeats, check, fresh, upstream
+from bench.operators import OPERATORS, Operator
+from bench.peers import PEERS, available
+from kernels import reference
+
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+BEGAN = time.monotonic()
+ROUNDS, REPEATS = (30, 100) if ON_GPU else (3, 3)
+Function = Callable[..., Any]
+
+
+def has_kernel(op: Operator) -> bool:
+    return kernels.implementations().get(op.name, "").startswith("triton")
+
+
+def cases() -> list[Any]:
+    found = []
+    for op in OPERATORS.values():
+        for shape in op.shapes:
+            if (shape == "tiny") == ON_GPU or (not ON_GPU and shape != "tiny"):
+                continue
+            for way in op.passes:
+                for name in ("hotloop", "eager", *PEERS.get(op.name, {})):
+                    if name == "hotloop" and not has_kernel(op):
+                        continue
+                    found.append(pytest.param(op.name, shape, way, name, id=f"{op.name}-{shape}-{way}-{name}"))
+    return found
+
+
+@functools.cache
+def compiled(name: str) -> Function:
+    """The reference under torch.compile; as it is on a CPU, where this is no measurement."""
+    function: Function = getattr(reference, name)
+    if not ON_GPU:
+        return function
+    made: Function = torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return made
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(name: str, shape: str) -> list[list[Any]]:
+    """Copies of the arguments, enough to push each other out of the cache."""
+    op = OPERATORS[name]
+    torch.manual_seed(0)
+    first = op.make(op.shapes[shape], DTYPE, dev.device())
+    size = sum(a.numel() * a.element_size() for a in first if isinstance(a, torch.Tensor))
+    return [first, *(op.make(op.shapes[shape], DTYPE, dev.device()) for _ in range(dev.rotations(size) - 1))]
+
+
+@functools.lru_cache(maxsize=4)
+def verdict(name: str, shape: str, implementation: str) -> tuple[bool, str]:
+    """Whether an implementation is right on these very tensors, and its errors in words."""
+    errors = check(OPERATORS[name], inputs(name, shape)[0], implementation_of(name, implementation))
+    words = ", ".join(f"{e.what} {e.ours:.1e} (plain {e.plain:.1e}, allowed {e.allowed:.1e})" for e in errors)
+    return all(e.fine for e in errors), words
+
+
+def implementation_of(name: str, implementation: str) -> Function:
+    if implementation == "hotloop":
+        function: Function = getattr(kernels, name)
+        return function
+    if implementation == "eager":
+        function = getattr(reference, name)
+        return function
+    loaded, missing = available(name)
+    if implementation in missing:
+        pytest.skip(f"{implementation}: {missing[implementation]}")
+    return loaded[implementation]
+
+
+def work_of(op: Operator, way: str, function: Function, args: list[Any], grad: Any) -> Callable[[], Any]:
+    """What is timed of one pass; what comes before it is done here."""
+    given = fresh(args, op)
+    if way == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return function(*given)
+
+        return forward
+    wanted = [given[i] for i in op.gradients]
+    if way == "backward":
+        out = function(*given)
+        seed = torch.full_like(out, grad) if isinstance(grad, float) else grad
+        return lambda: torch.autograd.grad(out, wanted, seed)
+
+    def both() -> Any:
+        out = function(*given)
+        return torch.autograd.grad(out, wanted, torch.full_like(out, grad) if isinstance(grad, float) else grad)
+
+    return both
+
+
+@pytest.mark.benchmark(timer=dev.now, disable_gc=True)
+@pytest.mark.parametrize(("name", "shape", "way", "implementation"), cases())
+def test_operator(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, name: str, shape: str, way: str, implementation: str
+) -> None:
+    op, options = OPERATORS[name], request.config.option
+    if (options.operator and name not in options.operator) or (options.shape and shape not in options.shape):
+        pytest.skip("not asked for")
+    if options.deadline and time.monotonic() - BEGAN > options.deadline:
+        pytest.skip("the time for all was over")
+    function = implementation_of(name, implementation)
+    copies = inputs(name, shape)
+    try:
+        right, errors = verdict(name, shape, implementation)
+    except Exception as e:
+        if implementation == "hotloop":
+            raise
+        # A peer that does not serve this case, or the eager reference without the memory for it.
+        pytest.skip(f"{implementation}: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
+    benchmark.extra_info["errors"] = errors
+    assert right, f"{implementation} is wrong, so it is not timed: {errors}"
+    grad = upstream(op, copies[0])
+    turn, paired = 0, []
+
+    def setup() -> tuple[tuple[Callable[[], Any]], dict[str, Any]]:
+        nonlocal turn
+        args = copies[turn % len(copies)]
+        turn += 1
+        base = work_of(op, way, compiled(name), args, grad)
+        dev.flush()
+        start = dev.now()
+        base()
+        paired.append((start, dev.now()))
+        del base
+        mine = work_of(op, way, function, args, grad)
+        dev.flush()
+        return (mine,), {}
+
+    for _ in range(2):  # compilation and allocation
+        (mine,), _unused = setup()
+        mine()
+    paired.clear()
+    benchmark.pedantic(lambda work: work(), setup=setup, rounds=options.rounds or ROUNDS)
+    base_s = sorted(end - start for start, end in paired)
+    median = benchmark.stats.stats.median
+    floor = max(
+        op.bytes[way](op.shapes[shape]) * (DTYPE.itemsize / 2) / dev.copy_bandwidth(),
+        op.flops[way](op.shapes[shape]) / dev.matrix_rate(),
+    )
+    p20, p80 = (benchmark.stats.stats.sorted_data[int(q * (len(base_s) - 1))] for q in (0.2, 0.8))
+    benchmark.extra_info |= {
+        "operator": name, "shape": shape, "pass": way, "implementation": implementation, "dtype": str(DTYPE)[6:],
+        "median_us": round(median * 1e6, 2), "p20_us": round(p20 * 1e6, 2), "p80_us": round(p80 * 1e6, 2),
+        "reference_us": round(statistics.median(base_s) * 1e6, 2),
+        "ratio": round(statistics.median(base_s) / median, 4),
+        "roofline": round(floor / median, 4), "right": right,
+    }  # fmt: skip
+    if way == op.passes[-1]:
+        runs = options.repeats or REPEATS
+        different = bitwise_repeats(op, copies[0], function, runs)
+        benchmark.extra_info |= {"runs": runs, "runs_with_other_bits": different}
+        assert implementation != "hotloop" or different == 0, f"{different} of {runs} runs gave other bits"

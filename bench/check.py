@@ -1,0 +1,190 @@
+"""`make gpu-check`: everything that only a GPU can tell, in one command, in eight minutes.
+
+    tests        tests/kernels/test_gpu.py
+    kernels      bench/bench_kernels.py: correct, how fast, repeatable
+    step         one training step of train.py by operator
+    experiment   a short run of train.py under the harness, and its replay: tokens/s, MFU, ledger, identical weights
+
+Each part runs in a process of its own within its own time; one that fails does not stop the others. All of it goes
+into one JSON and one Markdown page in bench/results/<gpu>/.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from harness.errors import HotloopError, UsageError
+from harness.process import project_root, tail
+
+__all__ = ["PARTS", "main", "run_kernels"]
+
+# Seconds each part may take; together under eight minutes.
+PARTS = {"tests": 80.0, "kernels": 200.0, "step": 45.0, "experiment": 90.0}
+EXPERIMENT_S = 10.0  # training seconds of the short run
+
+
+def call(command: list[str], limit_s: float, log: Path, env: dict[str, str] | None = None) -> tuple[int, float]:
+    """(exit status, 124 for out of time; seconds)."""
+    began = time.monotonic()
+    with open(log, "wb") as out:
+        try:
+            done = subprocess.run(
+                command, cwd=project_root(), env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT, timeout=limit_s,
+            )  # fmt: skip
+            code = done.returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    return code, time.monotonic() - began
+
+
+def run_kernels(out: Path, limit_s: float, log: Path, more: list[str], env: dict[str, str] | None = None) -> int:
+    """Run the kernel benchmarks into `out`; the exit status."""
+    command = [
+        sys.executable, "-m", "pytest", "-q", "bench/bench_kernels.py", "--benchmark-only", "-o",
+        "addopts=--import-mode=importlib", "-p", "no:cacheprovider", f"--benchmark-json={out}", *more,
+    ]  # fmt: skip
+    return call(command, limit_s, log, env)[0]
+
+
+def _experiment(folder: Path, data: Path | None, limit_s: float, say: Callable[[str], None]) -> tuple[int, str]:
+    """A short run of the GPU preset and its replay, as a page."""
+    deadline = time.monotonic() + limit_s
+    hotloop = [sys.executable, "-c", "import sys; from agent_loop.cli import main; sys.exit(main())"]
+    if data is None:
+        data = folder / "data"
+        command = [*hotloop, "prepare", "--preset", "h100", "--source", "stdlib", "--out", str(data)]
+        code, _ = call(command, limit_s, folder / "prepare.log")
+        if code:
+            return code, _fenced(tail(folder / "prepare.log"))
+    work = project_root()
+    flags = ["--data", str(data), "--budget-seconds", str(EXPERIMENT_S)]
+    code, seconds = call([*hotloop, "run", *flags], deadline - time.monotonic(), folder / "run.log")
+    page = (
+        f"`hotloop run --budget-seconds {EXPERIMENT_S:.0f}` on the standard library's text, {seconds:.0f} s in all:\n\n"
+    )
+    page += _fenced(tail(folder / "run.log", 40))
+    if code:
+        return code, page
+    last = json.loads((work / "runs/single/records.jsonl").read_text().splitlines()[-1])["body"]
+    audit, ledger = last["audit"], {k: round(v, 2) for k, v in last["ledger"].items()}
+    page += f"\nLedger, s: {ledger}. Tokens/s {last['tokens_per_s']:,.0f}. "
+    page += f"Audit: {audit['cuts']} cuts, largest {audit['largest_nats']:.2e} nats, mean {audit['mean_nats']:.2e}.\n"
+    say(f"    {last['tokens_per_s']:,.0f} tokens/s, val_bpb {last['val_bpb']:.4f}")
+    command = [*hotloop, "replay", str(last["number"]), "--tag", "single", "--data", str(data)]
+    code, _ = call(command, max(1.0, deadline - time.monotonic()), folder / "replay.log")
+    return code, page + "\n`hotloop replay`:\n\n" + _fenced(tail(folder / "replay.log", 8))
+
+
+def _fenced(lines: list[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines) + "\n"
+
+
+def main(data: Path | None = None, out: Path | None = None, say: Callable[[str], None] = print) -> int:
+    """Run every part; 0 when all passed.
+
+    Raises:
+        DeviceError: no GPU.
+    """
+    from bench import device as dev
+    from kernels.tuning import file_name
+
+    dev.require_gpu()
+    import torch
+
+    name = torch.cuda.get_device_properties().name
+    folder = (out or results.RESULTS) / file_name(name).removesuffix(".json")
+    folder.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, int] = {}
+    pages: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = Path(scratch)
+        raw = logs / "kernels.json"
+        for part, limit_s in PARTS.items():
+            say(f"{part} (at most {limit_s:.0f} s)")
+            log = logs / f"{part}.log"
+            began = time.monotonic()
+            if part == "tests":
+                command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/kernels/test_gpu.py"]
+                code, _ = call(command, limit_s, log)
+                pages[part] = _fenced(tail(log, 15))
+            elif part == "kernels":
+                code = run_kernels(raw, limit_s + 40, log, [f"--deadline={limit_s}"])
+                lines = [
+                    line for line in tail(log, 400) if re.search(r"^(FAILED|SKIPPED|ERROR|E  )|passed|failed", line)
+                ]
+                pages["kernels that were not timed"] = _fenced(lines[-40:])
+            elif part == "step":
+                written = logs / "step.md"
+                code, _ = call([sys.executable, "-m", "bench", "step", "--page", str(written)], limit_s, log)
+                pages[part] = written.read_text() if written.exists() else _fenced(tail(log))
+            else:
+                code, pages[part] = _experiment(logs, data, limit_s, say)
+            say(f"    {'passed' if code == 0 else f'FAILED, exit status {code}'} in {time.monotonic() - began:.0f} s")
+            if code:
+                failed[part] = code
+                for line in tail(log, 12):
+                    say(f"    | {line}")
+        body = _body(raw)
+    body["hotloop"] = {"failed": failed, "pages": pages}
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M")
+    path = folder / f"{stamp}-{body['commit_info']['id'][:9]}.json"
+    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    page = results.markdown(results.read(path))
+    path.with_suffix(".md").write_text(page)
+    say(page)
+    say(f"written: {path} and {path.with_suffix('.md').name}")
+    say("all parts passed" if not failed else f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _body(raw: Path) -> dict[str, Any]:
+    """pytest-benchmark's JSON, or an empty one where it got none written."""
+    try:
+        body: dict[str, Any] = json.loads(raw.read_text())
+    except (OSError, ValueError):
+        from bench import device as dev
+
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        body = {"benchmarks": [], "machine_info": dev.facts(), "commit_info": {"id": _commit()}, "datetime": now}
+    if not body["commit_info"].get("id"):
+        body["commit_info"]["id"] = _commit()
+    for b in body["benchmarks"]:  # the samples of each round: the statistics say enough
+        b["stats"].pop("data", None)
+    return body
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True)
+    return done.stdout.strip() or "unknown00"
+
+
+def smoke(out: Path, say: Callable[[str], None] = print) -> int:
+    """The whole path of `kernels` on a CPU, through the interpreter, at tiny shapes: tests the rig, measures nothing.
+
+    Raises:
+        HotloopError: it failed; with the last lines of its log.
+    """
+    env = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as scratch:
+        log, raw = Path(scratch) / "log", Path(scratch) / "kernels.json"
+        code = run_kernels(raw, 400, log, [], env)
+        if code:
+            raise HotloopError("the rig is broken: " + " / ".join(tail(log, 6)))
+        body = _body(raw)
+    if not body["benchmarks"]:
+        raise UsageError("no benchmark ran")
+    out.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    say(results.markdown(results.read(out)))
+    return 0

@@ -1,0 +1,146 @@
+"""`hotloop bench`: the kernels and the step, proven, measured and compared."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.errors import HotloopError, UsageError
+
+__all__ = ["add_parsers", "main"]
+
+
+def add_parsers(parser: argparse.ArgumentParser) -> None:
+    """The parts of `bench`, as subcommands of a parser; each sets `run`."""
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+
+    run = parts.add_parser("run", help="time the kernels on this GPU against their references and peers")
+    run.add_argument("--operator", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    run.add_argument(
+        "--shape", action="append", default=[], metavar="CLASS", help="baseline, long, ...; may be repeated"
+    )
+    run.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE")
+    run.set_defaults(run=_run)
+
+    check = parts.add_parser("check", help="everything that needs a GPU, in eight minutes (make gpu-check)")
+    check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
+    check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
+    check.set_defaults(run=_check)
+
+    compare = parts.add_parser(
+        "compare", help="fail when a kernel got worse; BASE `committed` is the newest result here"
+    )
+    compare.add_argument("base", metavar="BASE")
+    compare.add_argument("new", type=Path, metavar="NEW")
+    compare.set_defaults(run=_compare)
+
+    plot = parts.add_parser("plot", help="time and share of the roofline over results, oldest first")
+    plot.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    plot.add_argument("--out", type=Path, default=Path("bench.png"), metavar="PNG")
+    plot.set_defaults(run=_plot)
+
+    gate = parts.add_parser("gate", help="compile every shipped configuration without a GPU: spills, shared memory")
+    gate.add_argument("--write", action="store_true", help="write bench/results/compile.json")
+    gate.set_defaults(run=_gate)
+
+    tune = parts.add_parser("tune", help="search launch configurations; writes kernels/tuned/<gpu>.json")
+    tune.add_argument("--operator", action="append", default=[], metavar="KERNEL")
+    tune.set_defaults(run=_tune)
+
+    step = parts.add_parser("step", help="one training step of train.py by operator")
+    step.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    step.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
+    step.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
+    step.set_defaults(run=_step)
+
+    smoke = parts.add_parser("smoke", help="the rig itself on a CPU, at tiny shapes: no measurement")
+    smoke.add_argument("--out", type=Path, default=Path("smoke.json"), metavar="FILE")
+    smoke.set_defaults(run=_smoke)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from bench import check, results
+    from bench import device as dev
+    from bench.operators import OPERATORS
+
+    unknown = sorted(set(args.operator) - set(OPERATORS))
+    if unknown:
+        raise UsageError(f"no operator is called {unknown[0]}; the table has {', '.join(OPERATORS)}")
+    dev.require_gpu()
+    more = [f"--operator={n}" for n in args.operator] + [f"--shape={s}" for s in args.shape]
+    log = args.out.with_suffix(".log")
+    code = check.run_kernels(args.out.resolve(), 3600, log, more)
+    if args.out.exists():
+        print(results.markdown(results.read(args.out)))
+    if code:
+        print(f"hotloop: some failed and were not timed; see {log}", file=sys.stderr)
+    return 1 if code else 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from bench.check import main as check
+
+    return check(args.data.resolve() if args.data else None, args.out)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from bench import results
+
+    new = results.read(args.new)
+    base = results.read(results.newest(new.device, but=args.new) if args.base == "committed" else Path(args.base))
+    found = results.compare(base, new)
+    print(results.comparison_table(base, new, found), end="")
+    return 1 if any(c.fault for c in found) else 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from bench import results
+
+    results.plot([results.read(p) for p in args.files], args.out)
+    print(args.out)
+    return 0
+
+
+def _gate(args: argparse.Namespace) -> int:
+    from bench.gate import main as gate
+
+    return gate(args.write)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from bench.tune import main as tune
+
+    return tune(args.operator)
+
+
+def _step(args: argparse.Namespace) -> int:
+    import torch
+
+    from bench.step import main as step
+
+    _, page = step(args.train, args.preset or ("h100" if torch.cuda.is_available() else "laptop"))
+    if args.page:
+        args.page.write_text(page)
+    print(page)
+    return 0
+
+
+def _smoke(args: argparse.Namespace) -> int:
+    from bench.check import smoke
+
+    return smoke(args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m bench PART`."""
+    parser = argparse.ArgumentParser(prog="hotloop bench", description=__doc__)
+    add_parsers(parser)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except HotloopError as e:
+        print(f"hotloop: {e}", file=sys.stderr)
+        return e.exit_code
+    return status

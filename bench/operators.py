@@ -1,0 +1,290 @@
+"""The table of operators. Tests, compile gate, benchmarks and reports all read it; a new kernel is one entry and one
+file.
+
+Each entry names a public function of `kernels`; its reference has the same name and signature. Sizes are letters: B
+batch, T time, D model, H heads, G key-value heads, K head dim, N outputs, M rows, V vocab, W window. Bytes count each
+input read once and each output written once (what an ideal kernel moves); operations count matrix products, as 2 a
+multiply-add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["OPERATORS", "PASSES", "Operator", "Tolerance"]
+
+Sizes = Mapping[str, int]
+Make = Callable[[Sizes, torch.dtype, torch.device], list[Any]]
+Cost = Callable[[Sizes], float]
+
+PASSES = ("forward", "backward", "both")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative L2 error against fp64. The bound is `limit`, and 1.5 times plain PyTorch's error in the same dtype."""
+
+    limit: float
+    why: str
+
+
+# Rounding one number to bf16 errs by up to 2^-9 = 2.0e-3 and on average by about 1.7e-3 in L2; sums are kept in fp32.
+ROUNDING = {
+    BF16: Tolerance(2.5e-3, "one rounding to bf16 is 1.7e-3 in L2; sums are fp32"),
+    FP16: Tolerance(5e-4, "one rounding to fp16 is 2.1e-4 in L2; sums are fp32"),
+    FP32: Tolerance(1e-5, "fp32 sums in another order"),
+}
+# A product of two tensors that were rounded on the way.
+PRODUCTS = {
+    BF16: Tolerance(3e-3, "a product of bf16 factors, one of them rounded on the way, rounded once more"),
+    FP16: Tolerance(1e-3, "a product of fp16 factors, one of them rounded on the way, rounded once more"),
+    FP32: Tolerance(1e-5, "fp32 sums in another order"),
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    Attributes:
+        name: of the function in `kernels` and in `kernels.reference`.
+        make: its arguments, random and realistic, on a device.
+        shapes: `baseline` (karpathy/autoresearch's), `odd`, `long`, `tiny`.
+        gradients: positions of the arguments that are differentiated; () for an operator without backward.
+        mutates: position of an argument that the operator overwrites, which then counts as an output.
+        rows: positions of the arguments whose first dimension is rows, so that fp64 can go in pieces.
+        mean: the output is a mean over the rows.
+        bytes, flops: pass -> cost of these sizes; bytes for 2-byte elements.
+        module: the file of its Triton kernel; "" where there is none yet.
+        torch_ops: registered operators behind it.
+    """
+
+    name: str
+    make: Make
+    shapes: dict[str, dict[str, int]]
+    tolerance: dict[torch.dtype, Tolerance]
+    gradients: tuple[int, ...]
+    rows: tuple[int, ...]
+    bytes: dict[str, Cost]
+    flops: dict[str, Cost]
+    mutates: int | None = None
+    mean: bool = False
+    module: str = ""
+    torch_ops: tuple[str, ...] = ()
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(self.tolerance)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return PASSES if self.gradients else ("forward",)
+
+
+def _randn(*shape: int, dtype: torch.dtype, device: torch.device, std: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=device) * std).to(dtype)
+
+
+def _tokens(*shape: int, high: int, device: torch.device) -> Tensor:
+    """Token ids with the skew of text: low ids are frequent."""
+    u = torch.rand(*shape, device=device)
+    return (high * u.square() * u).long().clamp_max(high - 1)
+
+
+def _targets(rows: int, vocab: int, device: torch.device) -> Tensor:
+    targets = _tokens(rows, high=vocab, device=device)
+    if rows > 2:
+        targets[1] = -1
+    return targets
+
+
+def _rope(t: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    angle = torch.outer(torch.arange(t, device=device).float(), 1e4 ** -(torch.arange(0, k, 2, device=device) / k))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _costs(forward: Cost, backward: Cost) -> dict[str, Cost]:
+    return {"forward": forward, "backward": backward, "both": lambda s: forward(s) + backward(s)}
+
+
+def _visible(s: Sizes) -> float:
+    """Query-key pairs under the causal mask and the window, one head and row."""
+    w = min(s["W"], s["T"] - 1)
+    return s["T"] * (w + 1) - w * (w + 1) / 2
+
+
+NONE = _costs(lambda s: 0.0, lambda s: 0.0)
+_BTD = {
+    "baseline": {"B": 128, "T": 2048, "D": 512},
+    "odd": {"B": 3, "T": 37, "D": 200},
+    "long": {"B": 4, "T": 65536, "D": 512},
+    "tiny": {"B": 1, "T": 1, "D": 8},
+}
+_LOSS = {
+    "baseline": {"M": 262144, "D": 512, "V": 8192},
+    "odd": {"M": 130, "D": 48, "V": 5003},
+    "long": {"M": 4096, "D": 256, "V": 50304},
+    "tiny": {"M": 1, "D": 16, "V": 7},
+}
+
+OPERATORS = {
+    op.name: op
+    for op in (
+        Operator(
+            name="softcap_cross_entropy_",
+            make=lambda s, dtype, device: [
+                _randn(s["M"], s["V"], dtype=dtype, device=device, std=6.0),
+                _targets(s["M"], s["V"], device),
+                15.0,
+            ],
+            shapes=_LOSS,
+            tolerance=ROUNDING,
+            gradients=(),
+            rows=(0, 1),
+            mutates=0,
+            # read and write the logits; targets and losses
+            bytes=_costs(lambda s: 4.0 * s["M"] * s["V"] + 12.0 * s["M"], lambda s: 0.0),
+            flops=NONE,
+            module="kernels.softcap_cross_entropy",
+            torch_ops=("softcap_cross_entropy_",),
+        ),
+        Operator(
+            name="softcap_linear_cross_entropy",
+            make=lambda s, dtype, device: [
+                _randn(s["M"], s["D"], dtype=dtype, device=device),
+                _randn(s["V"], s["D"], dtype=dtype, device=device, std=6.0 / s["D"] ** 0.5),
+                _targets(s["M"], s["V"], device),
+                15.0,
+            ],
+            shapes=_LOSS,
+            tolerance=PRODUCTS,
+            gradients=(0, 1),
+            rows=(0, 2),
+            mean=True,
+            # x, W and targets in; the gradient of the logits out. Then that, x and W in; dx and dW out.
+            bytes=_costs(
+                lambda s: 2.0 * (s["M"] * s["D"] + s["V"] * s["D"] + s["M"] * s["V"]) + 12.0 * s["M"],
+                lambda s: 2.0 * (s["M"] * s["V"] + 2 * s["M"] * s["D"] + 2 * s["V"] * s["D"]),
+            ),
+            flops=_costs(lambda s: 2.0 * s["M"] * s["D"] * s["V"], lambda s: 4.0 * s["M"] * s["D"] * s["V"]),
+            module="kernels.softcap_cross_entropy",
+            torch_ops=("softcap_linear_cross_entropy",),
+        ),
+        Operator(
+            name="rms_norm",
+            make=lambda s, dtype, device: [_randn(s["B"], s["T"], s["D"], dtype=dtype, device=device)],
+            shapes=_BTD,
+            tolerance=ROUNDING,
+            gradients=(0,),
+            rows=(0,),
+            bytes=_costs(lambda s: 4.0 * s["B"] * s["T"] * s["D"], lambda s: 6.0 * s["B"] * s["T"] * s["D"]),
+            flops=NONE,
+        ),
+        Operator(
+            name="apply_rope_norm",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["H"], s["K"], dtype=dtype, device=device),
+                *_rope(s["T"], s["K"], dtype, device),
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "H": 4, "K": 128},
+                "odd": {"B": 3, "T": 37, "H": 5, "K": 64},
+                "long": {"B": 4, "T": 65536, "H": 4, "K": 128},
+                "tiny": {"B": 1, "T": 1, "H": 1, "K": 16},
+            },
+            tolerance=PRODUCTS,
+            gradients=(0,),
+            rows=(0,),
+            bytes=_costs(
+                lambda s: 4.0 * s["B"] * s["T"] * s["H"] * s["K"] + 2.0 * s["T"] * s["K"],
+                lambda s: 6.0 * s["B"] * s["T"] * s["H"] * s["K"] + 2.0 * s["T"] * s["K"],
+            ),
+            flops=NONE,
+        ),
+        Operator(
+            name="linear_relu2",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
+                _randn(s["N"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "N": 2048},
+                "odd": {"B": 3, "T": 37, "D": 200, "N": 72},
+                "long": {"B": 4, "T": 65536, "D": 512, "N": 2048},
+                "tiny": {"B": 1, "T": 1, "D": 16, "N": 8},
+            },
+            tolerance=PRODUCTS
+            | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds what it squares, which doubles the error")},
+            gradients=(0, 1),
+            rows=(0,),
+            # x and W in, y out. Then y and dy in, dpre out and in, x and W in, dx and dW out.
+            bytes=_costs(
+                lambda s: 2.0 * (s["B"] * s["T"] * (s["D"] + s["N"]) + s["N"] * s["D"]),
+                lambda s: 2.0 * (s["B"] * s["T"] * (2 * s["D"] + 4 * s["N"]) + 2 * s["N"] * s["D"]),
+            ),
+            flops=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
+            ),
+        ),
+        Operator(
+            name="embedding",
+            make=lambda s, dtype, device: [
+                _tokens(s["B"], s["T"], high=s["V"], device=device),
+                _randn(s["V"], s["D"], dtype=dtype, device=device),
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "V": 8192},
+                "odd": {"B": 3, "T": 37, "D": 200, "V": 5003},
+                "long": {"B": 4, "T": 65536, "D": 512, "V": 50304},
+                "tiny": {"B": 1, "T": 1, "D": 8, "V": 7},
+            },
+            tolerance=ROUNDING,
+            gradients=(1,),
+            rows=(0,),
+            bytes=_costs(
+                lambda s: s["B"] * s["T"] * (8.0 + 4.0 * s["D"]),
+                lambda s: s["B"] * s["T"] * (8.0 + 2.0 * s["D"]) + 2.0 * s["V"] * s["D"],
+            ),
+            flops=NONE,
+        ),
+        Operator(
+            name="attention",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["H"], s["K"], dtype=dtype, device=device),
+                _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
+                _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
+                s["W"],
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "H": 4, "G": 4, "K": 128, "W": 1024},
+                "baseline full": {"B": 128, "T": 2048, "H": 4, "G": 4, "K": 128, "W": 2048},
+                "odd": {"B": 3, "T": 37, "H": 4, "G": 2, "K": 64, "W": 5},
+                "long": {"B": 8, "T": 16384, "H": 4, "G": 4, "K": 128, "W": 16384},
+                "tiny": {"B": 1, "T": 1, "H": 1, "G": 1, "K": 16, "W": 1},
+            },
+            tolerance={
+                BF16: Tolerance(6e-3, "probabilities and their gradients are rounded to bf16 between two products"),
+                FP16: Tolerance(2e-3, "probabilities and their gradients are rounded to fp16 between two products"),
+                FP32: Tolerance(1e-5, "fp32 sums in another order"),
+            },
+            gradients=(0, 1, 2),
+            rows=(0, 1, 2),
+            # q, k, v in, o out. Then those and do in, dq, dk, dv out.
+            bytes=_costs(
+                lambda s: 4.0 * s["B"] * s["T"] * s["K"] * (s["H"] + s["G"]),
+                lambda s: 8.0 * s["B"] * s["T"] * s["K"] * (s["H"] + s["G"]),
+            ),
+            # two products of the visible pairs forward, five backward
+            flops=_costs(
+                lambda s: 4.0 * s["B"] * s["H"] * s["K"] * _visible(s),
+                lambda s: 10.0 * s["B"] * s["H"] * s["K"] * _visible(s),
+            ),
+        ),
+    )
+}

@@ -1,0 +1,120 @@
+"""Other people's kernels for the operators of the table, where they are installed.
+
+A peer is a function with the operator's signature. One that is not installed is left out and said so; one that is
+installed and fails to import, or gives a wrong answer, is reported with its reason and gets no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["PEERS", "available"]
+
+Function = Callable[..., Any]
+
+
+def _liger_linear_cross_entropy() -> Function:
+    fused = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
+        # input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap
+        out = fused.apply(x, weight, targets, None, None, -1, 0.0, 0.0, "mean", softcap)
+        loss: Tensor = out[0] if isinstance(out, tuple) else out
+        return loss
+
+    return run
+
+
+def _liger_rms_norm() -> Function:
+    norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = norm.apply(x, torch.ones(x.size(-1), dtype=x.dtype, device=x.device), 2.0**-23)
+        return out
+
+    return run
+
+
+def _quack_rms_norm() -> Function:
+    norm = importlib.import_module("quack").rmsnorm
+
+    def run(x: Tensor) -> Tensor:
+        weight = torch.ones(x.size(-1), dtype=torch.float32, device=x.device)
+        out: Tensor = norm(x.flatten(0, -2), weight, eps=2.0**-23).view_as(x)
+        return out
+
+    return run
+
+
+def _sdpa(backend: str) -> Callable[[], Function]:
+    def load() -> Function:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = getattr(SDPBackend, backend)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+            if window < q.size(1) - 1:
+                raise NotImplementedError("full windows only")
+            with sdpa_kernel(chosen):
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                    is_causal=True, enable_gqa=k.size(2) != q.size(2),
+                )  # fmt: skip
+            return out.transpose(1, 2)
+
+        return run
+
+    return load
+
+
+def _flash(module: str, name: str) -> Callable[[], Function]:
+    def load() -> Function:
+        function = getattr(importlib.import_module(module), name)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+            out = function(q, k, v, causal=True, window_size=(min(window, q.size(1)), 0))
+            first: Tensor = out[0] if isinstance(out, tuple) else out
+            return first
+
+        return run
+
+    return load
+
+
+# operator -> name -> (module whose presence decides, loader)
+PEERS: dict[str, dict[str, tuple[str, Callable[[], Function]]]] = {
+    "softcap_linear_cross_entropy": {"liger": ("liger_kernel", _liger_linear_cross_entropy)},
+    "rms_norm": {"liger": ("liger_kernel", _liger_rms_norm), "quack": ("quack", _quack_rms_norm)},
+    "attention": {
+        "torch-flash2": ("torch", _sdpa("FLASH_ATTENTION")),
+        "cudnn": ("torch", _sdpa("CUDNN_ATTENTION")),
+        "flash3": ("flash_attn_interface", _flash("flash_attn_interface", "flash_attn_func")),
+        "flash4": ("flash_attn.cute", _flash("flash_attn.cute", "flash_attn_func")),
+        "flash2": ("flash_attn.flash_attn_interface", _flash("flash_attn", "flash_attn_func")),
+    },
+}
+
+
+def available(operator: str) -> tuple[dict[str, Function], dict[str, str]]:
+    """(peers that load, those that do not with one line each)."""
+    loaded: dict[str, Function] = {}
+    missing: dict[str, str] = {}
+    for name, (module, load) in PEERS.get(operator, {}).items():
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as e:
+            missing[name] = f"not installed (no module {e.name})"
+            continue
+        except Exception as e:  # a broken install raises anything
+            missing[name] = f"fails to import: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+            continue
+        try:
+            loaded[name] = load()
+        except Exception as e:
+            missing[name] = f"fails to load: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    return loaded, missing

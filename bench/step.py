@@ -1,0 +1,178 @@
+"""One training step of train.py, by what it is made of, beside the floor: where the next nanosecond is.
+
+    hotloop bench step [--train FILE] [--preset h100|laptop]
+
+The step is the very function that train.py hands to `run.warmup`, on synthetic tokens, under torch's profiler. Device
+kernels are put into groups by name; `gap` is the share of the step in which the device ran nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import device as dev
+from harness.client import Batch
+from harness.errors import UsageError
+from harness.feed import synthetic_rows
+from harness.spec import PRESETS, Spec
+
+__all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step"]
+
+# Device kernels (or CPU operators) by name; the first pattern that matches.
+GROUPS = (
+    ("attention", r"flash|fmha|attention|sdpa|softmax"),
+    ("loss", r"softcap|cross_entropy|nll_loss|log_softmax|logsumexp"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm)|_mm_|splitK"),
+    ("embedding", r"embedding|index_put|indexing_backward|radix|aten::index"),
+    ("optimizer", r"multi_tensor|foreach|lerp|adamw|muon"),
+    ("copies", r"memcpy|memset|copy_|aten::(stack|cat)|CatArray"),
+    ("fused elementwise", r"triton_"),
+)
+# Of the baseline architecture: MFLOP and KB of ideal traffic a token, all layers, forward and backward, everything
+# fused that can be. Estimates from counting bytes and operations; times come from this machine's own ceilings.
+FLOOR = {
+    "matrix products": (37.7 + 12.6 + 100.7, 135 + 57 + 311),
+    "attention": (13.6 + 34.1, 33 + 107),
+    "loss": (25.2, 52 + 2),
+    "embedding": (0.0, 10),
+    "fused elementwise": (0.0, 82),
+}
+
+
+class _Captured(Exception):
+    """Carries the step out of train()."""
+
+
+class _Run:
+    """What train.py sees instead of a harness: `warmup` takes its step and ends train()."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def warmup(self, step: Callable[[Batch], Any], *, rows: int, seq_len: int | None = None, restore: Any = ()) -> None:
+        raise _Captured(step, rows, seq_len or self.spec.seq_len)
+
+
+def _load(path: Path) -> Any:
+    try:
+        ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError) as e:
+        raise UsageError(f"{path} cannot be profiled: {e}") from None
+    spec = importlib.util.spec_from_file_location("train", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def group_of(name: str) -> str:
+    return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def profile_step(path: Path, preset: str) -> dict[str, Any]:
+    """Profile; returns {"tokens", "step_s", "gap", "groups": {name: seconds}, "kernels": [[name, group, seconds,
+    calls]]}.
+
+    Raises:
+        UsageError: a train.py that does not call run.warmup.
+    """
+    on_gpu = torch.cuda.is_available()
+    chosen = PRESETS[preset]
+    spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len)
+    torch.manual_seed(1)
+    torch.set_float32_matmul_precision("high")
+    try:
+        _load(path).train(_Run(spec))
+    except _Captured as e:
+        step, rows, seq_len = e.args
+    else:
+        raise UsageError(f"{path}: train(run) ended without calling run.warmup, so there is no step to profile")
+    data = torch.from_numpy(synthetic_rows(rows, seq_len, spec.vocab_size, 0).astype("int64")).to(spec.device)
+    batch = Batch(data[:, :-1].contiguous(), data[:, 1:].contiguous(), 0.25, 10)
+    steps = 3 if on_gpu else 1
+    for _ in range(steps):
+        step(batch)
+    start = dev.now()
+    for _ in range(steps):
+        step(batch)
+    step_s = (dev.now() - start) / steps
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities={activity.CPU} | ({activity.CUDA} if on_gpu else set())) as profiler:
+        for _ in range(steps):
+            step(batch)
+        if on_gpu:
+            torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    spans: list[tuple[float, float]] = []
+    for event in profiler.events() or ():
+        if on_gpu != str(event.device_type).endswith("CUDA"):
+            continue
+        us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        entry = kernels.setdefault(event.name, [0.0, 0])
+        entry[0] += us / 1e6 / steps
+        entry[1] += 1 / steps
+        if on_gpu:
+            spans.append((event.time_range.start, event.time_range.end))
+    groups: dict[str, float] = {}
+    for name, (seconds, _) in kernels.items():
+        groups[group_of(name)] = groups.get(group_of(name), 0.0) + seconds
+    return {
+        "tokens": rows * seq_len,
+        "step_s": step_s,
+        "gap": _gap(spans) if on_gpu else None,
+        "groups": dict(sorted(groups.items(), key=lambda g: -g[1])),
+        "kernels": [[n, group_of(n), s, c] for n, (s, c) in sorted(kernels.items(), key=lambda k: -k[1][0])[:40]],
+        "cpu_figures": not on_gpu,
+    }
+
+
+def _gap(spans: list[tuple[float, float]]) -> float:
+    """Share of first start to last end in which nothing ran."""
+    spans = sorted(spans)
+    busy, until = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 1.0 - busy / (until - spans[0][0])
+
+
+def page(found: dict[str, Any]) -> str:
+    """Markdown of a profile."""
+    tokens = found["tokens"]
+    gap = "" if found["gap"] is None else f", {found['gap']:.1%} of it idle"
+    label = " (CPU figures)" if found["cpu_figures"] else ""
+    lines = [
+        f"A step of {tokens:,} tokens takes {found['step_s'] * 1e3:.1f} ms{gap}: "
+        f"{tokens / found['step_s']:,.0f} tokens/s{label}.",
+        "",
+        "| group | ms | ns a token | floor, ns a token |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, seconds in found["groups"].items():
+        floor = "" if found["cpu_figures"] or name not in FLOOR else f"{_floor_ns(name):.0f}"
+        lines.append(f"| {name} | {seconds * 1e3:.2f} | {seconds / tokens * 1e9:.1f} | {floor} |")
+    lines += ["", "| kernel | group | ms | calls |", "|---|---|---:|---:|"]
+    for name, group, seconds, calls in found["kernels"][:20]:
+        short = name if len(name) <= 90 else name[:87] + "..."
+        lines.append(f"| `{short.replace('|', ' ')}` | {group} | {seconds * 1e3:.2f} | {calls:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _floor_ns(name: str) -> float:
+    megaflop, kilobytes = FLOOR[name]
+    return max(megaflop * 1e6 / dev.matrix_rate(), kilobytes * 1e3 / dev.copy_bandwidth()) * 1e9
+
+
+def main(train: Path, preset: str) -> tuple[dict[str, Any], str]:
+    """(the profile, its page)."""
+    found = profile_step(train, preset)
+    return found, page(found)

@@ -1,0 +1,62 @@
+"""Launch configurations found by measurement, as data: `kernels/tuned/<gpu>.json`, written by `bench/tune.py`.
+
+Nothing is tuned while a model trains: start-up stays short and two runs launch the same kernels. A GPU without a file
+gets the file of the nearest one (same architecture, then the nearest number of multiprocessors), which `notice()`
+says; with no file of its architecture, each kernel's own default stands.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["FOLDER", "config", "file_name", "notice", "shipped"]
+
+FOLDER = Path(__file__).with_name("tuned")
+
+
+def file_name(gpu: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3.json"""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+@functools.cache
+def shipped() -> tuple[dict[str, Any], ...]:
+    """Every file: {"gpu", "capability": [major, minor], "multiprocessors", "configs": {kernel: {key: config}}, ...}."""
+    return tuple(json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json")))
+
+
+def nearest(gpu: str, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any] | None:
+    """The file for a GPU: its own, or the nearest of its architecture."""
+    same = [f for f in shipped() if f["capability"][0] == capability[0]]
+    return min(same, key=lambda f: (f["gpu"] != gpu, abs(f["multiprocessors"] - multiprocessors)), default=None)
+
+
+@functools.cache
+def _here() -> tuple[dict[str, Any] | None, str]:
+    if not torch.cuda.is_available():
+        return None, "no GPU"
+    p = torch.cuda.get_device_properties()
+    found = nearest(p.name, (p.major, p.minor), p.multi_processor_count)
+    if found is None:
+        return None, f"{p.name} and its architecture were never tuned; defaults"
+    return found, "" if found["gpu"] == p.name else f"{p.name} was never tuned; the values of {found['gpu']}"
+
+
+def notice() -> str:
+    """What is to be said of the configurations on this machine; empty where they are its own. Goes into every
+    record.
+    """
+    return _here()[1]
+
+
+@functools.cache
+def config(kernel: str, key: str) -> dict[str, int] | None:
+    """The tuned configuration of a kernel at a key of its own (a size, a variant); None for its default."""
+    found = _here()[0]
+    return None if found is None else found["configs"].get(kernel, {}).get(key)

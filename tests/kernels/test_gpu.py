@@ -1,0 +1,126 @@
+"""What only a GPU can show. Skipped where there is none; `make gpu-check` runs it first."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import kernels
+from bench.accuracy import bitwise_repeats, check
+from bench.operators import OPERATORS
+from harness.spec import PRESETS, Spec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "train.py"
+    spec = importlib.util.spec_from_file_location("train", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def model_of(train: ModuleType) -> torch.nn.Module:
+    torch.manual_seed(1)
+    preset = PRESETS["h100"]
+    return train.build_model(Spec("h100", "cuda", 1, preset.vocab_size, preset.seq_len))
+
+
+def some_tokens(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(2)
+    tokens = torch.randint(0, 8192, (rows, 2049), device=CUDA)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_runs_here_is_right(name: str) -> None:
+    torch.manual_seed(0)
+    op = OPERATORS[name]
+    for shape in ("odd", "tiny"):
+        for dtype in op.dtypes:
+            for errors in check(op, op.make(op.shapes[shape], dtype, CUDA)):
+                # Matrix products of fp32 run as tf32 where the user allows it; here they do not.
+                assert errors.fine, (shape, dtype, errors)
+
+
+@pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.module])
+def test_a_kernel_of_ours_runs_and_repeats_to_the_bit(name: str) -> None:
+    op = OPERATORS[name]
+    assert kernels.implementations()[name].startswith("triton")
+    args = op.make(op.shapes["odd"], torch.bfloat16, CUDA)
+    assert bitwise_repeats(op, args, getattr(kernels, name), 50) == 0
+
+
+def test_the_models_loss_compiles_whole_and_agrees_with_eager(train: ModuleType) -> None:
+    model = model_of(train)
+    tokens, targets = some_tokens(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)  # the first weights are mostly zeros
+    losses, grads = [], []
+    for function in (model.loss, torch.compile(model.loss, dynamic=False, fullgraph=True)):
+        model.zero_grad()
+        loss = function(tokens, targets)
+        loss.backward()
+        losses.append(float(loss))
+        grads.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 3e-2
+
+
+def test_the_training_loss_is_the_scored_one(train: ModuleType) -> None:
+    """`loss`, which forms no fp32 logits, and `forward`, which the evaluators call, are one function."""
+    model = model_of(train)
+    tokens, targets = some_tokens(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+        logits = model(tokens)
+        want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        assert float(model.loss(tokens, targets)) == pytest.approx(float(want), rel=1e-3)
+
+
+def test_two_steps_of_one_seed_give_the_same_bits(train: ModuleType) -> None:
+    tokens, targets = some_tokens(8)
+
+    def weights() -> list[torch.Tensor]:
+        model = model_of(train)
+        hp = train.hyperparameters(Spec("h100", "cuda", 1, 8192, 2048))
+        optimizer = train.build_optimizer(model, hp, compiled=True)
+        loss = torch.compile(model.loss, dynamic=False, fullgraph=True)
+        for _ in range(3):
+            loss(tokens, targets).backward()
+            optimizer.set_schedule(1.0, 0.9, 0.1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return [p.detach().clone() for p in model.parameters()]
+
+    first, second = weights(), weights()
+    different = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not torch.equal(a, b)]
+    assert not different, f"{len(different)} of {len(first)} parameters differ"
+
+
+def test_m_times_v_past_two_to_the_31_elements() -> None:
+    """Offsets of the baseline's logits need 64 bits: the last rows must come out as they do alone."""
+    rows, vocab = 262_144 + 64, 8192
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * vocab:
+        pytest.skip("too little memory is free")
+    torch.manual_seed(0)
+    logits = torch.randn(rows, vocab, device=CUDA, dtype=torch.bfloat16)
+    targets = torch.randint(0, vocab, (rows,), device=CUDA)
+    last = logits[-64:].clone()
+    loss = kernels.softcap_cross_entropy_(logits, targets)
+    alone = kernels.softcap_cross_entropy_(last, targets[-64:])
+    assert torch.equal(loss[-64:], alone)
+    assert torch.equal(logits[-64:], last)

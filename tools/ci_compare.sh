@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Compares the result that gpu-check has just written with the newest committed one of the same GPU. Writes comparison.md
+# and comparison.png, and the former into the job's summary. Exit status: that of the comparison; 0 where there is no
+# committed result yet.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+hotloop=${HOTLOOP:-.venv/bin/hotloop}
+new=$(git ls-files --others --exclude-standard -- 'bench/results/*/*.json' | sort | tail -n 1)
+if [ -z "$new" ]; then
+  echo "hotloop: gpu-check left no new result in bench/results; see the step before" >&2
+  exit 1
+fi
+mapfile -t committed < <(git ls-files -- "$(dirname "$new")/*.json" | sort)
+if [ "${#committed[@]}" -eq 0 ]; then
+  { echo "No result of this GPU is committed yet; commit this one to compare with it:"; echo; cat "${new%.json}.md"; } >comparison.md
+  status=0
+else
+  "$hotloop" bench compare "${committed[-1]}" "$new" >comparison.md
+  status=$?
+  "$hotloop" bench plot "${committed[@]}" "$new" --out comparison.png >/dev/null
+fi
+cat comparison.md
+if [ -n "${GITHUB_STEP_SUMMARY:-}" ]; then
+  cat comparison.md "${new%.json}.md" >>"$GITHUB_STEP_SUMMARY"
+fi
+exit $status
