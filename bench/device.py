@@ -7,7 +7,6 @@ host's clock. pytest-benchmark takes it through its public `timer` option and on
 from __future__ import annotations
 
 import functools
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import DeviceError
+from harness.machine import gpus
 
 __all__ = ["Mark", "copy_bandwidth", "device", "facts", "flush", "matrix_rate", "now", "rotations", "seconds"]
 
@@ -110,27 +110,14 @@ def facts() -> dict[str, Any]:
             "capability": [p.major, p.minor],
             "multiprocessors": p.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": _driver(),
+            "driver": next((g["driver"] for g in gpus()), "unknown"),
         }
     found["copy_bytes_per_s"], found["matrix_flops_per_s"] = copy_bandwidth(), matrix_rate()
     return found
 
 
-def _driver() -> str:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.split("\n")[0].strip()
-
-
 def require_gpu() -> None:
     """Raises DeviceError where there is no working GPU."""
-    from harness.machine import gpus
-
     if not gpus():
         raise DeviceError("this needs an NVIDIA GPU and nvidia-smi shows none; on a CPU: hotloop bench smoke")
     if not torch.cuda.is_available():

@@ -8,10 +8,7 @@ kernels are put into groups by name; `gap` is the share of the step in which the
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,9 @@ from bench import device as dev
 from harness.client import Batch
 from harness.errors import UsageError
 from harness.feed import synthetic_rows
+from harness.single import read_train_source
 from harness.spec import PRESETS, Spec
+from harness.trainer import load_train_module
 
 __all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step"]
 
@@ -61,19 +60,6 @@ class _Run:
         raise _Captured(step, rows, seq_len or self.spec.seq_len)
 
 
-def _load(path: Path) -> Any:
-    try:
-        ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UsageError(f"{path} cannot be profiled: {e}") from None
-    spec = importlib.util.spec_from_file_location("train", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
 
@@ -90,8 +76,9 @@ def profile_step(path: Path, preset: str) -> dict[str, Any]:
     spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
+    read_train_source(path)
     try:
-        _load(path).train(_Run(spec))
+        load_train_module(str(path)).train(_Run(spec))
     except _Captured as e:
         step, rows, seq_len = e.args
     else:

@@ -37,9 +37,9 @@ def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
     return torch
 
 
-def load_train_module() -> Any:
-    """The run's own copy of train.py, imported as `train`."""
-    path = os.path.join(os.getcwd(), "train.py")
+def load_train_module(path: str = "train.py") -> Any:
+    """The file at `path` (in a run: its own copy in the working folder), imported as `train`."""
+    path = os.path.abspath(path)
     module_spec = importlib.util.spec_from_file_location("train", path)
     assert module_spec is not None
     assert module_spec.loader is not None

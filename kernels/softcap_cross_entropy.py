@@ -49,7 +49,7 @@ def config_key(vocab: int, capped: bool) -> str:
 def _default_config(vocab: int) -> dict[str, int]:
     block = max(16, 1 << (vocab - 1).bit_length())
     block = block if block <= MAX_BLOCK else 4096  # two passes: more would only spill
-    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4}
+    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
 
 
 def search_space(vocab: int) -> list[dict[str, int]]:
@@ -93,7 +93,7 @@ if HAVE_TRITON:
     def _capped(x, softcap, CAPPED: tl.constexpr):
         """(s, ds/dl) of logits x, fp32."""
         if CAPPED:
-            t = 1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0)  # tanh; exact limits at both ends
+            t = 1.0 - 2.0 / (tl.exp(x * (2.0 / softcap)) + 1.0)  # tanh; exact limits at both ends
             s = softcap * t
             slope = 1.0 - t * t
         else:
@@ -123,7 +123,7 @@ if HAVE_TRITON:
             total = tl.sum(e, 0)
             hit = column == target
             at_target = tl.sum(tl.where(hit, s, 0.0), 0)
-            grad = (e / total - tl.where(hit, 1.0, 0.0)) * slope * scale
+            grad = (e * (1.0 / total) - tl.where(hit, 1.0, 0.0)) * slope * scale
             tl.store(p_row + column, grad.to(logits_ptr.dtype.element_ty), mask=inside)
         else:
             top = 0.0 if CAPPED else float("-inf")
@@ -141,12 +141,13 @@ if HAVE_TRITON:
                     total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher), 0)
                     top = higher
                 at_target += tl.sum(tl.where(start + column == target, s, 0.0), 0)
+            share = 1.0 / total
             for start in range(0, V, BLOCK):
                 inside = start + column < V
                 x = tl.load(p_row + start + column, mask=inside, other=0.0).to(tl.float32)
                 s, slope = _capped(x, softcap, CAPPED)
                 hit = start + column == target
-                grad = (tl.exp(s - top) / total - tl.where(hit, 1.0, 0.0)) * slope * scale
+                grad = (tl.exp(s - top) * share - tl.where(hit, 1.0, 0.0)) * slope * scale
                 tl.store(p_row + start + column, grad.to(logits_ptr.dtype.element_ty), mask=inside)
         tl.store(loss_ptr + row, tl.where(valid, tl.log(total) + top - at_target, 0.0))
 

@@ -94,14 +94,14 @@ def test_compare_exits_by_its_verdict_and_prints_a_table(tmp_path: Path, capsys:
         (["check"], "nvidia-smi shows none"),
         (["tune"], "nvidia-smi shows none"),
         (["tune", "--operator", "fast"], "no kernel is called fast"),
-        (["step", "--train", "none.py"], "none.py cannot be profiled"),
+        (["step", "--train", "none.py"], "none.py cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("harness.machine.gpus", list)
+    monkeypatch.setattr("bench.device.gpus", list)
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     write(tmp_path / "base.json", entry("x"))
     write(tmp_path / "other.json", entry("x"), device="NVIDIA A100")
@@ -283,7 +283,7 @@ def test_a_step_of_train_py_is_profiled() -> None:
 
 def test_a_train_py_without_a_warm_up_has_no_step(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
-    path.write_text("def train(run): pass\n")
+    path.write_text("def build_model(spec): pass\ndef train(run): pass\n")
     with pytest.raises(UsageError, match=r"without calling run\.warmup"):
         profile_step(path, "laptop")
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,7 +10,9 @@ import torch
 import kernels
 from bench.accuracy import bitwise_repeats, check
 from bench.operators import OPERATORS
+from harness.process import project_root
 from harness.spec import PRESETS, Spec
+from harness.trainer import load_train_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = torch.device("cuda")
@@ -21,14 +20,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "train.py"
-    spec = importlib.util.spec_from_file_location("train", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_train_module(str(project_root() / "train.py"))
 
 
 def model_of(train: ModuleType) -> torch.nn.Module:
