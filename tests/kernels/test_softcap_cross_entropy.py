@@ -67,7 +67,9 @@ for v in (1, 7, 2048, 5003, 20000):  # 20000 takes two passes over a row
                 if dtype == torch.bfloat16:
                     assert ((ours.double() - truth).abs() <= truth.abs() * 2**-7 + 1e-6).all(), what
                 else:
-                    assert distance(ours, truth) <= 1.5 * distance(plain, truth) + 1e-6, what
+                    # An fp32 probability near 1 is off by up to 2e-7, whatever is left of it after the target's 1.
+                    off, allowed = (ours.double() - truth).norm(), 1.5 * (plain.double() - truth).norm()
+                    assert off <= allowed + 1e-6 * truth.norm() + 2e-7 * truth.numel() ** 0.5, what
                 if m > 1:
                     assert loss[1] == 0 and not ours[1].any(), what
 """,
