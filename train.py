@@ -12,6 +12,7 @@ scalars, relu^2 and sliding windows, trained by Muon and AdamW. Shapes: B batch,
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -92,12 +93,11 @@ class Attention(nn.Module):
         self.gate = nn.Linear(hp.GATE_CHANNELS, self.heads, bias=False) if gated else None
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
-        heads = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
-        q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
-        if self.gate is not None and ve is not None:
-            gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate_channels]))  # [B, T, H], 1 at the start
-            v = v + gate[..., None] * ve.view(heads)
-        q, k = kernels.apply_rope_norm(q, cos, sin), kernels.apply_rope_norm(k, cos, sin)
+        qkv = F.linear(x, torch.cat((self.q.weight, self.k.weight, self.v.weight)))
+        gate = None if self.gate is None else self.gate(x[..., : self.gate_channels])  # [B, T, H], 0 at the start
+        ve = None if ve is None else ve.unflatten(-1, (self.heads, -1))
+        qkv = qkv.unflatten(-1, (3 * self.heads, -1))  # [B, T, 3 H, K]
+        q, k, v = kernels.qkv_rope_norm(qkv, cos, sin, self.heads, ve, gate)
         return self.proj(kernels.attention(q, k, v, window).flatten(2))
 
 
@@ -116,10 +116,6 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(hp, dim, layer)
         self.mlp = MLP(dim)
-
-    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
-        x = x + self.attention(kernels.rms_norm(x), ve, cos, sin, window)
-        return x + self.mlp(kernels.rms_norm(x))
 
 
 class GPT(nn.Module):
@@ -160,12 +156,16 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor) -> Tensor:
         """[B, T] -> normalised hidden state [B, T, D]."""
         cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
-        x = x0 = kernels.rms_norm(kernels.embedding(tokens, self.wte.weight))
+        order = kernels.token_order(tokens, self.wte.num_embeddings)
+        x = x0 = kernels.rms_norm(kernels.embedding(tokens, self.wte.weight, order))
+        branch = None  # what the last branch computed, not yet added to the residual stream x
         for i, block in enumerate(self.blocks):
-            x = self.resid_scalars[i] * x + self.x0_scalars[i] * x0
-            ve = kernels.embedding(tokens, self.value_embeds[str(i)].weight) if str(i) in self.value_embeds else None
-            x = block(x, ve, cos, sin, self.windows[i])
-        return kernels.rms_norm(x)
+            table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
+            ve = None if table is None else kernels.embedding(tokens, table, order)
+            x, normed = kernels.residual_rms_norm(x, branch, x0, self.resid_scalars[i], self.x0_scalars[i])
+            x, normed = kernels.residual_rms_norm(x, block.attention(normed, ve, cos, sin, self.windows[i]))
+            branch = block.mlp(normed)
+        return kernels.residual_rms_norm(x, branch)[1]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V], fp32. The harness scores with this; training uses `loss`."""
@@ -211,16 +211,6 @@ POLAR_EXPRESS = (
 )
 
 
-def adamw_update(
-    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float
-) -> None:
-    """AdamW without decay, in place. The scalars that change are 0-d tensors, so that nothing is compiled twice."""
-    m.lerp_(grad, 1 - beta1)
-    v.lerp_(grad.square(), 1 - beta2)
-    denominator = (v / (1 - beta2**step)).sqrt() + eps
-    p.sub_((lr / (1 - beta1**step)) * (m / denominator))
-
-
 def orthogonalize(g: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, about: [N, rows, cols], in g's dtype."""
     x = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -258,7 +248,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], compiled: bool) -> None:
         super().__init__(groups, {})
-        self.adamw_update = torch.compile(adamw_update, dynamic=False, fullgraph=True) if compiled else adamw_update
         self.muon_update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
 
     def set_schedule(self, lr_scale: float, momentum: float, decay: float) -> None:
@@ -269,18 +258,28 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        if adamw := [g for g in self.param_groups if g["kind"] == "adamw"]:
+            self._adamw(adamw)
         for group in self.param_groups:
-            self._muon(group) if group["kind"] == "muon" else self._adamw(group)
+            if group["kind"] == "muon":
+                self._muon(group)
 
-    def _adamw(self, group: dict) -> None:
-        for p in group["params"]:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"] += 1
-            lr = torch.tensor(group["lr"])
-            self.adamw_update(p, p.grad, state["m"], state["v"], state["step"], lr, *group["betas"], group["eps"])
+    def _adamw(self, groups: list[dict]) -> None:
+        """All groups in one launch."""
+        params, hyper = [], []
+        for group in groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                correction = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+                params.append(p)
+                hyper.append((group["lr"], beta1, beta2, group["eps"], *correction))
+        ms, vs = ([self.state[p][name] for p in params] for name in "mv")
+        rates = torch.tensor(hyper, pin_memory=params[0].is_cuda).to(params[0].device, non_blocking=True)
+        kernels.adamw_(params, [p.grad for p in params], ms, vs, rates)
 
     def _muon(self, group: dict) -> None:
         params = group["params"]

@@ -67,34 +67,38 @@ def fresh(args: list[Any], op: Operator) -> list[Any]:
     made = list(args)
     for i in op.gradients:
         made[i] = args[i].detach().clone().requires_grad_()
-    if op.mutates is not None:
-        made[op.mutates] = args[op.mutates].clone()
+    for i in op.mutates:
+        made[i] = args[i].clone()
     return made
 
 
-def results(function: Function, args: list[Any], op: Operator, seed_grad: Tensor | float | None) -> dict[str, Tensor]:
-    """Every output and gradient of one call, by name."""
+def outputs(out: Any) -> tuple[Tensor, ...]:
+    """What a function returned, as a tuple."""
+    return () if out is None else tuple(out) if isinstance(out, tuple | list) else (out,)
+
+
+def results(function: Function, args: list[Any], op: Operator, grads: list[Tensor]) -> dict[str, Tensor]:
+    """Every output and gradient of one call, by name; `grads` flow in, one for each output."""
     given = fresh(args, op)
-    out = function(*given)
-    found = {"out": out.detach()}
-    if op.mutates is not None:
-        found["overwritten"] = given[op.mutates]
+    outs = outputs(function(*given))
+    found = {f"out {i}": out.detach() for i, out in enumerate(outs)}
+    found |= {f"overwritten {i}": given[i] for i in op.mutates}
     if op.gradients:
-        upstream = torch.full_like(out, seed_grad) if isinstance(seed_grad, float) else seed_grad
-        grads = torch.autograd.grad(out, [given[i] for i in op.gradients], upstream)
-        found |= {f"gradient {i}": g for i, g in zip(op.gradients, grads, strict=True)}
+        seeds = [g.to(out.dtype) for g, out in zip(grads, outs, strict=True)]
+        flown = torch.autograd.grad(outs, [given[i] for i in op.gradients], seeds)
+        found |= {f"gradient {i}": g for i, g in zip(op.gradients, flown, strict=True)}
     return found
 
 
-def upstream(op: Operator, args: list[Any]) -> Tensor | float | None:
-    """The gradient that flows in: a number for a mean, else a random tensor of the output's shape."""
+def upstream(op: Operator, args: list[Any]) -> list[Tensor]:
+    """The gradients that flow in: 3 for a mean, else random tensors of the outputs' shapes."""
     if not op.gradients:
-        return None
+        return []
     if op.mean:
-        return 3.0
+        return [torch.tensor(3.0, device=args[0].device)]
     with torch.no_grad():
-        out = getattr(reference, op.name)(*args)
-    return torch.randn(out.shape, device=out.device).to(out.dtype)
+        outs = outputs(op.bind(reference)(*args))
+    return [torch.randn(out.shape, device=out.device).to(out.dtype) for out in outs]
 
 
 def check(op: Operator, args: list[Any], ours: Function | None = None, *, loose: float | None = None) -> list[Errors]:
@@ -105,13 +109,12 @@ def check(op: Operator, args: list[Any], ours: Function | None = None, *, loose:
         loose: a limit in place of the table's, for an interpreter that rounds otherwise than the hardware.
     """
     dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
-    plain_function: Function = getattr(reference, op.name)
     grad = upstream(op, args)
     with poisoned_memory():
-        mine = results(ours or getattr(kernels, op.name), args, op, grad)
+        mine = results(ours or op.bind(kernels), args, op, grad)
     # Where nothing adds up over the rows, plain PyTorch goes in pieces as well, for its memory's sake.
     piecewise = not op.mean and all(i in op.rows for i in op.gradients)
-    plain = None if piecewise else results(plain_function, args, op, grad)
+    plain = None if piecewise else results(op.bind(reference), args, op, grad)
     squares = _compare(op, args, grad, mine, plain)
     limit = loose or op.tolerance[dtype].limit
     found = []
@@ -127,7 +130,7 @@ def check(op: Operator, args: list[Any], ours: Function | None = None, *, loose:
 
 
 def _compare(
-    op: Operator, args: list[Any], grad: Tensor | float | None, mine: dict[str, Tensor], plain: dict[str, Tensor] | None
+    op: Operator, args: list[Any], grad: list[Tensor], mine: dict[str, Tensor], plain: dict[str, Tensor] | None
 ) -> dict[str, list[float]]:
     """What -> sums of squares: of the truth, of ours minus it, of plain minus it."""
     sums: dict[str, list[float]] = {}
@@ -146,16 +149,14 @@ def _compare(
         share = _counted(op, args, piece) / counted if op.mean else 1.0
         if op.mean and not share:
             continue
-        seed: Tensor | float | None
-        seed = grad[piece].double() if isinstance(grad, Tensor) else grad * share if grad is not None else None
-        truth = results(getattr(reference, op.name), wide, op, seed)
-        narrow = None
-        if plain is None:
-            narrow = results(getattr(reference, op.name), part, op, grad[piece] if isinstance(grad, Tensor) else grad)
+        seeds = [g.double() * share if op.mean else g[piece].double() for g in grad]
+        truth = results(op.bind(reference), wide, op, seeds)
+        narrow = results(op.bind(reference), part, op, [g[piece] for g in grad]) if plain is None else None
         for what, value in truth.items():
             position = int(what.split()[1]) if what.startswith("gradient") else None
-            if (what == "out" and op.mean) or (position is not None and position not in op.rows):
-                value = value * share if what == "out" else value
+            mean = op.mean and what.startswith("out")
+            if mean or (position is not None and position not in op.rows):
+                value = value * share if mean else value
                 totals[what] = totals[what] + value if what in totals else value
             else:
                 note(what, value, [mine[what][piece], narrow[what] if narrow else plain[what][piece]])  # type: ignore[index]
@@ -171,7 +172,9 @@ def _counted(op: Operator, args: list[Any], piece: slice) -> int:
 
 def _pieces(op: Operator, args: list[Any], n: int) -> Iterator[slice]:
     widest = max(a.numel() // n for i, a in enumerate(args) if i in op.rows)
-    shared = max((a.shape[0] for i, a in enumerate(args) if isinstance(a, Tensor) and i not in op.rows), default=1)
+    shared = max(
+        (a.shape[0] for i, a in enumerate(args) if isinstance(a, Tensor) and a.ndim and i not in op.rows), default=1
+    )
     first = args[op.rows[0]]
     per_row = max(widest, shared * (first.numel() // n // first.shape[-1] if first.ndim > 1 else 1))
     if op.name == "attention":

@@ -23,7 +23,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import kernels
 from bench import device as dev
-from bench.accuracy import bitwise_repeats, check, fresh, upstream
+from bench.accuracy import bitwise_repeats, check, fresh, outputs, upstream
 from bench.operators import OPERATORS, Operator
 from bench.peers import PEERS, available
 from kernels import reference
@@ -46,9 +46,8 @@ def cases() -> list[Any]:
             if (shape == "tiny") == ON_GPU or (not ON_GPU and shape != "tiny"):
                 continue
             for way in op.passes:
-                for name in ("hotloop", "eager", *PEERS.get(op.name, {})):
-                    if name == "hotloop" and not has_kernel(op):
-                        continue
+                ours = ("hotloop", *(f"hotloop-{v}" for v in op.variants)) if has_kernel(op) else ()
+                for name in (*ours, "eager", *PEERS.get(op.name, {})):
                     found.append(pytest.param(op.name, shape, way, name, id=f"{op.name}-{shape}-{way}-{name}"))
     return found
 
@@ -56,7 +55,7 @@ def cases() -> list[Any]:
 @functools.cache
 def compiled(name: str) -> Function:
     """The reference under torch.compile; as it is on a CPU, where this is no measurement."""
-    function: Function = getattr(reference, name)
+    function = OPERATORS[name].bind(reference)
     if not ON_GPU:
         return function
     made: Function = torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
@@ -82,12 +81,11 @@ def verdict(name: str, shape: str, implementation: str) -> tuple[bool, str]:
 
 
 def implementation_of(name: str, implementation: str) -> Function:
-    if implementation == "hotloop":
-        function: Function = getattr(kernels, name)
-        return function
+    op = OPERATORS[name]
+    if implementation.startswith("hotloop"):
+        return op.bind(kernels, implementation.removeprefix("hotloop").removeprefix("-"))
     if implementation == "eager":
-        function = getattr(reference, name)
-        return function
+        return op.bind(reference)
     loaded, missing = available(name)
     if implementation in missing:
         pytest.skip(f"{implementation}: {missing[implementation]}")
@@ -106,15 +104,9 @@ def work_of(op: Operator, way: str, function: Function, args: list[Any], grad: A
         return forward
     wanted = [given[i] for i in op.gradients]
     if way == "backward":
-        out = function(*given)
-        seed = torch.full_like(out, grad) if isinstance(grad, float) else grad
-        return lambda: torch.autograd.grad(out, wanted, seed)
-
-    def both() -> Any:
-        out = function(*given)
-        return torch.autograd.grad(out, wanted, torch.full_like(out, grad) if isinstance(grad, float) else grad)
-
-    return both
+        outs = outputs(function(*given))
+        return lambda: torch.autograd.grad(outs, wanted, grad)
+    return lambda: torch.autograd.grad(outputs(function(*given)), wanted, grad)
 
 
 @pytest.mark.benchmark(timer=dev.now, disable_gc=True)
@@ -178,4 +170,4 @@ def test_operator(
         runs = options.repeats or REPEATS
         different = bitwise_repeats(op, copies[0], function, runs)
         benchmark.extra_info |= {"runs": runs, "runs_with_other_bits": different}
-        assert implementation != "hotloop" or different == 0, f"{different} of {runs} runs gave other bits"
+        assert not implementation.startswith("hotloop") or different == 0, f"{different} of {runs} runs gave other bits"

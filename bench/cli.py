@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,12 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     step.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
     step.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
+    step.add_argument("--time", action="store_true", help="time it only; prints JSON")
     step.set_defaults(run=_step)
+
+    switches = parts.add_parser("switches", help="a whole step's tokens/s with each kernel alone, with none, with all")
+    switches.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    switches.set_defaults(run=_switches)
 
     smoke = parts.add_parser("smoke", help="the rig itself on a CPU, at tiny shapes: no measurement")
     smoke.add_argument("--out", type=Path, default=Path("smoke.json"), metavar="FILE")
@@ -71,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
     dev.require_gpu()
     more = [f"--shape={s}" for s in args.shape]
     log = args.out.with_suffix(".log")
-    code = check.run_kernels(args.out.resolve(), 3600, log, args.operator, more)
+    code = check.run_kernels(args.out.resolve(), 3600, log, args.operator, more, check.ALL_KERNELS)
     if args.out.exists():
         print(results.markdown(results.read(args.out)))
     if code:
@@ -119,12 +125,26 @@ def _step(args: argparse.Namespace) -> int:
     import torch
 
     from bench.step import main as step
+    from bench.step import step_of, time_step
 
-    _, page = step(args.train, args.preset or ("h100" if torch.cuda.is_available() else "laptop"))
+    preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
+    if args.time:
+        work, tokens = step_of(args.train, preset)
+        print(json.dumps({"tokens": tokens, "step_s": time_step(work, 10 if torch.cuda.is_available() else 1)}))
+        return 0
+    _, page = step(args.train, preset)
     if args.page:
         args.page.write_text(page)
     print(page)
     return 0
+
+
+def _switches(args: argparse.Namespace) -> int:
+    from bench.device import require_gpu
+    from bench.step import switches
+
+    require_gpu()
+    return switches(args.train.resolve(), "h100")
 
 
 def _smoke(args: argparse.Namespace) -> int:

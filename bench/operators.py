@@ -9,8 +9,9 @@ multiply-add.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class Operator:
         make: its arguments, random and realistic, on a device.
         shapes: `baseline` (karpathy/autoresearch's), `odd`, `long`, `tiny`.
         gradients: positions of the arguments that are differentiated; () for an operator without backward.
-        mutates: position of an argument that the operator overwrites, which then counts as an output.
+        mutates: positions of the arguments that the operator overwrites, which then count as outputs.
+        call: how the function takes the arguments, where it does not take them one by one.
+        variants: other ways of our kernel, measured beside it: name -> keyword arguments.
         rows: positions of the arguments whose first dimension is rows, so that fp64 can go in pieces.
         mean: the output is a mean over the rows.
         bytes, flops: pass -> cost of these sizes; bytes for 2-byte elements.
@@ -73,10 +76,19 @@ class Operator:
     rows: tuple[int, ...]
     bytes: dict[str, Cost]
     flops: dict[str, Cost]
-    mutates: int | None = None
+    mutates: tuple[int, ...] = ()
+    call: Callable[..., Any] | None = None
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     mean: bool = False
     module: str = ""
     torch_ops: tuple[str, ...] = ()
+
+    def bind(self, module: Any, variant: str = "") -> Callable[..., Any]:
+        """The operator's function in `kernels`, in `kernels.reference`, or anywhere, as a call of `make`'s
+        arguments.
+        """
+        function = functools.partial(getattr(module, self.name), **self.variants.get(variant, {}))
+        return function if self.call is None else functools.partial(self.call, function)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -147,7 +159,7 @@ OPERATORS = {
             tolerance=ROUNDING,
             gradients=(),
             rows=(0, 1),
-            mutates=0,
+            mutates=(0,),
             # read and write the logits; targets and losses
             bytes=_costs(lambda s: 4.0 * s["M"] * s["V"] + 12.0 * s["M"], lambda s: 0.0),
             flops=NONE,
@@ -173,8 +185,80 @@ OPERATORS = {
                 lambda s: 2.0 * (s["M"] * s["V"] + 2 * s["M"] * s["D"] + 2 * s["V"] * s["D"]),
             ),
             flops=_costs(lambda s: 2.0 * s["M"] * s["D"] * s["V"], lambda s: 4.0 * s["M"] * s["D"] * s["V"]),
-            module="kernels.softcap_cross_entropy",
-            torch_ops=("softcap_linear_cross_entropy",),
+            module="kernels.linear_cross_entropy",
+            torch_ops=("softcap_linear_cross_entropy", "softcap_linear_cross_entropy_chunked"),
+            variants={"exp": {"method": "exp"}, "chunked": {"method": "chunked"}},
+        ),
+        Operator(
+            name="residual_rms_norm",
+            make=lambda s, dtype, device: [
+                *(_randn(s["B"], s["T"], s["D"], dtype=dtype, device=device) for _ in range(3)),
+                torch.tensor(0.9, device=device),
+                torch.tensor(0.2, device=device),
+            ],
+            shapes=_BTD,
+            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds after each of five operations")},
+            gradients=(0, 1, 2, 3, 4),
+            rows=(0, 1, 2),
+            bytes=_costs(lambda s: 10.0 * s["B"] * s["T"] * s["D"], lambda s: 14.0 * s["B"] * s["T"] * s["D"]),
+            flops=NONE,
+            module="kernels.residual_norm",
+            torch_ops=("residual_rms_norm", "residual_rms_norm_backward"),
+        ),
+        Operator(
+            name="qkv_rope_norm",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["H"] + 2 * s["G"], s["K"], dtype=dtype, device=device),
+                *_rope(s["T"], s["K"], dtype, device),
+                s["H"],
+                _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
+                _randn(s["B"], s["T"], s["G"], dtype=dtype, device=device),
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "H": 4, "G": 4, "K": 128},
+                "odd": {"B": 3, "T": 37, "H": 4, "G": 2, "K": 64},
+                "long": {"B": 4, "T": 65536, "H": 4, "G": 4, "K": 128},
+                "tiny": {"B": 1, "T": 1, "H": 1, "G": 1, "K": 16},
+            },
+            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds after each of its operations")},
+            gradients=(0, 4, 5),
+            rows=(0, 4, 5),
+            # qkv and ve in, q, k, v out. Then q, k, the three gradients and ve in, those of qkv and ve out.
+            bytes=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * s["K"] * (2 * s["H"] + 5 * s["G"]),
+                lambda s: 2.0 * s["B"] * s["T"] * s["K"] * (3 * s["H"] + 7 * s["G"]),
+            ),
+            flops=NONE,
+            module="kernels.qkv",
+            torch_ops=("qkv_rope_norm", "qkv_rope_norm_backward"),
+        ),
+        Operator(
+            name="adamw_",
+            make=lambda s, dtype, device: [
+                _randn(s["M"], dtype=dtype, device=device),
+                _randn(s["M"], dtype=dtype, device=device, std=0.1),
+                _randn(s["M"], dtype=dtype, device=device, std=0.1),
+                _randn(s["M"], dtype=dtype, device=device, std=0.1).square(),
+                torch.tensor([[0.1, 0.8, 0.95, 1e-10, 1 - 0.8**3, 1 - 0.95**3]], device=device),
+            ],
+            call=lambda function, p, g, m, v, hyper: function([p], [g], [m], [v], hyper),
+            shapes={
+                "baseline": {"M": 6 * 8192 * 512},
+                "odd": {"M": 5003},
+                "long": {"M": 2**28 + 3},
+                "tiny": {"M": 1},
+            },
+            tolerance={
+                BF16: Tolerance(5e-3, "the square root of a second moment that plain PyTorch rounds twice"),
+                FP32: Tolerance(1e-5, "another order of operations"),
+            },
+            gradients=(),
+            rows=(0, 1, 2, 3),
+            mutates=(0, 2, 3),
+            bytes=_costs(lambda s: 14.0 * s["M"], lambda s: 0.0),
+            flops=NONE,
+            module="kernels.adamw",
+            torch_ops=("adamw_",),
         ),
         Operator(
             name="rms_norm",
@@ -249,9 +333,11 @@ OPERATORS = {
             rows=(0,),
             bytes=_costs(
                 lambda s: s["B"] * s["T"] * (8.0 + 4.0 * s["D"]),
-                lambda s: s["B"] * s["T"] * (8.0 + 2.0 * s["D"]) + 2.0 * s["V"] * s["D"],
+                lambda s: s["B"] * s["T"] * (4.0 + 2.0 * s["D"]) + 2.0 * s["V"] * s["D"],
             ),
             flops=NONE,
+            module="kernels.token_embedding",
+            torch_ops=("embedding", "embedding_backward"),
         ),
         Operator(
             name="attention",

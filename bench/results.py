@@ -115,7 +115,7 @@ def compare(base: Result, new: Result) -> list[Comparison]:
     now = {r.key: r for r in new.rows}
     found = []
     for was in base.rows:
-        if was.implementation != "hotloop":
+        if not was.implementation.startswith("hotloop"):
             continue
         here = now.get(was.key)
         if here is None:
@@ -186,7 +186,7 @@ def plot(results: list[Result], path: Path) -> None:
 
     if len({r.device for r in results}) != 1:
         raise UsageError("a plot shows results of one device; give files of one")
-    keys = sorted({row.key for r in results for row in r.rows if row.implementation == "hotloop"})
+    keys = sorted({row.key for r in results for row in r.rows if row.implementation.startswith("hotloop")})
     if not keys:
         raise UsageError("none of the results has a kernel of hotloop to plot")
     figure = Figure(figsize=(11, 2.2 + 0.35 * len(keys)), layout="constrained")

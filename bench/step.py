@@ -8,7 +8,13 @@ kernels are put into groups by name; `gap` is the share of the step in which the
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import re
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +25,13 @@ from bench import device as dev
 from harness.client import Batch
 from harness.errors import UsageError
 from harness.feed import synthetic_rows
+from harness.process import project_root
 from harness.single import read_train_source
 from harness.spec import PRESETS, Spec
 from harness.trainer import load_train_module
+from kernels.dispatch import TRITON_OPERATORS
 
-__all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step"]
+__all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step", "step_of", "switches", "time_step"]
 
 # Device kernels (or CPU operators) by name; the first pattern that matches.
 GROUPS = (
@@ -64,9 +72,8 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def profile_step(path: Path, preset: str) -> dict[str, Any]:
-    """Profile; returns {"tokens", "step_s", "gap", "groups": {name: seconds}, "kernels": [[name, group, seconds,
-    calls]]}.
+def step_of(path: Path, preset: str) -> tuple[Callable[[], Any], int]:
+    """(one step of a train.py on synthetic tokens, its tokens).
 
     Raises:
         UsageError: a train.py that does not call run.warmup.
@@ -85,17 +92,32 @@ def profile_step(path: Path, preset: str) -> dict[str, Any]:
         raise UsageError(f"{path}: train(run) ended without calling run.warmup, so there is no step to profile")
     data = torch.from_numpy(synthetic_rows(rows, seq_len, spec.vocab_size, 0).astype("int64")).to(spec.device)
     batch = Batch(data[:, :-1].contiguous(), data[:, 1:].contiguous(), 0.25, 10)
+    return lambda: step(batch), rows * seq_len
+
+
+def time_step(step: Callable[[], Any], steps: int) -> float:
+    """Median seconds of `steps` steps, after as many that are not counted."""
+    for _ in range(steps):
+        step()
+    marks = [dev.now()]
+    for _ in range(steps):
+        step()
+        marks.append(dev.now())
+    return float(statistics.median(b - a for a, b in itertools.pairwise(marks)))
+
+
+def profile_step(path: Path, preset: str) -> dict[str, Any]:
+    """Profile; returns {"tokens", "step_s", "gap", "groups": {name: seconds}, "kernels": [[name, group, seconds,
+    calls]]}. Raises UsageError as `step_of`.
+    """
+    on_gpu = torch.cuda.is_available()
+    step, tokens = step_of(path, preset)
     steps = 3 if on_gpu else 1
-    for _ in range(steps):
-        step(batch)
-    start = dev.now()
-    for _ in range(steps):
-        step(batch)
-    step_s = (dev.now() - start) / steps
+    step_s = time_step(step, steps)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities={activity.CPU} | ({activity.CUDA} if on_gpu else set())) as profiler:
         for _ in range(steps):
-            step(batch)
+            step()
         if on_gpu:
             torch.cuda.synchronize()
     kernels: dict[str, list[float]] = {}
@@ -113,7 +135,7 @@ def profile_step(path: Path, preset: str) -> dict[str, Any]:
     for name, (seconds, _) in kernels.items():
         groups[group_of(name)] = groups.get(group_of(name), 0.0) + seconds
     return {
-        "tokens": rows * seq_len,
+        "tokens": tokens,
         "step_s": step_s,
         "gap": _gap(spans) if on_gpu else None,
         "groups": dict(sorted(groups.items(), key=lambda g: -g[1])),
@@ -157,6 +179,27 @@ def page(found: dict[str, Any]) -> str:
 def _floor_ns(name: str) -> float:
     megaflop, kilobytes = FLOOR[name]
     return max(megaflop * 1e6 / dev.matrix_rate(), kilobytes * 1e3 / dev.copy_bandwidth()) * 1e9
+
+
+def switches(train: Path, preset: str, say: Callable[[str], None] = print) -> int:
+    """Tokens a second of a whole step with no kernel of ours, with each alone, and with all: which deserve to be
+    defaults.
+
+    Each setting runs in a process of its own, the setting without kernels first and last, so that drift shows.
+    """
+    rates: list[tuple[str, float]] = []
+    code = "import sys; from bench.cli import main; sys.exit(main())"
+    for setting in ("reference", *TRITON_OPERATORS, "triton", "reference"):
+        command = [sys.executable, "-c", code, "step", "--time", "--train", str(train), "--preset", preset]
+        env = os.environ | {"HOTLOOP_KERNELS": setting}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=project_root())
+        if done.returncode:
+            say(f"{setting}: failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}")
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        rates.append((setting, found["tokens"] / found["step_s"]))
+        say(f"{setting:<32} {rates[-1][1]:>14,.0f} tokens/s  {rates[-1][1] / rates[0][1]:.3f}x")
+    return 0 if len(rates) == len(TRITON_OPERATORS) + 3 else 1
 
 
 def main(train: Path, preset: str) -> tuple[dict[str, Any], str]:

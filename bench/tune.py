@@ -10,6 +10,7 @@ Afterwards: `make gate-write`, `hotloop seal`, and commit all three.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -18,10 +19,14 @@ from typing import Any
 
 import torch
 
+import kernels
 from bench import device as dev
+from bench.accuracy import results, upstream
+from bench.operators import OPERATORS
 from harness.errors import UsageError
+from kernels import linear_cross_entropy as lce
+from kernels import qkv, residual_norm, token_embedding, tuning
 from kernels import softcap_cross_entropy as ce
-from kernels import tuning
 
 __all__ = ["KERNELS", "Candidate", "main"]
 
@@ -31,16 +36,18 @@ Config = dict[str, int]
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is tuned at one key of one kernel.
+    """What is tuned at one key of one kernel: launches through the operator's own path, on inputs of its own."""
 
-    `reset()` restores inputs that the kernel overwrites; `run(config)` launches it once and returns what it computed.
-    """
-
+    kernel: str
     key: str
     default: Config
     space: list[Config]
-    reset: Callable[[], Any]
-    run: Callable[[Config], list[torch.Tensor]]
+    work: Callable[[], list[torch.Tensor]]
+    reset: Callable[[], Any] = lambda: None
+
+    def run(self, config: Config) -> list[torch.Tensor]:
+        with tuning.trial(self.kernel, config):
+            return self.work()
 
 
 def _softcap_cross_entropy() -> Iterator[Candidate]:
@@ -48,21 +55,40 @@ def _softcap_cross_entropy() -> Iterator[Candidate]:
     for vocab, rows in ((8192, 65536), (2048, 65536), (50304, 8192)):
         for capped in (True, False):
             source = (torch.randn(rows, vocab, device=dev.device()) * 6).bfloat16()
-            logits = source.clone()
-            targets = torch.randint(0, vocab, (rows,), device=dev.device())
-            cap = 15.0 if capped else None
+            logits, targets = source.clone(), torch.randint(0, vocab, (rows,), device=dev.device())
 
-            def reset(logits: Any = logits, source: Any = source) -> None:
-                logits.copy_(source)
+            def work(logits: Any = logits, targets: Any = targets, capped: bool = capped) -> list[torch.Tensor]:
+                return [ce.launch(logits, targets, 15.0 if capped else None, one), logits]
 
-            def run(config: Config, logits: Any = logits, targets: Any = targets, cap: Any = cap) -> list[torch.Tensor]:
-                return [ce._launch(logits, targets, cap, one, config), logits]
-
-            key, default = ce.config_key(vocab, capped), ce._default_config(vocab)
-            yield Candidate(key, default, ce.search_space(vocab), reset, run)
+            key = ce.config_key(vocab, capped)
+            reset = functools.partial(logits.copy_, source)
+            yield Candidate("softcap_cross_entropy", key, ce.default_config(vocab), ce.search_space(vocab), work, reset)
 
 
-KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {"softcap_cross_entropy": _softcap_cross_entropy}
+def _operator(name: str, kernel: str, module: Any, variant: str, make: Callable[..., Any]) -> Iterator[Candidate]:
+    """A kernel tuned on its operator's forward and backward pass at the baseline."""
+    op = OPERATORS[name]
+    args = op.make(op.shapes["baseline"], torch.bfloat16, dev.device())
+    grads = upstream(op, args)
+    key, size = make(op.shapes["baseline"])
+    function = op.bind(kernels, variant)
+    yield Candidate(
+        kernel, key, module.default_config(size), module.search_space(size),
+        lambda: list(results(function, args, op, grads).values()),
+    )  # fmt: skip
+
+
+KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
+    "softcap_cross_entropy": _softcap_cross_entropy,
+    "exp_product": lambda: _operator(
+        "softcap_linear_cross_entropy", "exp_product", lce, "exp", lambda s: ("16 bit", False)
+    ),
+    "residual_norm": lambda: _operator(
+        "residual_rms_norm", "residual_norm", residual_norm, "", lambda s: (f"D={s['D']}", s["D"])
+    ),
+    "qkv_rope_norm": lambda: _operator("qkv_rope_norm", "qkv_rope_norm", qkv, "", lambda s: (f"K={s['K']}", s["K"])),
+    "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
+}
 
 
 def search(candidate: Candidate, say: Callable[[str], None]) -> Config | None:

@@ -2,24 +2,34 @@
 
 Shapes: B batch, T time, D model, H heads, K head dim, V vocab, M = B*T. Each function here has a reference of the same
 name and signature in `kernels.reference`, which is its specification and what runs where no faster implementation can.
-Which one runs is chosen by capability and shown by `implementations()`; `HOTLOOP_KERNELS=reference` or `=triton` asks
-for one, and what is asked for and cannot run is an error.
+Which one runs is chosen by capability and shown by `implementations()`; `HOTLOOP_KERNELS` asks for others (see
+`kernels.dispatch`), and what is asked for and cannot run is an error.
 """
 
 from __future__ import annotations
 
+from kernels.adamw import adamw_
 from kernels.dispatch import KernelError, implementations
-from kernels.reference import apply_rope_norm, attention, embedding, linear_relu2, rms_norm
-from kernels.softcap_cross_entropy import softcap_cross_entropy_, softcap_linear_cross_entropy
+from kernels.linear_cross_entropy import softcap_linear_cross_entropy
+from kernels.qkv import qkv_rope_norm
+from kernels.reference import apply_rope_norm, attention, linear_relu2, rms_norm
+from kernels.residual_norm import residual_rms_norm
+from kernels.softcap_cross_entropy import softcap_cross_entropy_
+from kernels.token_embedding import TokenOrder, embedding, token_order
 
 __all__ = [
     "KernelError",
+    "TokenOrder",
+    "adamw_",
     "apply_rope_norm",
     "attention",
     "embedding",
     "implementations",
     "linear_relu2",
+    "qkv_rope_norm",
+    "residual_rms_norm",
     "rms_norm",
     "softcap_cross_entropy_",
     "softcap_linear_cross_entropy",
+    "token_order",
 ]

@@ -1,7 +1,9 @@
 """Which implementation of an operation runs: chosen once a process, by capability, and never silently.
 
-A Triton kernel runs on tensors of a CUDA device of compute capability 8.0 or newer. `HOTLOOP_KERNELS=reference` turns
-the kernels off; `HOTLOOP_KERNELS=triton` insists on them, on CPU tensors too where `TRITON_INTERPRET=1` is set.
+A Triton kernel can run on tensors of a CUDA device of compute capability 8.0 or newer. By default those of DEFAULTS
+do: the ones that were measured to win end to end on a GPU. `HOTLOOP_KERNELS` asks for something else: `reference` for
+none, `triton` for all, or operators with commas between; what is asked for and cannot run is an error. Where
+TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too.
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ import torch
 
 from kernels import tuning
 
-__all__ = ["HAVE_TRITON", "TRITON_OPERATORS", "CompileCase", "KernelError", "choose", "implementations"]
+__all__ = ["DEFAULTS", "HAVE_TRITON", "TRITON_OPERATORS", "CompileCase", "KernelError", "choose", "implementations"]
 
 # Importing Triton takes a third of a second, in every process of every experiment, so a torch without CUDA goes without
-# unless the kernels are asked for.
-WANT_TRITON = torch.version.cuda is not None or os.environ.get("HOTLOOP_KERNELS") == "triton"
+# unless kernels are asked for.
+ASKED = os.environ.get("HOTLOOP_KERNELS", "auto")
+WANT_TRITON = torch.version.cuda is not None or ASKED not in ("auto", "reference")
 HAVE_TRITON = WANT_TRITON and importlib.util.find_spec("triton") is not None
 
 # Operations that have a Triton kernel; the others have only their reference so far.
-TRITON_OPERATORS = ("softcap_cross_entropy_", "softcap_linear_cross_entropy")
-REFERENCE_OPERATORS = ("apply_rope_norm", "attention", "embedding", "linear_relu2", "rms_norm")
+TRITON_OPERATORS = (
+    "adamw_", "embedding", "qkv_rope_norm", "residual_rms_norm", "softcap_cross_entropy_",
+    "softcap_linear_cross_entropy",
+)  # fmt: skip
+# No kernel is a default before it was measured to win end to end on a GPU (docs/performance.md).
+DEFAULTS: frozenset[str] = frozenset()
+REFERENCE_OPERATORS = ("apply_rope_norm", "attention", "linear_relu2", "rms_norm")
 
 
 class KernelError(RuntimeError):
@@ -55,15 +63,26 @@ class CompileCase(NamedTuple):
 _decided: dict[str, tuple[bool, str]] = {}
 
 
+def wanted() -> frozenset[str]:
+    """The operators whose kernels `HOTLOOP_KERNELS` asks for. Raises KernelError for a name that has none."""
+    if ASKED in ("auto", "reference", "triton"):
+        return DEFAULTS if ASKED == "auto" else frozenset(TRITON_OPERATORS if ASKED == "triton" else ())
+    names = frozenset(n.strip() for n in ASKED.split(","))
+    unknown = sorted(names - set(TRITON_OPERATORS))
+    if unknown:
+        raise KernelError(
+            f"HOTLOOP_KERNELS={ASKED!r}: {unknown[0]!r} is no kernel; say auto, reference, triton, or some of "
+            f"{','.join(TRITON_OPERATORS)}"
+        )
+    return names
+
+
 def _decide(device: str) -> tuple[bool, str]:
-    """(whether Triton kernels run on tensors of this device type, why)."""
+    """(whether Triton kernels can run on tensors of this device type, why)."""
     if device not in _decided:
-        asked = os.environ.get("HOTLOOP_KERNELS", "auto")
-        if asked not in ("auto", "reference", "triton"):
-            raise KernelError(f"HOTLOOP_KERNELS={asked!r}: say auto, reference or triton")
-        can, why = (False, "asked for") if asked == "reference" else _capable(device)
-        if asked == "triton" and not can:
-            raise KernelError(f"HOTLOOP_KERNELS=triton was asked for and cannot run: {why}")
+        can, why = _capable(device)
+        if wanted() and ASKED != "auto" and not can:
+            raise KernelError(f"HOTLOOP_KERNELS={ASKED} was asked for and cannot run: {why}")
         _decided[device] = can, why
     return _decided[device]
 
@@ -77,7 +96,7 @@ def _capable(device: str) -> tuple[bool, str]:
             return False, f"compute capability {major}.{minor} is below 8.0"
         return True, "; ".join(filter(None, [f"cuda sm_{major}{minor}", tuning.notice()]))
     # The interpreter proves kernels and is slow: only where it is asked for.
-    if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("HOTLOOP_KERNELS") == "triton":
+    if os.environ.get("TRITON_INTERPRET") == "1" and ASKED != "auto":
         return True, "interpreter"
     return False, f"{device} tensors; kernels need CUDA, or TRITON_INTERPRET=1 to be tried without"
 
@@ -88,12 +107,19 @@ def choose(operator: str, device: str) -> bool:
     Raises:
         KernelError: `HOTLOOP_KERNELS` asks for what cannot run.
     """
-    return operator in TRITON_OPERATORS and _decide(device)[0]
+    return _decide(device)[0] and operator in wanted()
 
 
 def implementations() -> dict[str, str]:
     """Operator -> implementation and reason, on this process's device; goes into every record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    triton, why = _decide(device)
-    table = {name: f"{'triton' if triton else 'reference'}: {why}" for name in TRITON_OPERATORS}
-    return table | dict.fromkeys(REFERENCE_OPERATORS, "reference: no kernel yet")
+    can, why = _decide(device)
+    table = dict.fromkeys(REFERENCE_OPERATORS, "reference: no kernel yet")
+    for name in TRITON_OPERATORS:
+        if can and name in wanted():
+            table[name] = f"triton: {why}"
+        elif can:
+            table[name] = f"reference: {'asked for' if ASKED != 'auto' else 'its kernel is not a default'}"
+        else:
+            table[name] = f"reference: {why}"
+    return table

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "adamw_",
     "apply_rope_norm",
     "attention",
     "embedding",
     "linear_relu2",
+    "qkv_rope_norm",
+    "residual_rms_norm",
     "rms_norm",
     "softcap_cross_entropy_",
     "softcap_linear_cross_entropy",
@@ -25,7 +28,29 @@ NORM_EPS = 2.0**-23  # fp32's machine epsilon, whatever the dtype
 
 def rms_norm(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 2^-23) over the last dimension, without a gain. [..., D] -> [..., D]."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)  # autocast would leave fp32
+
+
+def residual_rms_norm(
+    x: Tensor,
+    branch: Tensor | None = None,
+    x0: Tensor | None = None,
+    lam: Tensor | None = None,
+    mu: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """mixed = lam (x + branch) + mu x0, and its RMS norm. Without x0, lam and mu: x + branch.
+
+    Args:
+        x: [..., D]; branch and x0 of its shape, or None.
+        lam, mu: scalars [], with x0.
+
+    Returns:
+        (mixed, normed), of x's shape and dtype.
+    """
+    mixed = x if branch is None else x + branch
+    if x0 is not None:
+        mixed = lam * mixed + mu * x0  # type: ignore[operator]
+    return mixed, rms_norm(mixed)
 
 
 def apply_rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,6 +69,27 @@ def apply_rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rms_norm(torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
 
 
+def qkv_rope_norm(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, ve: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys through `apply_rope_norm`; values plus 2 sigmoid(gate) times their value embedding.
+
+    Args:
+        qkv: [B, T, H + 2G, K]: query heads, key heads, value heads.
+        cos, sin: [T, K/2].
+        heads: H.
+        ve: [B, T, G, K]; gate: [B, T, G]; both or neither.
+
+    Returns:
+        q [B, T, H, K], k [B, T, G, K], v [B, T, G, K].
+    """
+    groups = (qkv.size(2) - heads) // 2
+    q, k, v = qkv.split((heads, groups, groups), dim=2)
+    if ve is not None and gate is not None:
+        v = v + (2 * torch.sigmoid(gate))[..., None] * ve
+    return apply_rope_norm(q, cos, sin), apply_rope_norm(k, cos, sin), v
+
+
 def linear_relu2(x: Tensor, weight: Tensor) -> Tensor:
     """relu(x W^T)^2. x [..., D], weight [N, D] -> [..., N]."""
     return F.relu(F.linear(x, weight)).square()
@@ -52,6 +98,22 @@ def linear_relu2(x: Tensor, weight: Tensor) -> Tensor:
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """Rows of a table. tokens int64 [...], weight [V, D] -> [..., D]."""
     return F.embedding(tokens, weight)
+
+
+@torch.no_grad()
+def adamw_(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], hyper: Tensor) -> None:
+    """One AdamW step without decay, in place, in each tensor's dtype.
+
+        m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args:
+        params, grads, ms, vs: lists of n tensors.
+        hyper: [n, 6]: lr, beta1, beta2, eps, 1 - beta1^t, 1 - beta2^t.
+    """
+    for p, g, m, v, (lr, b1, b2, eps, c1, c2) in zip(params, grads, ms, vs, hyper.tolist(), strict=True):
+        m.lerp_(g, 1 - b1)
+        v.lerp_(g.square(), 1 - b2)
+        p.sub_((lr / c1) * (m / ((v / c2).sqrt() + eps)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

@@ -4,22 +4,18 @@
 
 The loss and the gradient of the logits come from one read of a row, and the gradient takes the logits' place, so that
 neither fp32 logits nor a second M x V tensor ever exist. The cap bounds s by c, so exp(s) cannot overflow and no row
-maximum is needed; without a cap the maximum is taken. The gradient does not wait for the backward pass: the loss is a
-mean, so its scale is known in the forward pass, and the backward pass is two matrix products.
+maximum is needed; without a cap the maximum is taken.
 
 Bytes, logits of b bytes an element: read M V b + write M V b (+ 12 M for targets and losses).
-Operations: about 12 M V, negligible beside the bytes; the products are 2 M D V each (one forward, two backward).
+Operations: about 12 M V, negligible beside the bytes.
 
 After the in-place losses of Liger-Kernel and modded-nanogpt (the idea, not the code).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
@@ -28,7 +24,15 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-__all__ = ["compile_cases", "launch_config", "search_space", "softcap_cross_entropy_", "softcap_linear_cross_entropy"]
+__all__ = [
+    "check",
+    "compile_cases",
+    "default_config",
+    "launch",
+    "launch_config",
+    "search_space",
+    "softcap_cross_entropy_",
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A row of up to MAX_BLOCK logits stays in registers and is read once; a longer one is read twice.
@@ -39,14 +43,15 @@ MAX_CAP = 60.0
 
 def launch_config(vocab: int, capped: bool) -> dict[str, int]:
     """Block and warps for rows of `vocab` logits: as tuned on this GPU, else by size."""
-    return tuning.config("softcap_cross_entropy", config_key(vocab, capped)) or _default_config(vocab)
+    return tuning.config("softcap_cross_entropy", config_key(vocab, capped)) or default_config(vocab)
 
 
 def config_key(vocab: int, capped: bool) -> str:
     return f"V={vocab} {'capped' if capped else 'uncapped'}"
 
 
-def _default_config(vocab: int) -> dict[str, int]:
+def default_config(vocab: int) -> dict[str, int]:
+    """Block and warps by size."""
     block = max(16, 1 << (vocab - 1).bit_length())
     block = block if block <= MAX_BLOCK else 4096  # two passes: more would only spill
     # With eight logits a thread the assembler aims at an occupancy that it misses by a spill.
@@ -72,7 +77,7 @@ def compile_cases() -> list[CompileCase]:
         for capped in (True, False):
             key = config_key(vocab, capped)
             tuned = [f["configs"].get("softcap_cross_entropy", {}).get(key) for f in tuning.shipped()]
-            for config in [_default_config(vocab), *filter(None, tuned)]:
+            for config in [default_config(vocab), *filter(None, tuned)]:
                 options = {"num_warps": config["num_warps"]}
                 constants = {"CAPPED": capped, "BLOCK": config["BLOCK"], "ONE_BLOCK": vocab <= config["BLOCK"]}
                 name = f"{key} BLOCK={config['BLOCK']} warps={config['num_warps']}"
@@ -156,13 +161,12 @@ if HAVE_TRITON:
 # ---- launcher ---------------------------------------------------------------------------------------------------
 
 
-def _launch(
-    logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor, config: dict[str, int] | None = None
-) -> Tensor:
+def launch(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
+    """Losses [M] of logits [M, V]; the gradient, times scale [], takes the logits' place."""
     m, v = logits.shape
     loss = torch.empty(m, dtype=torch.float32, device=logits.device)
     if m:
-        config = config or launch_config(v, softcap is not None)
+        config = launch_config(v, softcap is not None)
         _softcap_cross_entropy_kernel[(m,)](
             logits, targets, loss, scale, logits.stride(0), v, softcap or 1.0,
             CAPPED=softcap is not None, ONE_BLOCK=v <= config["BLOCK"], **config,
@@ -170,7 +174,7 @@ def _launch(
     return loss
 
 
-def _check(logits_shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor, softcap: float | None) -> None:
+def check(logits_shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor, softcap: float | None) -> None:
     m, v = logits_shape
     if dtype not in DTYPES:
         raise KernelError(f"softcapped cross-entropy serves bfloat16, float16 and float32, not {dtype}")
@@ -187,7 +191,7 @@ def _check(logits_shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor, s
 
 @torch.library.custom_op("hotloop::softcap_cross_entropy_", mutates_args=("logits",))
 def _inplace_op(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
-    return _launch(logits, targets, softcap, scale)
+    return launch(logits, targets, softcap, scale)
 
 
 @_inplace_op.register_fake
@@ -195,47 +199,7 @@ def _(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> 
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("hotloop::softcap_linear_cross_entropy", mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """x [M, D], weight [V, D], targets [M] -> mean loss [], d loss / d logits [M, V] (unscaled for fp16)."""
-    logits = x @ weight.T
-    share = 1.0 / (targets != reference.IGNORE).sum().float()
-    # One token's share of a mean underflows in fp16; there the backward pass scales.
-    scale = torch.ones_like(share) if x.dtype == torch.float16 else share
-    return _launch(logits, targets, softcap, scale).sum() * share, logits
-
-
-@_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[0], weight.shape[0])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, targets, _ = inputs
-    ctx.save_for_backward(x, weight, targets, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad: Tensor | None, _unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, targets, dlogits = ctx.saved_tensors
-    if grad is None:
-        return None, None, None, None
-    if x.dtype == torch.float16:
-        grad = grad / (targets != reference.IGNORE).sum()
-    dx = (dlogits @ weight) * grad.to(x.dtype) if ctx.needs_input_grad[0] else None
-    dw = (dlogits.T @ x) * grad.to(x.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dw, None, None
-
-
-_linear_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.hotloop.softcap_linear_cross_entropy)
-def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return int(2 * x[0] * x[1] * weight[0])
-
-
-# ---- public functions -------------------------------------------------------------------------------------------
+# ---- public function  -------------------------------------------------------------------------------------------
 
 
 def softcap_cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
@@ -255,34 +219,7 @@ def softcap_cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | Non
         return reference.softcap_cross_entropy_(logits, targets, softcap)
     if logits.ndim != 2 or logits.stride(-1) != 1:
         raise KernelError(f"logits must be [M, V] with contiguous rows, not {list(logits.shape)}, {logits.stride()}")
-    _check(tuple(logits.shape), logits.dtype, targets, softcap)
+    check(tuple(logits.shape), logits.dtype, targets, softcap)
     one = torch.ones(1, dtype=torch.float32, device=logits.device)
     loss: Tensor = _inplace_op(logits, targets.contiguous(), softcap, one)
-    return loss
-
-
-def softcap_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
-    """Mean cross-entropy of softcap(x W^T); see `reference`. No fp32 logits are formed.
-
-    Args:
-        x: [..., D]; under autocast it and the weight are taken in the autocast dtype.
-        weight: [V, D].
-        targets: int64 [...]; -1 is not counted.
-
-    Returns:
-        scalar fp32, nats, differentiable in x and weight.
-
-    Raises:
-        KernelError: inputs that the kernel does not serve.
-    """
-    if not choose("softcap_linear_cross_entropy", x.device.type):
-        return reference.softcap_linear_cross_entropy(x, weight, targets, softcap)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    flat = x.flatten(0, -2)
-    if weight.ndim != 2 or weight.shape[1] != flat.shape[1] or weight.dtype != flat.dtype:
-        raise KernelError(f"weight {list(weight.shape)} {weight.dtype} does not fit x {list(x.shape)} {x.dtype}")
-    _check((flat.shape[0], weight.shape[0]), flat.dtype, targets, softcap)
-    loss: Tensor = _linear_op(flat, weight, targets.flatten(), softcap)[0]
     return loss

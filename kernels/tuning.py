@@ -7,15 +7,17 @@ says; with no file of its architecture, each kernel's own default stands.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["FOLDER", "config", "file_name", "notice", "shipped"]
+__all__ = ["FOLDER", "config", "file_name", "notice", "shipped", "trial"]
 
 FOLDER = Path(__file__).with_name("tuned")
 
@@ -55,8 +57,22 @@ def notice() -> str:
     return _here()[1]
 
 
-@functools.cache
 def config(kernel: str, key: str) -> dict[str, int] | None:
     """The tuned configuration of a kernel at a key of its own (a size, a variant); None for its default."""
+    if kernel in _trial:
+        return _trial[kernel]
     found = _here()[0]
     return None if found is None else found["configs"].get(kernel, {}).get(key)
+
+
+_trial: dict[str, dict[str, int]] = {}
+
+
+@contextlib.contextmanager
+def trial(kernel: str, config: dict[str, int]) -> Iterator[None]:
+    """Launch a kernel with this configuration meanwhile: how `bench/tune.py` tries one."""
+    _trial[kernel] = config
+    try:
+        yield
+    finally:
+        del _trial[kernel]

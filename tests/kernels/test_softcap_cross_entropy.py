@@ -117,6 +117,10 @@ x, w = torch.randn(12, 16, requires_grad=True), torch.randn(33, 16, requires_gra
 with FlopCounterMode(display=False) as counter:
     kernels.softcap_linear_cross_entropy(x, w, torch.randint(0, 33, (12,))).backward()
 assert counter.get_total_flops() == 3 * 2 * 12 * 16 * 33
+for method in ("exp", "chunked"):
+    with FlopCounterMode(display=False) as counter:
+        kernels.softcap_linear_cross_entropy(x, w, torch.randint(0, 33, (12,)), method=method).backward()
+    assert counter.get_total_flops() == 3 * 2 * 12 * 16 * 33, method
 """,
         **INTERPRETER,
     )
@@ -145,8 +149,22 @@ refused("softcap must be", x, w, t, -1.0)
     )
 
 
-@pytest.mark.parametrize(("asked", "words"), [("triton", "cannot run"), ("fast", "say auto, reference or triton")])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("triton", "cannot run"),
+        ("embedding,adamw_", "cannot run"),
+        ("fast", "'fast' is no kernel; say auto, reference, triton, or some of adamw_,"),
+    ],
+)
 def test_what_was_asked_for_and_cannot_run_is_an_error(asked: str, words: str) -> None:
-    script = "import kernels, torch\nif torch.cuda.is_available(): print('cannot run; say auto, reference or triton')\n"
-    script += "else:\n try: kernels.implementations()\n except kernels.KernelError as e: print(e)"
-    assert words in run(script, HOTLOOP_KERNELS=asked)
+    script = "import kernels\ntry: kernels.implementations()\nexcept kernels.KernelError as e: print(e)"
+    assert words in run(script, HOTLOOP_KERNELS=asked, CUDA_VISIBLE_DEVICES="")
+
+
+def test_kernels_can_be_asked_for_one_by_one() -> None:
+    script = "import kernels\nfor k, v in kernels.implementations().items(): print(k, v)"
+    found = run(script, HOTLOOP_KERNELS="embedding,adamw_", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    on = {line.split()[0] for line in found.splitlines() if " triton: interpreter" in line}
+    assert on == {"embedding", "adamw_"}
+    assert "residual_rms_norm reference: asked for" in found

@@ -1,0 +1,322 @@
+"""Mean cross-entropy of softcap(x W^T), without fp32 logits: two ways, and a third for little memory.
+
+    l = x W^T;  t = tanh(l / c);  s = c t;  Z = sum exp(s);  loss = log Z - s[target]
+    dl = g (exp(s) / Z - onehot) (1 - t^2);  dx = dl W;  dW = dl^T x
+
+`inplace`: the product by the vendor's library, then one pass over its bf16 logits that leaves their gradient in their
+place (`kernels.softcap_cross_entropy`). The loss is a mean, so g is known in the forward pass.
+
+`exp`: the cap bounds s by c, so exp(s) needs no row maximum, and a product's epilogue can write E = exp(s) (1 - t^2)
+and its tile's share of Z at once; logits are never written at all. A small pass adds up Z and mends E at the target:
+E[target] -= Z (1 - t^2). Then dx = g / Z (E W) and dW = E^T (x g / Z).
+
+`chunked`: either of them over blocks of rows, dx and dW formed in the forward pass, where M V elements do not fit.
+
+Bytes, elements of b bytes, beside the products' own x, W, dx and dW: `inplace` writes M V b, reads and writes it,
+reads it twice; `exp` writes it and reads it twice. Operations: three products of 2 M D V.
+
+The in-place loss is an idea of Liger-Kernel and modded-nanogpt (the idea, not the code).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import reference, tuning
+from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from kernels.softcap_cross_entropy import check, launch
+
+if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+
+__all__ = ["METHODS", "compile_cases", "default_config", "search_space", "softcap_linear_cross_entropy"]
+
+METHODS = ("inplace", "exp", "chunked")
+# exp(s) of every s <= the cap, summed over 2^20 columns, stays within the dtype's range.
+EXP_MAX_CAP = {torch.bfloat16: 60.0, torch.float32: 60.0, torch.float16: 8.0}
+# More elements than this go in chunks: a quarter of an 80 GB card in bf16.
+MAX_ELEMENTS = 10 * 2**30
+CHUNK_ELEMENTS = 2**28
+
+
+def launch_config(fp32: bool) -> dict[str, int]:
+    """Tile, warps and stages of the product: as tuned on this GPU, else 128 x 128."""
+    return tuning.config("exp_product", "fp32" if fp32 else "16 bit") or default_config(fp32)
+
+
+def default_config(fp32: bool) -> dict[str, int]:
+    """By size."""
+    depth = 32 if fp32 else 64
+    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": depth, "GROUP": 16, "num_warps": 8, "num_stages": 3}
+
+
+def search_space(fp32: bool) -> list[dict[str, int]]:
+    """Configurations worth timing."""
+    return [
+        {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "num_warps": warps, "num_stages": stages}
+        for rows, columns, warps in ((128, 128, 8), (128, 128, 4), (128, 256, 8), (64, 256, 4), (256, 128, 8))
+        for depth in (32, 64)
+        for group in (8, 16)
+        for stages in (3, 4)
+    ]
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------
+
+if HAVE_TRITON:
+
+    @triton.jit
+    def _exp_product_kernel(
+        x_ptr, w_ptr, targets_ptr, e_ptr, share_ptr, at_ptr, M, V, D, softcap,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """x [M, D], w [V, D] -> e [M, V]; share fp32 [tiles of V, M], this tile's part of Z; at fp32 [M], s[target]."""
+        # Tiles go down GROUP rows of tiles before the next column, so that both operands stay in the L2.
+        tile = tl.program_id(0)
+        tiles_m = tl.cdiv(M, ROWS)
+        tiles_v = tl.cdiv(V, COLUMNS)
+        group = tile // (GROUP * tiles_v)
+        height = tl.minimum(tiles_m - group * GROUP, GROUP)
+        tile_m = group * GROUP + (tile % (GROUP * tiles_v)) % height
+        tile_v = (tile % (GROUP * tiles_v)) // height
+        row = tile_m * ROWS + tl.arange(0, ROWS)
+        column = tile_v * COLUMNS + tl.arange(0, COLUMNS)
+        depth = tl.arange(0, DEPTH)
+        p_x = x_ptr + row.to(tl.int64)[:, None] * D + depth[None, :]
+        p_w = w_ptr + column.to(tl.int64)[None, :] * D + depth[:, None]
+        logits = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, D, DEPTH):
+            x = tl.load(p_x, mask=(row < M)[:, None] & (depth + start < D)[None, :], other=0.0)
+            w = tl.load(p_w, mask=(column < V)[None, :] & (depth + start < D)[:, None], other=0.0)
+            logits = tl.dot(x, w, logits, input_precision="ieee")
+            p_x += DEPTH
+            p_w += DEPTH
+        t = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)
+        e = tl.where((column < V)[None, :], tl.exp(softcap * t), 0.0)
+        tl.store(share_ptr + tile_v.to(tl.int64) * M + row, tl.sum(e, 1), mask=row < M)
+        target = tl.load(targets_ptr + row, mask=row < M, other=-1) - tile_v * COLUMNS
+        hit = tl.arange(0, COLUMNS)[None, :] == target[:, None]
+        at = softcap * tl.sum(tl.where(hit, t, 0.0), 1)
+        tl.store(at_ptr + row, at, mask=(row < M) & (target >= 0) & (target < COLUMNS))
+        p_e = e_ptr + row.to(tl.int64)[:, None] * V + column[None, :]
+        inside = (row < M)[:, None] & (column < V)[None, :]
+        tl.store(p_e, (e * (1.0 - t * t)).to(e_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _finish_kernel(
+        e_ptr, share_ptr, at_ptr, targets_ptr, loss_ptr, scale_ptr, count_ptr, M, V, TILES, softcap, ROWS: tl.constexpr
+    ):  # fmt: skip
+        """Add up Z, mend e at the target; loss fp32 [M], scale fp32 [M] = 1 / (Z count), 0 for no target."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row < M
+        z = tl.zeros([ROWS], tl.float32)
+        p_share = share_ptr + row
+        for _ in range(0, TILES):
+            z += tl.load(p_share, mask=inside, other=0.0)
+            p_share += M
+        target = tl.load(targets_ptr + row, mask=inside, other=-1)
+        valid = inside & (target >= 0)
+        s = tl.load(at_ptr + row, mask=valid, other=0.0)
+        t = s / softcap
+        mended = (tl.exp(s) - z) * (1.0 - t * t)
+        tl.store(e_ptr + row.to(tl.int64) * V + target, mended.to(e_ptr.dtype.element_ty), mask=valid)
+        tl.store(loss_ptr + row, tl.where(valid, tl.log(z) - s, 0.0), mask=inside)
+        tl.store(scale_ptr + row, tl.where(valid, tl.load(count_ptr) / z, 0.0), mask=inside)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The product for 16-bit inputs, default and tuned, and the finish."""
+    tuned = [f["configs"].get("exp_product", {}).get("16 bit") for f in tuning.shipped()]
+    cases = []
+    for config in [default_config(False), *filter(None, tuned)]:
+        config = dict(config)
+        options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
+        signature = {
+            "x_ptr": "*bf16", "w_ptr": "*bf16", "targets_ptr": "*i64", "e_ptr": "*bf16", "share_ptr": "*fp32",
+            "at_ptr": "*fp32", "M": "i32", "V": "i32", "D": "i32", "softcap": "fp32",
+        }  # fmt: skip
+        key = f"product {'x'.join(str(config[k]) for k in ('ROWS', 'COLUMNS', 'DEPTH'))} warps={options['num_warps']}"
+        case = CompileCase(key, _exp_product_kernel, signature, config, options, tensor_cores=True)
+        cases.append(case)
+    signature = dict.fromkeys(("share_ptr", "at_ptr", "loss_ptr", "scale_ptr", "count_ptr"), "*fp32")
+    signature |= {"e_ptr": "*bf16", "targets_ptr": "*i64", "M": "i32", "V": "i32", "TILES": "i32", "softcap": "fp32"}
+    cases.append(CompileCase("finish", _finish_kernel, signature, {"ROWS": 128}, {"num_warps": 4}))
+    return cases
+
+
+# ---- launchers --------------------------------------------------------------------------------------------------
+
+
+def _share(targets: Tensor) -> Tensor:
+    """1 / (targets that count), fp32 []."""
+    return 1.0 / (targets != reference.IGNORE).sum().float()
+
+
+def _inplace(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss times share, d loss / d logits, its row scale []): one product and one pass."""
+    logits = x @ weight.T
+    # One token's share of a mean underflows in fp16; there the products are scaled.
+    late = x.dtype == torch.float16
+    loss = launch(logits, targets, softcap, torch.ones_like(share) if late else share)
+    return loss.sum() * share, logits, share if late else torch.ones_like(share)
+
+
+def _exp(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss times share, E, its row scale [M, 1])."""
+    (m, d), v = x.shape, weight.shape[0]
+    config = launch_config(x.dtype == torch.float32)
+    tiles = -(-v // config["COLUMNS"])
+    e = torch.empty(m, v, dtype=x.dtype, device=x.device)
+    shares = torch.empty(tiles, m, dtype=torch.float32, device=x.device)
+    at, loss, scale = (torch.empty(m, dtype=torch.float32, device=x.device) for _ in range(3))
+    if m:
+        grid = (-(-m // config["ROWS"]) * tiles,)
+        _exp_product_kernel[grid](x, weight, targets, e, shares, at, m, v, d, softcap, **config)
+        _finish_kernel[(-(-m // 128),)](
+            e, shares, at, targets, loss, scale, share, m, v, tiles, softcap, ROWS=128, num_warps=4
+        )
+    return loss.sum() * share, e, scale[:, None]
+
+
+def _gradients(x: Tensor, weight: Tensor, dlogits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [M, D] and dW [V, D] from row-scaled gradients of the logits."""
+    return ((dlogits @ weight) * scale).to(x.dtype), dlogits.T @ (x * scale).to(x.dtype)
+
+
+# ---- operators --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hotloop::softcap_linear_cross_entropy", mutates_args=())
+def _whole_op(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, D], weight [V, D], targets [M] -> mean loss [], gradients of the logits [M, V] but for a row scale,
+    that.
+    """
+    share = _share(targets)
+    if method == "exp" and softcap is not None:
+        return _exp(x, weight, targets, softcap, share)
+    return _inplace(x, weight, targets, softcap, share)
+
+
+@_whole_op.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    scale = x.new_empty((x.shape[0], 1) if method == "exp" else (), dtype=torch.float32)
+    return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[0], weight.shape[0]), scale
+
+
+def _whole_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _whole_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, dlogits, scale = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, None
+    dx, dw = _gradients(x, weight, dlogits, scale * grad)
+    return dx, dw, None, None, None
+
+
+_whole_op.register_autograd(_whole_backward, setup_context=_whole_context)
+
+
+@torch.library.custom_op("hotloop::softcap_linear_cross_entropy_chunked", mutates_args=())
+def _chunked_op(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, D], weight [V, D], targets [M] -> mean loss [], dx [M, D], dW [V, D]; `rows` logits rows at a time."""
+    share = _share(targets)
+    loss = torch.zeros((), dtype=torch.float32, device=x.device)
+    dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        here, dlogits, scale = _inplace(x[part], weight, targets[part], softcap, share)
+        loss += here
+        dx[part], dw_here = _gradients(x[part], weight, dlogits, scale)
+        dw += dw_here
+    return loss, dx, dw.to(weight.dtype)
+
+
+@_chunked_op.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
+
+
+def _chunked_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _chunked_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    dx, dw = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, None
+    return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None, None
+
+
+_chunked_op.register_autograd(_chunked_backward, setup_context=_chunked_context)
+
+
+@register_flop_formula(torch.ops.hotloop.softcap_linear_cross_entropy)
+def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * x[0] * x[1] * weight[0])
+
+
+@register_flop_formula(torch.ops.hotloop.softcap_linear_cross_entropy_chunked)
+def _chunked_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return int(6 * x[0] * x[1] * weight[0])
+
+
+# ---- public function --------------------------------------------------------------------------------------------
+
+
+def softcap_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, method: str | None = None
+) -> Tensor:
+    """Mean cross-entropy of softcap(x W^T); see `reference`. No fp32 logits are formed.
+
+    Args:
+        x: [..., D]; under autocast it and the weight are taken in the autocast dtype.
+        weight: [V, D].
+        targets: int64 [...]; -1 is not counted.
+        softcap: None for no cap.
+        method: `inplace`, `exp` (bounded caps only) or `chunked`; None for `inplace` where M V elements fit, else
+            `chunked`. The reference, where it runs, knows no methods.
+
+    Returns:
+        scalar fp32, nats, differentiable in x and weight.
+
+    Raises:
+        KernelError: inputs or a method that cannot be served.
+    """
+    if method is not None and method not in METHODS:
+        raise KernelError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
+    if not choose("softcap_linear_cross_entropy", x.device.type):
+        return reference.softcap_linear_cross_entropy(x, weight, targets, softcap)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    flat = x.flatten(0, -2)
+    if weight.ndim != 2 or weight.shape[1] != flat.shape[1] or weight.dtype != flat.dtype:
+        raise KernelError(f"weight {list(weight.shape)} {weight.dtype} does not fit x {list(x.shape)} {x.dtype}")
+    m, v = flat.shape[0], weight.shape[0]
+    check((m, v), flat.dtype, targets, softcap)
+    if method == "exp" and (softcap is None or softcap > EXP_MAX_CAP[flat.dtype]):
+        raise KernelError(
+            f"method exp needs a softcap of at most {EXP_MAX_CAP[flat.dtype]} for {flat.dtype}, not {softcap}"
+        )
+    flat, weight, aims = flat.contiguous(), weight.contiguous(), targets.flatten().contiguous()
+    if method == "chunked" or (method is None and m * v > MAX_ELEMENTS):
+        rows = max(1, min(m, CHUNK_ELEMENTS // v))
+        loss: Tensor = _chunked_op(flat, weight, aims, softcap, rows)[0]
+    else:
+        loss = _whole_op(flat, weight, aims, softcap, method or "inplace")[0]
+    return loss

@@ -1,0 +1,209 @@
+"""What the table's shapes do not reach: many tensors in one launch, tokens of many pieces, what is refused, chunks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str) -> str:
+    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    script = "import torch, kernels\nfrom kernels import reference\ntorch.manual_seed(0)\n" + script
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_adamw_over_tensors_of_all_sizes_and_both_types() -> None:
+    """Steps and rates of their own, a size past one block, a tensor of two dimensions, an empty one."""
+    run("""
+shapes = [(1,), (4097,), (3, 5), (8192,), (0,), (7,)]
+types = [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+def make(positive=False):
+    ts = [torch.randn(s).to(d) for s, d in zip(shapes, types)]
+    return [t.square() for t in ts] if positive else ts
+lists = [make(), make(), make(), make(True)]
+hyper = torch.tensor([[0.01 * (i + 1), 0.8, 0.95, 1e-10, 1 - 0.8 ** (i + 1), 1 - 0.95 ** (i + 1)] for i in range(6)])
+truth = [[t.double() for t in ts] for ts in lists]
+reference.adamw_(*truth, hyper.double())
+kernels.adamw_(*lists, hyper)
+for ours, true in zip((lists[0], lists[2], lists[3]), (truth[0], truth[2], truth[3])):
+    for o, t in zip(ours, true):
+        # one rounding: half a unit in the last place, a whole one in the interpreter, which truncates
+        unit = 2.0**-7 if o.dtype == torch.bfloat16 else 2.0**-21
+        assert ((o.double() - t).abs() <= unit * t.abs() + 1e-6).all(), (o.dtype, o.shape)
+before = [t.clone() for t in lists[0]]
+kernels.adamw_(*lists, hyper * torch.tensor([0.0, 1, 1, 1, 1, 1]))  # a rate of 0 on the device stops everything
+assert all(torch.equal(a, b) for a, b in zip(before, lists[0]))
+""")
+
+
+def test_a_frequent_token_is_summed_over_its_pieces_in_order() -> None:
+    """Counts of 0, 1, one piece to the last row, one row more, and many pieces; bit for bit the same each time."""
+    run("""
+from kernels.token_embedding import PIECE
+counts = [0, 1, PIECE, PIECE + 1, 5 * PIECE + 3, 0]
+tokens = torch.cat([torch.full((c,), v) for v, c in enumerate(counts)])[torch.randperm(sum(counts))]
+for dim in (8, 300, 1030):
+    w = torch.randn(len(counts), dim, requires_grad=True)
+    grad = torch.randn(len(tokens), dim)
+    found = []
+    for _ in range(3):
+        w.grad = None
+        kernels.embedding(tokens, w).backward(grad)
+        found.append(w.grad.clone())
+    want = torch.zeros(len(counts), dim, dtype=torch.float64).index_add_(0, tokens, grad.double())
+    torch.testing.assert_close(found[0].double(), want, rtol=1e-5, atol=1e-4)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+    assert not found[0][0].any() and not found[0][5].any()
+""")
+
+
+def test_tables_share_one_order() -> None:
+    run("""
+tokens = torch.randint(0, 9, (3, 11))
+order = kernels.token_order(tokens, 9)
+tables = [torch.randn(9, 4, requires_grad=True) for _ in range(3)]
+sum((kernels.embedding(tokens, t, order) * (i + 1)).sum() for i, t in enumerate(tables)).backward()
+for i, t in enumerate(tables):
+    want = torch.zeros(9, 4).index_add_(0, tokens.flatten(), torch.full((33, 4), i + 1.0))
+    torch.testing.assert_close(t.grad, want)
+""")
+
+
+def test_scalars_of_another_type_and_first_block_where_x_is_x0() -> None:
+    run("""
+x = torch.randn(5, 3, 24, dtype=torch.float32, requires_grad=True)
+lam, mu = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, 0.1))
+def both(f, x, lam, mu):
+    mixed, normed = f(x, None, x, lam, mu)
+    return torch.autograd.grad((mixed * 2 + normed.square() * torch.arange(24)).sum(), (x, lam, mu))
+ours = both(kernels.residual_rms_norm, x, lam, mu)
+want = both(reference.residual_rms_norm, x.double(), lam, mu)
+for o, w in zip(ours, want):
+    torch.testing.assert_close(o.double(), w, rtol=1e-4, atol=1e-4)
+assert ours[1].dtype == torch.float64
+""")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 64])
+def test_chunks_of_any_size_give_the_whole(rows: int) -> None:
+    run(f"""
+import kernels.linear_cross_entropy as m
+m.CHUNK_ELEMENTS = {rows} * 19
+x, w, t = torch.randn(7, 12, requires_grad=True), torch.randn(19, 12, requires_grad=True), torch.randint(0, 19, (7,))
+t[2] = -1
+def both(**k):
+    loss = kernels.softcap_linear_cross_entropy(x, w, t, **k)
+    return loss.detach(), *torch.autograd.grad(loss * 2, (x, w))
+for a, b in zip(both(method="chunked"), both(method="inplace")):
+    torch.testing.assert_close(a, b)
+m.MAX_ELEMENTS = 7 * 19 - 1
+torch.testing.assert_close(both()[1], both(method="exp")[1])  # past the limit, chunks are taken unasked
+""")
+
+
+def test_what_cannot_be_served_is_refused_with_what_was_given() -> None:
+    run("""
+def refused(words, f, *a, **k):
+    try:
+        f(*a, **k)
+    except kernels.KernelError as e:
+        assert words in str(e), e
+    else:
+        raise AssertionError(words)
+x = torch.randn(2, 5, 8)
+refused("not torch.float64 [2, 5, 8]", kernels.residual_rms_norm, x.double())
+refused("up to 8192 columns", kernels.residual_rms_norm, torch.randn(1, 8193))
+refused("does not fit x", kernels.residual_rms_norm, x, x[:, :4])
+refused("come together", kernels.residual_rms_norm, x, None, x)
+qkv, cos = torch.randn(2, 5, 6, 16), torch.randn(5, 8)
+refused("K one of (16, 32, 64, 128, 256)", kernels.qkv_rope_norm, torch.randn(2, 5, 6, 24), torch.randn(5, 12), cos, 2)
+refused("H = 3", kernels.qkv_rope_norm, qkv, cos, cos, 3)
+refused("cos and sin must be [5, 8], not [4, 8]", kernels.qkv_rope_norm, qkv, cos[:4], cos[:4], 2)
+refused("come together", kernels.qkv_rope_norm, qkv, cos, cos, 2, torch.randn(2, 5, 2, 16))
+refused("gate must be", kernels.qkv_rope_norm, qkv, cos, cos, 2, torch.randn(2, 5, 2, 16), torch.randn(2, 5, 3))
+refused("int64 tokens", kernels.embedding, torch.zeros(3).int(), torch.randn(4, 4))
+order = kernels.token_order(torch.zeros(3).long(), 4)
+refused("not of 2 and 4", kernels.embedding, torch.zeros(2).long(), torch.randn(4, 4), order)
+p = [torch.randn(3)]
+refused("hyper must be float32 [1, 6]", kernels.adamw_, p, p, p, p, torch.zeros(2, 6))
+refused("not torch.float16", kernels.adamw_, *[[torch.randn(3).half()]] * 4, torch.zeros(1, 6))
+refused("beside torch.float32 [4]", kernels.adamw_, p, [torch.randn(4)], p, p, torch.zeros(1, 6))
+refused("other strides", kernels.adamw_, *[[torch.randn(3, 4).T]] * 4, torch.zeros(1, 6))
+loss = kernels.softcap_linear_cross_entropy
+x, w, t = torch.randn(4, 8), torch.randn(16, 8), torch.zeros(4, dtype=torch.int64)
+refused("no method is called 'fast'", loss, x, w, t, method="fast")
+refused("needs a softcap", loss, x, w, t, None, method="exp")
+refused("at most 8.0 for torch.float16, not 15.0", loss, x.half(), w.half(), t, method="exp")
+""")
+
+
+MODEL = """
+import sys
+from types import SimpleNamespace
+import train
+from harness.spec import Spec
+hp = SimpleNamespace(**(vars(train.hyperparameters(Spec("h100", "cpu", 1, 61, 24)))
+    | dict(DEPTH=3, ASPECT_RATIO=16, HEAD_DIM=16, WINDOW_PATTERN="SL", GATE_CHANNELS=4)))
+model = train.GPT(hp, 61, 24)
+model.init_weights()
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * 0.2)
+tokens, targets = torch.randint(0, 61, (2, 3, 24))
+"""
+
+
+def test_train_py_computes_the_same_with_every_kernel_on(tmp_path: Path) -> None:
+    """Loss, gradients and three optimizer steps: all kernels of a step together, against the references."""
+    script = (
+        MODEL
+        + """
+optimizer = train.build_optimizer(model, hp, compiled=False)
+found = []
+for _ in range(3):
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    found += [loss.detach(), *[p.grad.clone() for p in model.parameters()]]
+    optimizer.set_schedule(1.0, 0.9, 0.1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+torch.save(found + [p.detach() for p in model.parameters()], PATH)
+"""
+    )
+    found = []
+    for setting in ("reference", "triton"):
+        path = tmp_path / setting
+        env = os.environ | {"HOTLOOP_KERNELS": setting, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+        code = "import torch, kernels\ntorch.manual_seed(0)\n" + script.replace("PATH", repr(str(path)))
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(path))
+    assert not all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # they are different programs
+    for i, (want, have) in enumerate(zip(*found, strict=True)):
+        assert float((have - want).norm()) <= 2e-3 * float(want.norm()) + 1e-6, i
+
+
+def test_train_pys_loss_has_no_graph_break_with_every_kernel_on() -> None:
+    run(
+        MODEL
+        + """
+explained = torch._dynamo.explain(model.loss)(tokens, targets)
+assert explained.graph_break_count == 0, explained
+torch._dynamo.reset()
+eager = model.loss(tokens, targets)
+compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(tokens, targets)
+torch.testing.assert_close(compiled, eager)
+names = {n.target.__name__ for g in explained.graphs for n in g.graph.nodes if "hotloop" in str(n.target)}
+assert len(names) == 4, names
+"""
+    )
