@@ -44,7 +44,8 @@ class Errors:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """torch.empty and its kin give NaN, so that what a kernel does not write shows."""
-    real = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+    real: list[tuple[Any, str, Function]] = [(torch, n, getattr(torch, n)) for n in ("empty", "empty_like")]
+    real.append((torch.Tensor, "new_empty", torch.Tensor.new_empty))
 
     def poisoned(make: Function) -> Function:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -53,13 +54,13 @@ def poisoned_memory() -> Iterator[None]:
 
         return call
 
-    for name, make in real.items():
-        setattr(torch, name, poisoned(make))
+    for owner, name, make in real:
+        setattr(owner, name, poisoned(make))
     try:
         yield
     finally:
-        for name, make in real.items():
-            setattr(torch, name, make)
+        for owner, name, make in real:
+            setattr(owner, name, make)
 
 
 def fresh(args: list[Any], op: Operator) -> list[Any]:

@@ -28,6 +28,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     check = parts.add_parser("check", help="everything that needs a GPU, in eight minutes (make gpu-check)")
     check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
+    check.add_argument("--part", action="append", choices=["tests", "kernels", "step", "experiment"], help="only this")
     check.set_defaults(run=_check)
 
     compare = parts.add_parser(
@@ -88,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from bench.check import main as check
 
-    return check(args.data.resolve() if args.data else None, args.out)
+    return check(args.data.resolve() if args.data else None, args.out, args.part)
 
 
 def _compare(args: argparse.Namespace) -> int:

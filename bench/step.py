@@ -29,7 +29,7 @@ from harness.process import project_root
 from harness.single import read_train_source
 from harness.spec import PRESETS, Spec
 from harness.trainer import load_train_module
-from kernels.dispatch import TRITON_OPERATORS
+from kernels.dispatch import TRITON_OPERATORS, implementations
 
 __all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step", "step_of", "switches", "time_step"]
 
@@ -84,6 +84,7 @@ def step_of(path: Path, preset: str) -> tuple[Callable[[], Any], int]:
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     read_train_source(path)
+    implementations()  # decided now, so that torch.compile finds constants
     try:
         load_train_module(str(path)).train(_Run(spec))
     except _Captured as e:

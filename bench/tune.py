@@ -21,7 +21,7 @@ import torch
 
 import kernels
 from bench import device as dev
-from bench.accuracy import results, upstream
+from bench.accuracy import fresh, outputs, upstream
 from bench.operators import OPERATORS
 from harness.errors import UsageError
 from kernels import linear_cross_entropy as lce
@@ -69,13 +69,16 @@ def _operator(name: str, kernel: str, module: Any, variant: str, make: Callable[
     """A kernel tuned on its operator's forward and backward pass at the baseline."""
     op = OPERATORS[name]
     args = op.make(op.shapes["baseline"], torch.bfloat16, dev.device())
-    grads = upstream(op, args)
+    grads, given = upstream(op, args), fresh(args, op)
+    wanted = [given[i] for i in op.gradients]
     key, size = make(op.shapes["baseline"])
     function = op.bind(kernels, variant)
-    yield Candidate(
-        kernel, key, module.default_config(size), module.search_space(size),
-        lambda: list(results(function, args, op, grads).values()),
-    )  # fmt: skip
+
+    def work() -> list[torch.Tensor]:
+        outs = outputs(function(*given))
+        return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, grads)]
+
+    yield Candidate(kernel, key, module.default_config(size), module.search_space(size), work)
 
 
 KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {

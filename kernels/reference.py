@@ -110,9 +110,10 @@ def adamw_(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list
         params, grads, ms, vs: lists of n tensors.
         hyper: [n, 6]: lr, beta1, beta2, eps, 1 - beta1^t, 1 - beta2^t.
     """
-    for p, g, m, v, (lr, b1, b2, eps, c1, c2) in zip(params, grads, ms, vs, hyper.tolist(), strict=True):
-        m.lerp_(g, 1 - b1)
-        v.lerp_(g.square(), 1 - b2)
+    for p, g, m, v, row in zip(params, grads, ms, vs, hyper.unbind(), strict=True):
+        lr, b1, b2, eps, c1, c2 = row.unbind()
+        m.add_((g - m) * (1 - b1))
+        v.add_((g.square() - v) * (1 - b2))
         p.sub_((lr / c1) * (m / ((v / c2).sqrt() + eps)))
 
 
