@@ -92,7 +92,8 @@ def qkv_rope_norm(
 
 def linear_relu2(x: Tensor, weight: Tensor) -> Tensor:
     """relu(x W^T)^2. x [..., D], weight [N, D] -> [..., N]."""
-    return F.relu(F.linear(x, weight)).square()
+    pre = F.linear(x, weight)
+    return F.relu(pre).square().to(pre.dtype)  # CUDA's autocast would leave fp32
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:

@@ -207,3 +207,30 @@ names = {n.target.__name__ for g in explained.graphs for n in g.graph.nodes if "
 assert len(names) == 4, names
 """
     )
+
+
+def test_the_residual_stream_stays_bfloat16_under_autocast() -> None:
+    """As on a GPU: tables in bf16, matrices in fp32, autocast. No operator may widen what it passes on."""
+    run(
+        MODEL
+        + """
+for table in (model.wte, *model.value_embeds.values()):
+    table.bfloat16()
+model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
+seen = set()
+for name in ("embedding", "residual_rms_norm", "qkv_rope_norm", "attention", "linear_relu2"):
+    def watched(*args, f=getattr(kernels, name), name=name):
+        out = f(*args)
+        seen.update((name, o.dtype) for o in (out if isinstance(out, tuple) else (out,)))
+        return out
+    setattr(kernels, name, watched)
+with torch.autocast("cpu", torch.bfloat16):
+    hidden = model.hidden(tokens)
+    loss = kernels.softcap_linear_cross_entropy(hidden, model.lm_head.weight, targets, model.softcap)
+assert len(seen) == 5 and {d for _, d in seen} == {torch.bfloat16}, seen
+loss.backward()
+assert loss.dtype == torch.float32 and torch.isfinite(loss)
+for name, p in model.named_parameters():
+    assert p.grad is not None and p.grad.dtype == p.dtype and torch.isfinite(p.grad).all(), name
+"""
+    )
