@@ -136,7 +136,7 @@ PRESETS = {
         calibrate_s=0.5,
         calibrate_steps=2,
         noise_seeds=2,
-        limits=Limits(overtime=4.0, submission_bytes=2 << 30),
+        limits=Limits(overtime=10.0, submission_bytes=2 << 30),
     ),
 }
 
