@@ -11,10 +11,12 @@ into one JSON and one Markdown page in bench/results/<gpu>/.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,14 +45,18 @@ def call(command: list[str], limit_s: float, log: Path, env: dict[str, str] | No
     """(exit status, 124 for out of time; seconds)."""
     began = time.monotonic()
     with open(log, "wb") as out:
+        process = subprocess.Popen(
+            command, cwd=project_root(), env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=out,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                command, cwd=project_root(), env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, timeout=limit_s,
-            )  # fmt: skip
-            code = done.returncode
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = 124
+        finally:  # its compile workers too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return code, time.monotonic() - began
 
 

@@ -22,7 +22,9 @@ WORSE = 0.03  # a ratio may worsen by so much beyond the spread of both measurem
 
 @dataclass(frozen=True)
 class Row:
-    """One benchmark. `ratio` is the reference's time over this one's; `spread` half of p20..p80 over the median."""
+    """One benchmark. `ratio` is the reference's time over this one's, 0 where the reference did not fit into memory;
+    `spread` half of p20..p80 over the median.
+    """
 
     operator: str
     shape: str
@@ -127,7 +129,7 @@ def compare(base: Result, new: Result) -> list[Comparison]:
             fault = "is wrong"
         elif here.runs_with_other_bits > was.runs_with_other_bits:
             fault = f"no longer repeats: {here.runs_with_other_bits} of {here.runs} runs gave other bits"
-        elif was.ratio / here.ratio - 1 > allowed:
+        elif was.ratio and here.ratio and was.ratio / here.ratio - 1 > allowed:
             fault = f"slower against its reference by {was.ratio / here.ratio - 1:.1%}; {allowed:.1%} is allowed"
         found.append(Comparison(was.key, was.ratio, here.ratio, allowed, fault))
     return sorted(found, key=lambda c: (not c.fault, c.change))
@@ -169,10 +171,11 @@ def markdown(result: Result) -> str:
         "|---|---|---|---|---:|---:|---:|---:|",
     ]
     for r in result.rows:
+        ratio = f"{r.ratio:.2f}" if r.ratio else "reference does not fit"
         bits = f"{r.runs_with_other_bits} of {r.runs}" if r.runs else ""
         lines.append(
             f"| {r.operator} | {r.shape} | {r.way} | {r.implementation} "
-            f"| {r.median_us:.1f} ({r.p20_us:.1f}-{r.p80_us:.1f}) | {r.ratio:.2f} | {r.roofline:.0%} | {bits} |"
+            f"| {r.median_us:.1f} ({r.p20_us:.1f}-{r.p80_us:.1f}) | {ratio} | {r.roofline:.0%} | {bits} |"
         )
     for name, text in result.extra.get("pages", {}).items():
         lines += ["", f"## {name}", "", text.rstrip()]

@@ -11,8 +11,9 @@ from __future__ import annotations
 from kernels.adamw import adamw_
 from kernels.dispatch import KernelError, implementations
 from kernels.linear_cross_entropy import softcap_linear_cross_entropy
+from kernels.mlp import mlp_relu2
 from kernels.qkv import qkv_rope_norm
-from kernels.reference import apply_rope_norm, attention, linear_relu2, rms_norm
+from kernels.reference import apply_rope_norm, attention, rms_norm
 from kernels.residual_norm import residual_rms_norm
 from kernels.softcap_cross_entropy import softcap_cross_entropy_
 from kernels.token_embedding import TokenOrder, embedding, token_order
@@ -25,7 +26,7 @@ __all__ = [
     "attention",
     "embedding",
     "implementations",
-    "linear_relu2",
+    "mlp_relu2",
     "qkv_rope_norm",
     "residual_rms_norm",
     "rms_norm",

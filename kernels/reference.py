@@ -14,7 +14,7 @@ __all__ = [
     "apply_rope_norm",
     "attention",
     "embedding",
-    "linear_relu2",
+    "mlp_relu2",
     "qkv_rope_norm",
     "residual_rms_norm",
     "rms_norm",
@@ -90,10 +90,10 @@ def qkv_rope_norm(
     return apply_rope_norm(q, cos, sin), apply_rope_norm(k, cos, sin), v
 
 
-def linear_relu2(x: Tensor, weight: Tensor) -> Tensor:
-    """relu(x W^T)^2. x [..., D], weight [N, D] -> [..., N]."""
-    pre = F.linear(x, weight)
-    return F.relu(pre).square().to(pre.dtype)  # CUDA's autocast would leave fp32
+def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    """relu(x W_fc^T)^2 W_proj^T. x [..., D], w_fc [N, D], w_proj [E, N] -> [..., E]."""
+    pre = F.linear(x, w_fc)
+    return F.linear(F.relu(pre).square().to(pre.dtype), w_proj)  # CUDA's autocast would leave fp32 between them
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def test_ours_is_the_package_that_is_imported_and_its_names_are_these() -> None:
     assert Path(kernels.__file__).parent == Path(__file__).resolve().parents[2] / "kernels"
     assert sorted(kernels.__all__) == [
         "KernelError", "TokenOrder", "adamw_", "apply_rope_norm", "attention", "embedding", "implementations",
-        "linear_relu2", "qkv_rope_norm", "residual_rms_norm", "rms_norm", "softcap_cross_entropy_",
+        "mlp_relu2", "qkv_rope_norm", "residual_rms_norm", "rms_norm", "softcap_cross_entropy_",
         "softcap_linear_cross_entropy", "token_order",
     ]  # fmt: skip
     assert set(kernels.implementations()) == set(reference.__all__)
@@ -65,6 +65,7 @@ def test_cross_entropy_in_place_is_the_gradient_of_the_loss() -> None:
     torch.testing.assert_close(inplace, logits.grad)
 
 
-def test_linear_relu2() -> None:
-    x, w = torch.randn(3, 5, 8), torch.randn(11, 8)
-    torch.testing.assert_close(kernels.linear_relu2(x, w), torch.clamp(x @ w.T, min=0) ** 2)
+def test_mlp_relu2() -> None:
+    x, w_fc, w_proj = torch.randn(3, 5, 8), torch.randn(11, 8), torch.randn(4, 11)
+    want = (torch.clamp(x @ w_fc.T, min=0) ** 2) @ w_proj.T
+    torch.testing.assert_close(kernels.mlp_relu2(x, w_fc, w_proj), want)

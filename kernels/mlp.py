@@ -1,0 +1,236 @@
+"""The relu^2 MLP: two products whose epilogues do what lies between them.
+
+    y = relu(x W_fc^T)^2;  out = y W_proj^T
+
+Forward, the first product's epilogue squares, so the pre-activation is never written. Backward needs only y:
+relu(pre) = sqrt(y), so dpre = (dout W_proj) 2 sqrt(y), in the epilogue of the product that forms dout W_proj. The
+other four products (out, dW_proj, dx, dW_fc) are the vendor library's.
+
+Bytes, elements of b bytes, M tokens, widths D and N: forward read x, write y, read y, write out: M (2 D + 2 N) b.
+Backward read dout and y, write dpre; dout and y again for dW_proj; dpre twice, x, write dx: M (4 D + 5 N) b. The
+weights come on top. Operations: two products of 2 M D N forward, four backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import reference, tuning
+from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+
+if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+
+__all__ = ["compile_cases", "default_config", "mlp_relu2", "search_space"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def launch_config(backward: bool, fp32: bool) -> dict[str, int]:
+    """Tile, warps and stages: as tuned on this GPU, else 128 x 256 in two halves."""
+    key = f"{'backward' if backward else 'forward'} {'fp32' if fp32 else '16 bit'}"
+    small = fp32 or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9
+    return tuning.config("mlp_product", key) or default_config(small)
+
+
+def default_config(small: bool) -> dict[str, int]:
+    """128 x 256 where the accumulator is the tensor core's (Hopper and later), else 128 x 128. COLUMNS is half
+    of it.
+    """
+    depth, columns = (32, 64) if small else (64, 128)
+    return {"ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "num_warps": 8, "num_stages": 3}
+
+
+def search_space(small: bool) -> list[dict[str, int]]:
+    """Configurations worth timing."""
+    return [
+        {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "num_warps": warps, "num_stages": stages}
+        for rows, columns, warps in ((128, 128, 8), (128, 64, 4), (128, 64, 8), (64, 128, 4), (256, 64, 8))
+        for depth in (32, 64)
+        for group in (8, 16)
+        for stages in (3, 4)
+    ]
+
+
+# ---- kernel -----------------------------------------------------------------------------------------------------
+
+if HAVE_TRITON:
+
+    @triton.jit
+    def _mlp_product_kernel(
+        a_ptr, w_ptr, y_ptr, out_ptr, M, N, D,
+        BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """Forward: a = x [M, D], w = W_fc [N, D] -> out = relu(a w^T)^2 [M, N].
+        Backward: a = dout [M, D], w = W_proj [D, N], y [M, N] -> out = (a w) 2 sqrt(y) [M, N].
+
+        The accumulator is in two halves of COLUMNS, so that the epilogue's temporaries fit beside it.
+        """
+        # Tiles go down GROUP rows of tiles before the next column, so that both operands stay in the L2.
+        tile = tl.program_id(0)
+        tiles_m = tl.cdiv(M, ROWS)
+        tiles_n = tl.cdiv(N, 2 * COLUMNS)
+        group = tile // (GROUP * tiles_n)
+        height = tl.minimum(tiles_m - group * GROUP, GROUP)
+        tile_m = group * GROUP + (tile % (GROUP * tiles_n)) % height
+        tile_n = (tile % (GROUP * tiles_n)) // height
+        row = tile_m * ROWS + tl.arange(0, ROWS)
+        left = tile_n * 2 * COLUMNS + tl.arange(0, COLUMNS)
+        right = left + COLUMNS
+        depth = tl.arange(0, DEPTH)
+        p_a = a_ptr + row.to(tl.int64)[:, None] * D + depth[None, :]
+        if BACKWARD:
+            p_left = w_ptr + depth.to(tl.int64)[:, None] * N + left[None, :]
+            step = DEPTH * N
+        else:
+            p_left = w_ptr + left.to(tl.int64)[None, :] * D + depth[:, None]
+            step = DEPTH
+        p_right = p_left + (COLUMNS if BACKWARD else COLUMNS * D)
+        sum_left = tl.zeros([ROWS, COLUMNS], tl.float32)
+        sum_right = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, D, DEPTH):
+            deep = depth + start < D
+            a = tl.load(p_a, mask=(row < M)[:, None] & deep[None, :], other=0.0)
+            w_left = tl.load(p_left, mask=deep[:, None] & (left < N)[None, :], other=0.0)
+            w_right = tl.load(p_right, mask=deep[:, None] & (right < N)[None, :], other=0.0)
+            sum_left = tl.dot(a, w_left, sum_left, input_precision="ieee")
+            sum_right = tl.dot(a, w_right, sum_right, input_precision="ieee")
+            p_a += DEPTH
+            p_left += step
+            p_right += step
+        _finish(sum_left, row, left, y_ptr, out_ptr, M, N, BACKWARD)
+        _finish(sum_right, row, right, y_ptr, out_ptr, M, N, BACKWARD)
+
+    @triton.jit
+    def _finish(total, row, column, y_ptr, out_ptr, M, N, BACKWARD: tl.constexpr):
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        inside = (row < M)[:, None] & (column < N)[None, :]
+        if BACKWARD:
+            result = total * (2.0 * tl.sqrt(tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)))
+        else:
+            active = tl.maximum(total, 0.0)
+            result = active * active
+        tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Both directions for 16-bit elements, default and tuned."""
+    cases = []
+    for backward in (False, True):
+        key = f"{'backward' if backward else 'forward'} 16 bit"
+        tuned = [f["configs"].get("mlp_product", {}).get(key) for f in tuning.shipped()]
+        shipped = [(default_config(True), (80,)), (default_config(False), (90, 100))]
+        for config, capabilities in [*shipped, *((c, (90, 100)) for c in tuned if c)]:
+            constants = {"BACKWARD": backward} | config
+            options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
+            signature = dict.fromkeys(("a_ptr", "w_ptr", "y_ptr", "out_ptr"), "*bf16")
+            signature |= {"M": "i32", "N": "i32", "D": "i32"}
+            tile = f"{config['ROWS']}x2x{config['COLUMNS']}x{config['DEPTH']}"
+            name = f"{key} {tile} warps={options['num_warps']} stages={options['num_stages']}"
+            case = CompileCase(
+                name, _mlp_product_kernel, signature, constants, options, capabilities, tensor_cores=True
+            )
+            cases.append(case)
+    return cases
+
+
+def _product(a: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
+    """a [M, D], w -> [M, N]; with y the backward product."""
+    m, d = a.shape
+    n = w.shape[0] if y is None else w.shape[1]
+    out = torch.empty(m, n, dtype=a.dtype, device=a.device)
+    config = launch_config(y is not None, a.dtype == torch.float32)
+    if m:
+        grid = (-(-m // config["ROWS"]) * -(-n // (2 * config["COLUMNS"])),)
+        _mlp_product_kernel[grid](a, w, a if y is None else y, out, m, n, d, BACKWARD=y is not None, **config)
+    return out
+
+
+# ---- operators --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hotloop::mlp_relu2_dpre", mutates_args=())
+def _dpre_op(dout: Tensor, w_proj: Tensor, y: Tensor) -> Tensor:
+    """dout [M, D], w_proj [D, N], y [M, N] -> gradient of the pre-activation [M, N]."""
+    return _product(dout, w_proj, y)
+
+
+@_dpre_op.register_fake
+def _(dout: Tensor, w_proj: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+@torch.library.custom_op("hotloop::mlp_relu2", mutates_args=())
+def _op(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, D], w_fc [N, D], w_proj [E, N] -> (out [M, E], y [M, N])."""
+    y = _product(x, w_fc, None)
+    return y @ w_proj.T, y
+
+
+@_op.register_fake
+def _(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], w_proj.shape[0]), x.new_empty(x.shape[0], w_fc.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, w_fc, w_proj, y = ctx.saved_tensors
+    if dout is None:
+        return None, None, None
+    dout = dout.contiguous()
+    dpre = _dpre_op(dout, w_proj, y)
+    return dpre @ w_fc, dpre.T @ x, dout.T @ y
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.hotloop.mlp_relu2)
+def _flops(x: Any, w_fc: Any, w_proj: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * x[0] * w_fc[0] * (x[1] + w_proj[0]))
+
+
+@register_flop_formula(torch.ops.hotloop.mlp_relu2_dpre)
+def _dpre_flops(dout: Any, w_proj: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * dout[0] * dout[1] * w_proj[1])
+
+
+# ---- public function --------------------------------------------------------------------------------------------
+
+
+def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    """relu(x W_fc^T)^2 W_proj^T; see `reference`.
+
+    Args:
+        x: [..., D]; under autocast it and the weights are taken in the autocast dtype.
+        w_fc: [N, D]; w_proj: [E, N].
+
+    Returns:
+        [..., E].
+
+    Raises:
+        KernelError: inputs that the kernel does not serve.
+    """
+    if not choose("mlp_relu2", x.device.type):
+        return reference.mlp_relu2(x, w_fc, w_proj)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_fc, w_proj = x.to(dtype), w_fc.to(dtype), w_proj.to(dtype)
+    shapes = f"x {list(x.shape)}, w_fc {list(w_fc.shape)}, w_proj {list(w_proj.shape)}"
+    if x.dtype not in DTYPES or w_fc.dtype != x.dtype or w_proj.dtype != x.dtype:
+        raise KernelError(
+            f"mlp_relu2 serves bfloat16, float16 and float32, all alike, not {x.dtype}, {w_fc.dtype}, {w_proj.dtype}"
+        )
+    if w_fc.ndim != 2 or w_proj.ndim != 2 or w_fc.shape[1] != x.shape[-1] or w_proj.shape[1] != w_fc.shape[0]:
+        raise KernelError(f"mlp_relu2 needs x [..., D], w_fc [N, D] and w_proj [E, N], not {shapes}")
+    out: Tensor = _op(x.flatten(0, -2).contiguous(), w_fc.contiguous(), w_proj.contiguous())[0]
+    return out.view(*x.shape[:-1], w_proj.shape[0])
