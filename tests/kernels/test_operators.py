@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 # "baseline" is a size for a GPU; "long" keeps what is long about it (a vocabulary, a row) with few rows.
 SMALL = ("odd", "tiny", "long")
-FEW = {"M": 3, "B": 1, "T": 1100}
-FEW_OF = {"embedding": {"V": 1000}}  # the interpreter runs a program for each token
+FEW = {"M": 3, "B": 1, "T": 260}
+FEW_OF = {"embedding": {"V": 300}}  # the interpreter runs a program for each token
 CPU = torch.device("cpu")
 
 
