@@ -101,12 +101,20 @@ def _layout(
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _addresses(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The table of addresses. The allocator gives most steps the same, and a captured graph always has the same: then
+    nothing is copied.
+    """
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
 @torch.library.custom_op("hotloop::adamw_", mutates_args=("params", "ms", "vs"))
 def _op(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], hyper: Tensor) -> None:
     device = params[0].device
     size, kind, chunk = _layout(tuple(p.numel() for p in params), tuple(p.dtype for p in params), device)
-    numbers = [[t.data_ptr() for t in four] for four in zip(params, grads, ms, vs, strict=True)]
-    address = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    fours = zip(params, grads, ms, vs, strict=True)
+    address = _addresses(tuple(tuple(t.data_ptr() for t in four) for four in fours), device)
     if len(chunk):
         _adamw_kernel[(len(chunk),)](address, size, kind, chunk, hyper, BLOCK=BLOCK, num_warps=WARPS)
 
