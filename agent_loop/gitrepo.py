@@ -86,15 +86,13 @@ class NightRepo:
         self._common = Path(repo.common_dir).resolve()
 
     def start(self) -> str:
-        """Make the branch at HEAD if it is new, and the worktree; returns the branch's commit."""
+        """Make the branch at HEAD if it is new; returns its commit. The worktree is made by `reset`."""
         try:
             self.repo.git.check_ref_format("--branch", self.branch)
         except git.GitCommandError:
             raise UsageError(f"{self.tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'") from None
         if self.branch not in {h.name for h in self.repo.heads}:
             self.repo.git.branch(self.branch, "HEAD")
-        if self._private() is None:
-            self._make_worktree()
         return self.head()
 
     def head(self) -> str:

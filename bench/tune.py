@@ -90,7 +90,7 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
         "residual_rms_norm", "residual_norm", residual_norm, "", lambda s: (f"D={s['D']}", s["D"])
     ),
     "qkv_rope_norm": lambda: _operator("qkv_rope_norm", "qkv_rope_norm", qkv, "", lambda s: (f"K={s['K']}", s["K"])),
-    "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("forward 16 bit", False)),
+    "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit", False)),
     "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
 }
 

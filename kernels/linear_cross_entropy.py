@@ -131,9 +131,9 @@ if HAVE_TRITON:
 
 def compile_cases() -> list[CompileCase]:
     """The product for 16-bit inputs, default and tuned, and the finish."""
-    tuned = [f["configs"].get("exp_product", {}).get("16 bit") for f in tuning.shipped()]
+    tuned = tuning.of_all_gpus("exp_product", "16 bit")
     cases = []
-    for config in [default_config(False), *filter(None, tuned)]:
+    for config in [default_config(False), *tuned]:
         config = dict(config)
         options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
         signature = {

@@ -31,11 +31,10 @@ __all__ = ["compile_cases", "default_config", "mlp_relu2", "search_space"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def launch_config(backward: bool, fp32: bool) -> dict[str, int]:
-    """Tile, warps and stages: as tuned on this GPU, else 128 x 256 in two halves."""
-    key = f"{'backward' if backward else 'forward'} {'fp32' if fp32 else '16 bit'}"
+def launch_config(fp32: bool) -> dict[str, int]:
+    """Tile, warps and stages of both directions, which are tuned as one: on this GPU, else by architecture."""
     small = fp32 or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9
-    return tuning.config("mlp_product", key) or default_config(small)
+    return tuning.config("mlp_product", "fp32" if fp32 else "16 bit") or default_config(small)
 
 
 def default_config(small: bool) -> dict[str, int]:
@@ -123,9 +122,9 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for backward in (False, True):
         key = f"{'backward' if backward else 'forward'} 16 bit"
-        tuned = [f["configs"].get("mlp_product", {}).get(key) for f in tuning.shipped()]
+        tuned = tuning.of_all_gpus("mlp_product", "16 bit")
         shipped = [(default_config(True), (80,)), (default_config(False), (90, 100))]
-        for config, capabilities in [*shipped, *((c, (90, 100)) for c in tuned if c)]:
+        for config, capabilities in [*shipped, *((c, (90, 100)) for c in tuned)]:
             constants = {"BACKWARD": backward} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
             signature = dict.fromkeys(("a_ptr", "w_ptr", "y_ptr", "out_ptr"), "*bf16")
@@ -144,7 +143,7 @@ def _product(a: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
     m, d = a.shape
     n = w.shape[0] if y is None else w.shape[1]
     out = torch.empty(m, n, dtype=a.dtype, device=a.device)
-    config = launch_config(y is not None, a.dtype == torch.float32)
+    config = launch_config(a.dtype == torch.float32)
     if m:
         grid = (-(-m // config["ROWS"]) * -(-n // (2 * config["COLUMNS"])),)
         _mlp_product_kernel[grid](a, w, a if y is None else y, out, m, n, d, BACKWARD=y is not None, **config)

@@ -146,8 +146,8 @@ def compile_cases() -> list[CompileCase]:
     """Both kernels for heads of 64 and 128, with and without value embeddings."""
     cases = []
     for head_dim in (64, 128):
-        tuned = [f["configs"].get("qkv_rope_norm", {}).get(f"K={head_dim}") for f in tuning.shipped()]
-        for config in [default_config(head_dim), *filter(None, tuned)]:
+        tuned = tuning.of_all_gpus("qkv_rope_norm", f"K={head_dim}")
+        for config in [default_config(head_dim), *tuned]:
             for ve in (True, False):
                 for way, function, more in (
                     ("forward", _qkv_forward_kernel, ("q_ptr", "k_ptr", "v_ptr")),

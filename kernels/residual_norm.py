@@ -128,8 +128,8 @@ def compile_cases() -> list[CompileCase]:
     """Both kernels at the widths that people use, with all inputs and with x and branch alone."""
     cases = []
     for dim in (512, 768, 2048, 8192):
-        tuned = [f["configs"].get("residual_norm", {}).get(f"D={dim}") for f in tuning.shipped()]
-        for config in [default_config(dim), *filter(None, tuned)]:
+        tuned = tuning.of_all_gpus("residual_norm", f"D={dim}")
+        for config in [default_config(dim), *tuned]:
             for full in (True, False):
                 for way, function, more in (
                     ("forward", _residual_norm_forward_kernel, ("mixed_ptr", "normed_ptr")),

@@ -76,8 +76,8 @@ def compile_cases() -> list[CompileCase]:
     for vocab in (1024, 2048, 4096, 8192, 16384, 50304):
         for capped in (True, False):
             key = config_key(vocab, capped)
-            tuned = [f["configs"].get("softcap_cross_entropy", {}).get(key) for f in tuning.shipped()]
-            for config in [default_config(vocab), *filter(None, tuned)]:
+            tuned = tuning.of_all_gpus("softcap_cross_entropy", key)
+            for config in [default_config(vocab), *tuned]:
                 options = {"num_warps": config["num_warps"]}
                 constants = {"CAPPED": capped, "BLOCK": config["BLOCK"], "ONE_BLOCK": vocab <= config["BLOCK"]}
                 name = f"{key} BLOCK={config['BLOCK']} warps={config['num_warps']}"

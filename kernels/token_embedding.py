@@ -139,8 +139,8 @@ def compile_cases() -> list[CompileCase]:
     """Both kernels at the widths that people use."""
     cases = []
     for dim in (512, 768, 2048):
-        tuned = [f["configs"].get("embedding", {}).get(f"D={dim}") for f in tuning.shipped()]
-        for config in [default_config(dim), *filter(None, tuned)]:
+        tuned = tuning.of_all_gpus("embedding", f"D={dim}")
+        for config in [default_config(dim), *tuned]:
             tables = dict.fromkeys(("order_ptr", "offsets_ptr", "pieces_ptr", "piece_token_ptr"), "*i32")
             outs = {"dweight_ptr": "*bf16", "partial_ptr": "*fp32"}
             options = {"num_warps": config["num_warps"]}

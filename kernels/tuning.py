@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["FOLDER", "config", "file_name", "notice", "shipped", "trial"]
+__all__ = ["FOLDER", "config", "file_name", "notice", "of_all_gpus", "shipped", "trial"]
 
 FOLDER = Path(__file__).with_name("tuned")
 
@@ -31,6 +31,11 @@ def file_name(gpu: str) -> str:
 def shipped() -> tuple[dict[str, Any], ...]:
     """Every file: {"gpu", "capability": [major, minor], "multiprocessors", "configs": {kernel: {key: config}}, ...}."""
     return tuple(json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json")))
+
+
+def of_all_gpus(kernel: str, key: str) -> list[dict[str, int]]:
+    """Every shipped configuration of a kernel at a key, for the compile gate."""
+    return [f["configs"][kernel][key] for f in shipped() if key in f["configs"].get(kernel, {})]
 
 
 def nearest(gpu: str, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any] | None:

@@ -242,6 +242,14 @@ def test_an_unknown_gpu_gets_the_nearest_of_its_architecture(monkeypatch: pytest
     assert tuning.nearest("NVIDIA B200", (10, 0), 148) is None
 
 
+def test_the_gate_compiles_what_any_gpu_was_tuned_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"ROWS": 64, "num_warps": 2}
+    files = ({"configs": {"qkv_rope_norm": {"K=128": config}}}, {"configs": {"qkv_rope_norm": {}}}, {"configs": {}})
+    monkeypatch.setattr(tuning, "shipped", lambda: files)
+    assert tuning.of_all_gpus("qkv_rope_norm", "K=128") == [config]
+    assert tuning.of_all_gpus("qkv_rope_norm", "K=64") == tuning.of_all_gpus("embedding", "K=128") == []
+
+
 def test_shipped_files_are_named_after_their_gpu() -> None:
     for path in tuning.FOLDER.glob("*.json"):
         assert tuning.file_name(json.loads(path.read_text())["gpu"]) == path.name
