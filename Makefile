@@ -1,5 +1,6 @@
 # make run    a short night: baseline and six experiments by the built-in agent (no GPU, no network needed)
-# make test   all tests
+# make test   all tests, two at a time (JOBS=1 for one)
+# make sandbox   installs bubblewrap (as root)
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
 # make gpu-check   everything that needs a GPU, in eight minutes (DATA=folder of rows of 2048 tokens, else stdlib's text)
@@ -8,9 +9,10 @@ PYTHON      ?= python3
 VENV        ?= .venv
 EXPERIMENTS ?= 6
 TAG         ?=
+JOBS        ?= 2
 BIN         := $(VENV)/bin
 
-.PHONY: run install test lint types bench gate gate-write gpu-check seal doctor clean
+.PHONY: run install test lint types bench gate gate-write gpu-check seal sandbox doctor clean
 
 run: $(VENV)/.installed
 	$(BIN)/hotloop prepare
@@ -32,7 +34,7 @@ $(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
 	@touch $@
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -55,6 +57,9 @@ gpu-check: $(VENV)/.installed-test
 
 seal: $(VENV)/.installed
 	$(BIN)/hotloop seal
+
+sandbox:  # bubblewrap, for the best sandbox; Debian's and Ubuntu's package
+	@command -v bwrap >/dev/null || { apt-get update -qq && apt-get install -y -qq bubblewrap; }
 
 doctor: $(VENV)/.installed
 	$(BIN)/hotloop doctor

@@ -97,6 +97,7 @@ class Driver:
             "seed": self.options.seed,
             "noise_seeds": self.options.noise_seeds,
             "agent": self.agent.name,
+            "sandbox": self.settings.sandbox.level,
         }
 
     def _finished(self, began: float) -> bool:
@@ -182,6 +183,7 @@ class Driver:
     def _train(self, proposal: InFlight, kind: str, parent: str, seed: int) -> Outcome:
         incumbent = self.night.incumbent()
         budget = incumbent.outcome.budget if incumbent and incumbent.outcome else {}
+        baseline = next((r.outcome for r in self.night.rows() if r.kind == "baseline" and r.outcome), None)
         job = Job(
             source=self.repo.source(proposal.commit),
             number=proposal.number,
@@ -193,6 +195,7 @@ class Driver:
             seed=seed,
             folder=self.night.experiment_folder(proposal.number),
             incumbent_tokens=budget.get("tokens"),
+            baseline_cpu_s=baseline.training_cpu_s if baseline else None,
             budget=self.options.budget,
         )
         self.view.started(job)

@@ -8,10 +8,9 @@ import io
 import tokenize
 
 from harness.errors import HotloopError
+from harness.lint import MAX_BYTES, problem
 
 __all__ = ["MAX_BYTES", "ProposalError", "check_source", "code_lines", "syntax_hash"]
-
-MAX_BYTES = 256 * 1024
 
 
 class ProposalError(HotloopError):
@@ -24,8 +23,8 @@ class ProposalError(HotloopError):
 
 def check_source(source: bytes) -> None:
     """Raises ProposalError for a train.py that cannot be an experiment."""
-    if len(source) > MAX_BYTES:
-        raise ProposalError("invalid", f"train.py has {len(source)} bytes; at most {MAX_BYTES} are run")
+    if reason := problem(source):
+        raise ProposalError("invalid", reason)
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as e:

@@ -28,7 +28,8 @@ from typing import Any
 from bench import results
 from bench.operators import OPERATORS
 from harness.errors import HotloopError
-from harness.process import project_root, tail
+from harness.process import tail
+from harness.walls import project_root
 
 __all__ = ["PARTS", "main", "run_kernels"]
 

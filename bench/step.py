@@ -25,10 +25,10 @@ from bench import device as dev
 from harness.client import Batch
 from harness.errors import UsageError
 from harness.feed import synthetic_rows
-from harness.process import project_root
 from harness.single import read_train_source
 from harness.spec import PRESETS, Spec
 from harness.trainer import load_train_module
+from harness.walls import project_root
 from kernels.dispatch import TRITON_OPERATORS, implementations
 
 __all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step", "step_of", "switches", "time_step"]

@@ -43,15 +43,23 @@ class Budget:
     rule: BudgetRule
     incumbent_tokens: int | None = None
     step_s: dict[Shape, float] = field(default_factory=dict)
+    step_cpu_s: dict[Shape, float] = field(default_factory=dict)
     flops: dict[Shape, int] = field(default_factory=dict)
     charges: dict[Shape, float] = field(default_factory=dict)
     tokens: int = 0
     snapped: bool = False
     used: float = 0.0
 
-    def measured(self, shape: Shape, steps_s: list[float], flops: int) -> None:
-        """What the calibration of one shape found: each steady step's seconds, and one step's operations."""
+    def measured(self, shape: Shape, steps_s: list[float], flops: int, cpu_s: float = 0.0) -> None:
+        """What the calibration of one shape found.
+
+        Args:
+            steps_s: each steady step's seconds.
+            flops: one step's operations; 0 where the rule does not need them.
+            cpu_s: processor seconds of all these steps.
+        """
         self.step_s[shape] = statistics.median(steps_s)
+        self.step_cpu_s[shape] = cpu_s / len(steps_s)
         self.flops[shape] = flops
 
     def fix(self) -> None:
@@ -96,6 +104,12 @@ class Budget:
         """Seconds that the budget takes at the first shape's measured speed."""
         first = next(iter(self.step_s))
         return self.tokens / first.tokens * self.step_s[first]
+
+    @property
+    def expected_cpu_s(self) -> float:
+        """Processor seconds that the budget takes at the first shape's measured cost."""
+        first = next(iter(self.step_cpu_s))
+        return self.tokens / first.tokens * self.step_cpu_s[first]
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -22,7 +22,6 @@ import safetensors.torch
 import torch
 
 from harness.feed import Ring
-from harness.flops import count_flops
 from harness.spec import Spec
 from harness.wire import Wire
 
@@ -101,6 +100,8 @@ class Run:
                 break
             batch = self._batch(message, rows, seq_len)
             if message["stage"] == "count":
+                from harness.flops import count_flops  # slow to import, and only this needs it
+
                 flops = count_flops(lambda: step(batch))  # noqa: B023 - called at once
             else:
                 step(batch)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.errors import HotloopError
 from harness.machine import cpu_name, gpus, threads_default
-from harness.process import SANDBOX
+from harness.sandbox import best
 from harness.seal import verify_seal
 from harness.spec import PRESETS
 from prepare import default_data_dir, load_dataset
@@ -47,7 +47,7 @@ def checks() -> Iterator[tuple[str, bool, str]]:
     yield "cpu", True, f"{cpu_name()}, {os.cpu_count()} cores, {threads_default()} threads by default"
     git = shutil.which("git")
     yield "git", git is not None, git or "not found; install git"
-    yield "sandbox", True, f"{SANDBOX} (train.py runs in its own process, with your rights)"
+    yield from _sandbox()
     free = shutil.disk_usage(Path.cwd()).free
     yield "disk", free > NEEDED_BYTES, f"{free / 2**30:.1f} GiB free here; a night wants 2 GiB"
     try:
@@ -71,6 +71,20 @@ def checks() -> Iterator[tuple[str, bool, str]]:
             yield f"data {preset.name}", True, f"{path} (rows: {rows})"
         except HotloopError as e:
             yield f"data {preset.name}", False, str(e)
+
+
+def _sandbox() -> Iterator[tuple[str, bool, str]]:
+    """The best level, each better one with what is in its way, and each thing that a probe tried."""
+    try:
+        sandbox = best()
+    except HotloopError as e:
+        yield "sandbox", False, str(e)
+        return
+    yield "sandbox", sandbox.level == 3, str(sandbox)
+    for level, why in sandbox.missing.items():
+        yield f"  not {level.split(' ')[0]}", True, why
+    for name, stopped in sandbox.probes.items():
+        yield "  probe", stopped, f"{name}: {'stopped' if stopped else 'NOT stopped'}"
 
 
 def _versions() -> tuple[str, bool, str]:

@@ -7,6 +7,7 @@
     |-- DeviceError             the device that was asked for is not there or does not work
     |-- RecordError             a chain of records is broken or cannot be written
     |   `-- DiskFullError       no space is left for a record
+    |-- SandboxError            no sandbox works here, or a child outlived its end
     |-- LockedError             another driver works on this run tag
     `-- TrialError              one experiment failed; becomes its status and never ends the night
 
@@ -25,6 +26,7 @@ __all__ = [
     "HotloopError",
     "LockedError",
     "RecordError",
+    "SandboxError",
     "SealError",
     "TrialError",
     "UsageError",
@@ -63,6 +65,10 @@ class DiskFullError(RecordError):
 
 class LockedError(HotloopError):
     exit_code = 7
+
+
+class SandboxError(HotloopError):
+    exit_code = 8
 
 
 class TrialError(HotloopError):

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from harness.errors import TrialError
 from harness.process import Child, SharedMemory
+from harness.sandbox import Policy, Sandbox, best
 from harness.session import Event
 from harness.spec import Preset, Spec
 from harness.wire import Closed, Malformed, TimedOut
@@ -39,6 +40,8 @@ TOLERANCE_NATS = {"cpu": 2e-3, "cuda": 2e-2}
 # allowed, and a little more than the rounding of fp32 sums.
 MEAN_ERRORS = 6.0
 MEAN_SLACK_NATS = 2e-5
+# Batches that an evaluator holds at a time: one in work, one launched behind it, one on its way.
+_SLOTS = 3
 
 
 def bits_per_byte(nll: npt.NDArray[Any], targets: Rows, token_bytes: npt.NDArray[np.int32]) -> float:
@@ -131,7 +134,9 @@ class Evaluator:
         folder: Path,
         threads: int,
         on_event: Callable[[Event], None] = lambda _: None,
+        sandbox: Sandbox | None = None,
     ) -> None:
+        self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
         self.val, self.holdout, self.train, self.token_bytes = val, holdout, train, token_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
@@ -173,57 +178,85 @@ class Evaluator:
     ) -> npt.NDArray[np.float32]:
         """One fresh process over `rows`; float32 [N, width_out]."""
         self._emit(Event(phase))
-        memories = [
-            SharedMemory(len(weights)),
-            SharedMemory(rows.nbytes),
-            SharedMemory(len(rows) * width_out * 4),
-        ]
+        limits = self.preset.limits
+        width, batch = rows.shape[1], min(self.preset.eval_batch_rows, len(rows))
+        weights_in = SharedMemory(len(weights))
+        questions = SharedMemory(_SLOTS * batch * width * 2)
+        answers = SharedMemory(_SLOTS * batch * width_out * 4)
+        memories = (weights_in, questions, answers)
+        policy = Policy.of("harness.evaluator", self.folder, self.source, self.spec.device, limits)
         try:
-            memories[0].map[: len(weights)] = weights  # type: ignore[index]
-            memories[1].map[: rows.nbytes] = np.ascontiguousarray(rows).tobytes()
-            # Poisoned, so that what the evaluator does not write is no number.
-            poison = np.frombuffer(memories[2].map, dtype=np.uint8)
-            poison[:] = 0xFF
-            del poison
-            limits = self.preset.limits
-            with Child(
-                "harness.evaluator", self.folder, self.source, memories, self.folder / "evaluate.txt",
-                self.threads, limits.log_bytes,
-            ) as child:  # fmt: skip
-                child.wire.send(
-                    "hello", spec=self.spec.as_dict(), threads=self.threads, weights_bytes=len(weights), rows=len(rows),
-                    width=rows.shape[1], batch_rows=self.preset.eval_batch_rows, cuts=cuts,
-                )  # fmt: skip
-                self._wait(child, phase, len(rows), time.monotonic() + limits.evaluate_s)
-                child.kill()
-                data = bytes(memories[2].map)
-            return np.frombuffer(data, dtype=np.float32).reshape(len(rows), width_out)
+            weights_in.map[: len(weights)] = weights
+            log = self.folder / "evaluate.txt"
+            with Child(self.sandbox, policy, [m.fd for m in memories], log, self.threads) as child:
+                try:
+                    child.wire.send(
+                        "hello", spec=self.spec.as_dict(), threads=self.threads, weights_bytes=len(weights),
+                        width=width, width_out=width_out, batch_rows=batch,
+                    )  # fmt: skip
+                    rows_in = np.frombuffer(questions.map, dtype=np.uint16, count=_SLOTS * batch * width)
+                    nll_out = np.frombuffer(answers.map, dtype=np.float32, count=_SLOTS * batch * width_out)
+                    return self._converse(
+                        child, phase, rows, cuts,
+                        rows_in.reshape(_SLOTS, batch, width), nll_out.reshape(_SLOTS, batch, width_out),
+                    )  # fmt: skip
+                except TimedOut:
+                    raise TrialError("timeout", f"the evaluation took longer than {limits.evaluate_s:.0f} s") from None
+                except Malformed as e:
+                    raise TrialError("invalid", f"the evaluator sent {e}") from None
+                except Closed:
+                    why = child.fault or f"exit status {child.wait()}"
+                    raise TrialError("crash", f"the evaluator died ({why})") from None
         finally:
             for m in memories:
                 m.close()
 
-    def _wait(self, child: Child, phase: str, rows: int, deadline: float) -> None:
-        try:
-            while True:
-                message = child.wire.recv(max(0.001, deadline - time.monotonic()))
-                if message["kind"] == "done":
-                    return
-                if message["kind"] == "error":
-                    status = message.get("status")
-                    reason = " ".join(str(message.get("reason", "")).split())[:400]
-                    if "Error(s) in loading state_dict" in reason:
-                        status = "invalid"
-                    raise TrialError(
-                        status if status in ("crash", "oom", "nan", "invalid") else "crash",
-                        f"while evaluating: {reason}",
-                    )
-                if message["kind"] == "progress" and isinstance(message.get("done"), int):
-                    self._emit(Event(phase, min(1.0, max(0.0, message["done"] / rows))))
-        except TimedOut:
+    def _converse(
+        self,
+        child: Child,
+        phase: str,
+        rows: Rows,
+        cuts: list[int] | None,
+        rows_in: Rows,
+        answers: npt.NDArray[np.float32],
+    ) -> npt.NDArray[np.float32]:
+        """Give batches, a few ahead, and take each answer when it is said to be there: from then on it stands."""
+        deadline = time.monotonic() + self.preset.limits.evaluate_s
+        batch = rows_in.shape[1]
+        starts = range(0, len(rows), batch)
+        out = np.empty((len(rows), answers.shape[2]), dtype=np.float32)
+
+        def give(index: int) -> None:
+            if index == len(starts):
+                child.wire.send("end")
+            if index >= len(starts):
+                return
+            here = slice(starts[index], starts[index] + batch)
+            slot, count = index % _SLOTS, len(rows[here])
+            rows_in[slot, :count] = rows[here]
+            answers[slot] = np.nan  # poisoned, so that what the evaluator does not write is no number
+            child.wire.send("rows", slot=slot, rows=count, cuts=None if cuts is None else cuts[here])
+
+        for index in range(_SLOTS):
+            give(index)
+        for index, start in enumerate(starts):
+            self._expect(child, "answer", deadline)
+            count = len(rows[start : start + batch])
+            out[start : start + count] = answers[index % _SLOTS, :count]
+            give(index + _SLOTS)
+            self._emit(Event(phase, (start + count) / len(rows)))
+        return out
+
+    def _expect(self, child: Child, kind: str, deadline: float) -> None:
+        message = child.wire.recv(max(0.001, deadline - time.monotonic()))
+        if message["kind"] == "error":
+            status = message.get("status")
+            reason = " ".join(str(message.get("reason", "")).split())[:400]
+            if "Error(s) in loading state_dict" in reason:
+                status = "invalid"
             raise TrialError(
-                "timeout", f"the evaluation took longer than {self.preset.limits.evaluate_s:.0f} s"
-            ) from None
-        except Malformed as e:
-            raise TrialError("invalid", f"the evaluator sent {e}") from None
-        except Closed:
-            raise TrialError("crash", f"the evaluator died (exit status {child.wait()})") from None
+                status if status in ("crash", "oom", "nan", "invalid") else "crash",
+                f"while evaluating: {reason}",
+            )
+        if message["kind"] != kind:
+            raise TrialError("invalid", f"the evaluator sent {message['kind']!r} where {kind!r} was due")

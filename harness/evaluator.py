@@ -1,9 +1,10 @@
 """An evaluator process: builds the model, loads the weights, runs it over rows. Knows no score.
 
-    nll     evaluator A: rows [N, T + 1] in, per-token NLL float32 [N, T] out (nats)
-    logits  evaluator B: rows [N, T] and one cut each in, logits float32 [N, V] at the cuts out
+    nll     evaluator A: rows [B, T + 1] in, per-token NLL float32 [B, T] out (nats)
+    logits  evaluator B: rows [B, T] and one cut each in, logits float32 [B, V] at the cuts out
 
-It runs the agent's code, so the parent believes neither; see `harness.evaluate`.
+Rows come in batches, a few ahead of the answers and never all at once, so what is answered first was answered without
+the rest. It runs the agent's code, so the parent believes nothing of it; see `harness.evaluate`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ import mmap
 import os
 import sys
 import traceback
+from collections import deque
 from typing import Any
 
-from harness.process import enter
 from harness.trainer import failure, load_train_module, prepare_torch
 from harness.wire import Wire
 
 __all__ = ["child_main"]
 
 
-def child_main() -> None:
-    wire, memories = enter()
+def child_main(wire: Wire, memories: list[int]) -> None:
     try:
         _evaluate(wire, memories)
         wire.recv()  # the parent kills us; it never answers
@@ -42,32 +42,52 @@ def _evaluate(wire: Wire, memories: list[int]) -> None:
 
     from harness.spec import Spec
 
-    maps = [mmap.mmap(fd, 0) for fd in memories]
-    weights, rows_in, out_map = maps
+    weights, rows_in, answers = (mmap.mmap(fd, 0) for fd in memories)
     spec = Spec(**hello["spec"])
     module = load_train_module()
     model = module.build_model(spec)
     model.load_state_dict(safetensors.torch.load(bytes(weights[: hello["weights_bytes"]])), strict=True)
     model.eval().requires_grad_(False)
 
-    n, width, batch = hello["rows"], hello["width"], hello["batch_rows"]
-    rows = np.frombuffer(rows_in, dtype=np.uint16, count=n * width).reshape(n, width)
-    cuts = None if hello["cuts"] is None else torch.tensor(hello["cuts"], device=spec.device)
-    outs: list[Any] = []
+    width, width_out, batch = hello["width"], hello["width_out"], hello["batch_rows"]
+    waiting: deque[tuple[int, Any, Any]] = deque()
+
+    def answer() -> None:
+        slot, out, event = waiting.popleft()
+        if event is not None:
+            event.synchronize()
+        start = slot * batch * width_out * 4
+        to = np.frombuffer(answers, dtype=np.float32, count=out.numel(), offset=start)
+        to[:] = out.numpy().reshape(-1)
+        wire.send("answer", slot=slot)
+
     with torch.inference_mode():
-        for start in range(0, n, batch):
-            block = torch.from_numpy(rows[start : start + batch].astype(np.int64)).to(spec.device)
+        while True:
+            message = wire.recv()
+            if message["kind"] == "end":
+                break
+            slot, count, cuts = message["slot"], message["rows"], message["cuts"]
+            start = slot * batch * width * 2
+            rows = np.frombuffer(rows_in, dtype=np.uint16, count=count * width, offset=start).reshape(count, width)
+            block = torch.from_numpy(rows.astype(np.int64)).to(spec.device)
             if cuts is None:
                 tokens, targets = block[:, :-1], block[:, 1:]
-                outs.append(_nll(torch, _logits(torch, model, tokens, spec), targets))
+                out = _nll(torch, _logits(torch, model, tokens, spec), targets)
             else:
                 logits = _logits(torch, model, block, spec)
-                at = cuts[start : start + batch]
-                outs.append(logits[torch.arange(len(block), device=spec.device), at].float())
-            wire.send("progress", done=min(n, start + batch))
-        result = torch.cat(outs).cpu().numpy()  # the only wait for the device
-    out = np.frombuffer(out_map, dtype=np.float32, count=result.size)
-    out[:] = result.reshape(-1)
+                at = torch.tensor(cuts, device=spec.device)
+                out = logits[torch.arange(count, device=spec.device), at].float()
+            event = None
+            if spec.device == "cuda":  # the next batch is launched before this one is waited for
+                host = torch.empty(out.shape, dtype=torch.float32, pin_memory=True)
+                out = host.copy_(out, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            waiting.append((slot, out, event))
+            while len(waiting) > (1 if event is not None else 0):
+                answer()
+        while waiting:
+            answer()
     wire.send("done")
 
 

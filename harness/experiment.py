@@ -12,16 +12,18 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.budget import Budget
 from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
 from harness.evaluate import Evaluator
+from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
-from harness.process import SANDBOX, tail
+from harness.process import tail
 from harness.record import Chain, Outcome
+from harness.sandbox import Sandbox, best, exposed
 from harness.seal import verify_seal
 from harness.session import Event, Session
 from harness.spec import BudgetRule, Preset, Spec
@@ -38,6 +40,7 @@ class Job:
     Attributes:
         source: the bytes of train.py, read once.
         incumbent_tokens: the incumbent's budget, which a budget in seconds snaps to; None for a first run.
+        baseline_cpu_s: processor seconds of the baseline, which bound a budget in operations; None for a first run.
         budget: None for the preset's rule.
         replay: the `budget` of a record, to be used as it stands; None otherwise.
         folder: receives train.py, log.txt, evaluate.txt and weights.safetensors.
@@ -53,6 +56,7 @@ class Job:
     seed: int
     folder: Path
     incumbent_tokens: int | None = None
+    baseline_cpu_s: float | None = None
     budget: BudgetRule | None = None
     replay: dict[str, Any] | None = None
 
@@ -65,6 +69,7 @@ class Settings:
     device: str
     dataset: Dataset
     threads: int
+    sandbox: Sandbox = field(default_factory=best)
 
 
 def run_experiment(
@@ -88,7 +93,8 @@ def run_experiment(
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
         environment=environment(settings.device, settings.threads),
-        seals={"code": seal, "data": data, "sandbox": SANDBOX},
+        seals={"code": seal, "data": data},
+        sandbox=settings.sandbox.as_dict(),
     )
     began = time.monotonic()
     try:
@@ -116,11 +122,25 @@ def _try(
     job: Job, settings: Settings, outcome: Outcome, emit: Callable[[Event], None], clock: Callable[[], float]
 ) -> None:
     preset, dataset = settings.preset, settings.dataset
+    if reason := problem(job.source):
+        raise TrialError("invalid", reason)
     spec = Spec(preset.name, settings.device, job.seed, dataset.vocab_size, dataset.seq_len)
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens)
     train = dataset.rows("train")
-    session = Session(job.source, spec, preset, train, budget, job.folder, settings.threads, emit, clock)
+    session = Session(
+        job.source,
+        spec,
+        preset,
+        train,
+        budget,
+        job.folder,
+        settings.threads,
+        emit,
+        clock,
+        settings.sandbox,
+        job.baseline_cpu_s,
+    )
     trained = session.result
     try:
         session.run()
@@ -128,6 +148,7 @@ def _try(
         outcome.budget = budget.as_dict()
         outcome.ledger |= trained.ledger
         outcome.tokens, outcome.steps, outcome.training_s = trained.tokens, trained.steps, trained.training_s
+        outcome.training_cpu_s = trained.training_cpu_s
         outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
         outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
         outcome.mfu_percent = mfu_percent(settings.device, trained.flops_per_token, outcome.tokens_per_s)
@@ -146,6 +167,7 @@ def _try(
         job.folder,
         settings.threads,
         emit,
+        settings.sandbox,
     ).run(trained.weights)
     outcome.ledger |= evaluation.ledger
     outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb
@@ -159,6 +181,11 @@ def _verify_data(settings: Settings) -> str:
         raise DataError(
             f"{dataset.path} has rows of {dataset.seq_len} tokens and the preset {preset.name} needs {preset.seq_len}; "
             f"run: hotloop prepare --preset {preset.name}"
+        )
+    if settings.sandbox.level > 0 and exposed(dataset.path):
+        raise DataError(
+            f"{dataset.path} lies in a folder that train.py must be able to read (the system's or Python's); move it "
+            f"elsewhere and say --data"
         )
     dataset.verify()
     return dataset.digest

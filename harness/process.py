@@ -1,31 +1,33 @@
-"""Child processes that run an agent's code: started clean, killed whole.
+"""Child processes that run an agent's code: started clean inside the sandbox, ended whole.
 
 The child gets an isolated interpreter (`-I`: no PYTHON* variables, no user site, no current folder on the path), a
-cleared environment, private HOME, TMPDIR and compiler caches, the socket and the shared memory it needs, and
-nothing else. It dies with the parent. This is a process boundary; it is not yet an operating-system sandbox.
+cleared environment, a private HOME, TMPDIR and compiler caches, the socket and the shared memory it needs, and what
+`harness.sandbox` lets it have. It dies with the parent, and everything that it started dies with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import mmap
 import os
-import resource
-import shutil
+import select
 import signal
 import socket
 import subprocess
-import sys
+import threading
+import time
 from pathlib import Path
+from typing import Self
 
+from harness.confine import SURVIVORS, descendants
+from harness.errors import SandboxError
+from harness.sandbox import Policy, Sandbox
+from harness.walls import Launch, namespace_pid
 from harness.wire import Wire
 
-__all__ = ["SANDBOX", "Child", "SharedMemory", "enter", "project_root", "tail"]
+__all__ = ["Child", "Contained", "SharedMemory", "tail"]
 
-SANDBOX = "process boundary"
-
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import child_main; child_main()"
 # Settings of the user's machine that a child needs, or that choose an implementation openly.
 _PASSED = (
     "CUDA_VISIBLE_DEVICES",
@@ -36,19 +38,21 @@ _PASSED = (
     "HOTLOOP_ATTENTION",
     "TRITON_INTERPRET",
 )
-
-
-def project_root() -> Path:
-    """The folder that holds the harness, kernels and prepare that are running now."""
-    return Path(__file__).resolve().parent.parent
+_TICKS = os.sysconf("SC_CLK_TCK")
+END_S = 20.0  # how long the end of a killed child may take
+WATCH_S = 0.5
 
 
 class SharedMemory:
-    """Anonymous memory (memfd) that parent and child both map. It has no name and no file."""
+    """Anonymous memory (memfd) that parent and child both map. It has no name and no file.
+
+    Its size is sealed: a child that could shrink it would make the parent's next access a fatal signal.
+    """
 
     def __init__(self, size: int) -> None:
-        self.fd = os.memfd_create("hotloop", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("hotloop", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, max(size, 1))
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.map = mmap.mmap(self.fd, max(size, 1))
 
     def close(self) -> None:
@@ -57,124 +61,173 @@ class SharedMemory:
         os.close(self.fd)
 
 
-class Child:
-    """One running child. Use as a context manager: leaving it kills the whole process group.
+class Contained:
+    """A process tree in a sandbox. Use as a context manager: leaving it ends all of the tree.
 
     Args:
-        module: the module whose `child_main()` runs in the child.
-        folder: the run's folder; the child works in `folder/scratch`, made now and removed at the end.
-        source: the bytes of train.py, written into scratch.
-        memories: shared memories whose descriptors the child inherits, in the order of its arguments.
         log: file that takes stdout and stderr.
+        scratch_bytes: what its private folder on the disk may hold, where it has one.
+
+    Raises:
+        SandboxError: it cannot be started, or (from `kill`) something of it did not end.
     """
 
-    def __init__(
-        self,
-        module: str,
-        folder: Path,
-        source: bytes,
-        memories: list[SharedMemory],
-        log: Path,
-        threads: int,
-        log_bytes: int,
-    ) -> None:
-        self.scratch = folder / "scratch"
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
-        (self.scratch / "train.py").write_bytes(source)
-        parent, child = socket.socketpair()
-        with child, open(log, "ab") as out:
-            fds = [child.fileno(), *(m.fd for m in memories)]
-            root = str(project_root())
-            argv = [str(f) for f in fds]
-            try:
-                self._process = subprocess.Popen(
-                    [
-                        sys.executable, "-I", "-u", "-c", _BOOT.format(module=module),
-                        root, str(os.getpid()), str(log_bytes), *argv,
-                    ],
-                    cwd=self.scratch, env=self._environment(threads), pass_fds=fds, close_fds=True,
-                    stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                )  # fmt: skip
-            except BaseException:
-                parent.close()
-                raise
-        self.wire = Wire(parent)
-        self.pid = self._process.pid
+    def __init__(self, launch: Launch, log: Path, scratch_bytes: int = 4 << 30) -> None:
         self.peak_rss_mb = 0.0
         self.returncode: int | None = None
-
-    def _environment(self, threads: int) -> dict[str, str]:
-        home = self.scratch / "home"
-        tmp = self.scratch / "tmp"
-        home.mkdir()
-        tmp.mkdir()
-        env = {k: os.environ[k] for k in _PASSED if k in os.environ}
-        return env | {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": str(home),
-            "TMPDIR": str(tmp),
-            "LANG": "C.UTF-8",
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp / "inductor"),
-            "TRITON_CACHE_DIR": str(tmp / "triton"),
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-            # glibc returns large blocks to the system at once, so that every activation is paged in anew at every
-            # step: half of a CPU step's time. These keep what was freed.
-            "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-            "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-        }
+        self.fault = ""  # why it was ended from here, if it was
+        self._inside: int | None = None  # a descriptor of the first process in its pid namespace
+        self._launch = launch
+        try:
+            with open(log, "ab") as out:
+                self._process = subprocess.Popen(
+                    launch.argv, cwd=launch.cwd, env=launch.env, pass_fds=launch.pass_fds, close_fds=True,
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                )  # fmt: skip
+        except BaseException:
+            launch.ended.close()
+            raise
+        finally:
+            launch.started.close()
+        self.pid = self._process.pid
+        if launch.info_fd is not None:
+            pid = namespace_pid(launch.info_fd)
+            if pid is None:
+                self._process.kill()
+                self._process.wait()
+                launch.ended.close()
+                words = " ".join(tail(log, 2))
+                raise SandboxError(f"bubblewrap could not start ({words}); see: hotloop doctor")
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                self._inside = os.pidfd_open(pid)
+        self._watch = threading.Event()
+        if launch.scratch is not None:
+            threading.Thread(target=self._watch_scratch, args=(scratch_bytes,), daemon=True).start()
 
     def wait(self, timeout_s: float = 5.0) -> int | None:
         """The exit status if the child ends within `timeout_s`, negative for a signal; else None."""
         if self.returncode is None:
             try:
-                self.returncode = self._process.wait(timeout_s)
+                code = self._process.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 return None
+            self.returncode = 128 - code if code > 128 else code  # as bubblewrap and the supervisor tell a signal
         return self.returncode
 
+    def cpu_s(self) -> float:
+        """Processor seconds of the process and all that it started, also of what has ended and was waited for."""
+        total = 0.0
+        for pid in (self.pid, *descendants(self.pid)):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+                waited_for = (int(fields[13]) + int(fields[14])) / _TICKS
+                # The process's own clock, to the nanosecond: clock_getcpuclockid(3) makes its number so.
+                total += waited_for + time.clock_gettime((~pid << 3) | 2)
+        return total
+
     def kill(self) -> None:
-        """Kill the process group and reap the child; idempotent."""
-        if self.returncode is None:
+        """End the process and everything that it started, and reap it; idempotent."""
+        self._watch.set()
+        if self._process.returncode is None:
             self._note_peak()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.returncode = self._process.wait()
-        self.wire.close()
+        if self._inside is not None:  # the end of a namespace's first process is the end of all in it
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._inside, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)  # a supervisor ends all that is below it
+        try:
+            if self._inside is not None and not select.select([self._inside], [], [], END_S)[0]:
+                raise SandboxError(f"the processes below pid {self.pid} do not end; is the device stuck?")
+            try:
+                code = self._process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                code = SURVIVORS
+            if code == SURVIVORS:
+                raise SandboxError(f"the processes below pid {self.pid} do not end; end them by hand")
+            self.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+            if self._inside is not None:
+                os.close(self._inside)
+                self._inside = None
+            self._launch.ended.close()
 
     def _note_peak(self) -> None:
-        # VmHWM counts this process alone; getrusage would mix in what the parent had before exec.
-        with contextlib.suppress(OSError, ValueError):
-            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    self.peak_rss_mb = int(line.split()[1]) / 1024
+        # VmHWM counts one process alone; getrusage would mix in what the parent had before exec.
+        for pid in (self.pid, *descendants(self.pid)):
+            with contextlib.suppress(OSError, ValueError):
+                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        self.peak_rss_mb = max(self.peak_rss_mb, int(line.split()[1]) / 1024)
 
-    def __enter__(self) -> Child:
+    def _watch_scratch(self, most: int) -> None:
+        """End a child that fills the disk; inside its own file system the kernel does that."""
+        assert self._launch.scratch is not None
+        while not self._watch.wait(WATCH_S):
+            if _size_of(self._launch.scratch) > most:
+                self.fault = f"its files grew beyond {most >> 20} MiB"
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.send_signal(signal.SIGTERM)
+                return
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.kill()
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def enter() -> tuple[Wire, list[int]]:
-    """First thing in a child: die with the parent, bound files, and give the wire and the memory descriptors.
+class Child(Contained):
+    """A child that runs a train.py, and the wire to it.
 
-    `sys.argv` is [-c, root, parent pid, log bytes, socket, memory...].
+    Args:
+        policy: what it runs and what it needs.
+        descriptors: that it inherits, in the order of its arguments.
     """
-    parent, log_bytes, sock, *memories = (int(a) for a in sys.argv[2:])
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the line above
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills us
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (log_bytes, log_bytes))
-    sys.argv = ["train.py"]
-    return Wire(socket.socket(fileno=sock)), memories
+
+    def __init__(self, sandbox: Sandbox, policy: Policy, descriptors: list[int], log: Path, threads: int) -> None:
+        parent, child = socket.socketpair()
+        with child:
+            try:
+                launch = sandbox.launch(policy, [child.fileno(), *descriptors], _environment(threads))
+                super().__init__(launch, log, policy.scratch_bytes)
+            except BaseException:
+                parent.close()
+                raise
+        self.wire = Wire(parent, policy.send_s)
+
+    def kill(self) -> None:
+        self.wire.close()
+        super().kill()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    env = {k: os.environ[k] for k in _PASSED if k in os.environ}
+    return env | {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "OMP_WAIT_POLICY": "passive",
+        "TORCHINDUCTOR_DETERMINISTIC": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        # glibc returns large blocks to the system at once, so that every activation is paged in anew at every
+        # step: half of a CPU step's time. These keep what was freed.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    }
+
+
+def _size_of(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(root, name)).st_blocks * 512
+    return total
 
 
 def tail(log: Path, lines: int = 20, width: int = 300) -> list[str]:

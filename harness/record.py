@@ -58,6 +58,7 @@ class Outcome:
     steps: int = 0
     tokens_per_s: float = 0.0
     training_s: float = 0.0
+    training_cpu_s: float = 0.0
     total_s: float = 0.0
     peak_mb: float = 0.0
     mfu_percent: float | None = None
@@ -69,6 +70,7 @@ class Outcome:
     audit: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     seals: dict[str, str] = field(default_factory=dict)
+    sandbox: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from harness.errors import SealError
-from harness.process import project_root
+from harness.walls import project_root
 
 __all__ = ["SEAL_FILE", "current_manifest", "verify_seal", "write_seal"]
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from harness.budget import Budget, Shape
 from harness.errors import TrialError
 from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows
 from harness.process import Child, SharedMemory
+from harness.sandbox import Policy, Sandbox, best
 from harness.spec import Preset, Spec
 from harness.wire import Closed, Malformed, TimedOut
 
@@ -30,7 +31,7 @@ __all__ = ["Event", "Session", "Trained"]
 
 COMPILE_STEPS = 2
 CURVE_POINTS = 200
-N = TypeVar("N", int, float)
+CPU_SLACK_S = 0.5  # what the measuring of processor time may be off by, where all of it is a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Trained:
     steps: int = 0
     tokens: int = 0
     training_s: float = 0.0
+    training_cpu_s: float = 0.0
     peak_mb: float = 0.0
     depth: int | None = None
     flops_per_token: float | None = None
@@ -65,6 +67,7 @@ class Session:
     source: the bytes of train.py.
     rows: the train split, uint16 [N, T + 1].
     budget: to be fixed by the calibration, or a replayed one.
+    baseline_cpu_s: processor seconds of the baseline's training, to bound a budget in operations; None for no bound.
     clock: seconds, monotonic; tests pass their own.
     """
 
@@ -79,7 +82,11 @@ class Session:
         threads: int,
         on_event: Callable[[Event], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        sandbox: Sandbox | None = None,
+        baseline_cpu_s: float | None = None,
     ) -> None:
+        self._baseline_cpu_s = baseline_cpu_s
+        self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
         self.budget, self.folder, self.threads = budget, folder, threads
         self.result = Trained()
@@ -95,17 +102,18 @@ class Session:
         """
         memory = SharedMemory(SLOTS * SLOT_BYTES)
         self._ring = Ring(memory)
+        policy = Policy.of("harness.trainer", self.folder, self.source, self.spec.device, self._limits)
         began = self._clock()
         try:
-            with Child(
-                "harness.trainer", self.folder, self.source, [memory], self.folder / "log.txt",
-                self.threads, self._limits.log_bytes,
-            ) as child:  # fmt: skip
+            log = self.folder / "log.txt"
+            with Child(self.sandbox, policy, [memory.fd], log, self.threads) as child:
                 self._child = child
                 try:
                     self._converse(began)
                 except Closed:
                     raise self._died() from None
+                except TimedOut:
+                    raise TrialError("timeout", "the trainer does not read what it is sent") from None
                 except Malformed as e:
                     raise TrialError("invalid", f"the trainer sent {e}") from None
                 finally:
@@ -127,9 +135,10 @@ class Session:
         self._emit(Event("import"))
         imported = self._expect("imported", began + self._limits.start_s, "to import train.py")
         ledger["import"] = self._clock() - began - ledger["start"]
-        self.result.implementations = {
-            str(k)[:100]: str(v)[:200] for k, v in list(dict(imported.get("implementations") or {}).items())[:50]
-        }
+        implementations = imported.get("implementations")
+        if isinstance(implementations, dict):
+            pairs = list(implementations.items())[:50]
+            self.result.implementations = {str(k)[:100]: str(v)[:200] for k, v in pairs}
         message = self._warm_up()
         message = self._feed(message)
         self._take_weights(message)
@@ -158,16 +167,17 @@ class Session:
             if self.budget.rule.kind == "flops":
                 self._serve(rows[0], 0, 0, 0.0, "count")
                 message = self._expect("next", warm_until, "to make a counted step")
-                flops = self._number(message, "flops", int)
+                flops = self._count(message, "flops", 10**24)
             steps: list[float] = []
             total = 0.0
+            cpu_s = self._child.cpu_s()
             while len(steps) < self.preset.calibrate_steps or total < self.preset.calibrate_s:
                 sent = self._clock()
                 self._serve(rows[len(steps) % SLOTS], len(steps) % SLOTS, 0, 0.0, "time")
                 self._expect("next", warm_until, "to make a timed step")
                 steps.append(self._clock() - sent)
                 total += steps[-1]
-            self.budget.measured(shape, steps, flops)
+            self.budget.measured(shape, steps, flops, self._child.cpu_s() - cpu_s)
             self._child.wire.send("calibrated")
             ledger["calibrate"] += self._clock() - mark
             mark = self._clock()
@@ -180,7 +190,7 @@ class Session:
         order = RowOrder(self._rows, self.spec.seed)
         expected_s = self.budget.expected_s
         result, limits = self.result, self._limits
-        began = self._clock()
+        began, cpu_s = self._clock(), self._child.cpu_s()
         # Twice the allowed time ends a run that would be `overtime` anyway.
         stop = began + 2 * limits.overtime * expected_s + 5.0
         stall_s = max(limits.stall_s, 10 * max(self.budget.step_s.values()))
@@ -219,17 +229,19 @@ class Session:
                     raise TrialError("timeout", f"no sign of life for {stall_s:.0f} s while training") from None
         finally:
             result.training_s = result.ledger["train"] = self._clock() - began
+            result.training_cpu_s = self._child.cpu_s() - cpu_s
 
     def _take_weights(self, message: dict[str, Any]) -> None:
         if message["kind"] != "submit":
             raise TrialError("invalid", f"the trainer sent {message['kind']!r} where a submission was due")
         if self.result.steps == 0:
             raise TrialError("invalid", "submitted without having taken a batch")
-        size = self._number(message, "bytes", int)
-        if not 0 < size <= self._limits.submission_bytes:
+        size = self._count(message, "bytes", 1 << 62)
+        if size > self._limits.submission_bytes:
             raise TrialError(
                 "invalid", f"a submission of {size} bytes; at most {self._limits.submission_bytes} are read"
             )
+        cpu_s = self._child.cpu_s()
         self._emit(Event("submit"))
         began = self._clock()
         try:
@@ -238,18 +250,40 @@ class Session:
             raise TrialError("timeout", f"the weights did not arrive within {self._limits.submit_s:.0f} s") from None
         self.result.ledger["submit"] = self._clock() - began
         self.result.training_s += self.result.ledger["submit"]
-        if isinstance(message.get("depth"), int):
-            self.result.depth = message["depth"]
+        self.result.training_cpu_s += self._child.cpu_s() - cpu_s
+        if message.get("depth") is not None:
+            self.result.depth = self._count(message, "depth", 1 << 20)
         if message.get("flops_per_token") is not None:
-            self.result.flops_per_token = self._number(message, "flops_per_token", float)
+            self.result.flops_per_token = self._number(message, "flops_per_token")
         if message.get("peak_mb") is not None:
-            self.result.peak_mb = self._number(message, "peak_mb", float)
+            self.result.peak_mb = self._number(message, "peak_mb")
+        self._check_time()
+
+    def _check_time(self) -> None:
+        """Raises TrialError `overtime`. On a CPU processor time counts: wall time depends on who else is there."""
         allowed_s = self._limits.overtime * self.budget.expected_s
         if self.result.training_s > allowed_s:
             raise TrialError(
                 "overtime",
                 f"trained for {self.result.training_s:.1f} s; the budget was {self.budget.expected_s:.1f} s and "
                 f"at most {allowed_s:.1f} s are accepted",
+            )
+        if self.spec.device != "cpu":
+            return
+        used_s = self.result.training_cpu_s
+        expected_s = self.budget.expected_cpu_s
+        if used_s > self._limits.overtime_cpu * expected_s + CPU_SLACK_S:
+            raise TrialError(
+                "overtime",
+                f"trained for {used_s:.1f} processor seconds; the calibrated step says {expected_s:.1f}, and at most "
+                f"{self._limits.overtime_cpu:g} times that are accepted",
+            )
+        most = self._baseline_cpu_s and self._limits.baseline_cpu * self._baseline_cpu_s + CPU_SLACK_S
+        if most and self.budget.rule.kind == "flops" and used_s > most:
+            raise TrialError(
+                "overtime",
+                f"trained for {used_s:.1f} processor seconds; the baseline took {self._baseline_cpu_s:.1f}, and at "
+                f"most {self._limits.baseline_cpu:g} times that are accepted for as many operations",
             )
 
     # Messages.
@@ -279,21 +313,27 @@ class Session:
         return message
 
     def _shape(self, message: dict[str, Any]) -> Shape:
-        shape = Shape(self._number(message, "rows", int), self._number(message, "seq_len", int))
-        if shape.seq_len < 1 or self.spec.seq_len % shape.seq_len or not Ring.fits(shape.rows, shape.seq_len):
+        shape = Shape(self._count(message, "rows", 1 << 32), self._count(message, "seq_len", 1 << 32))
+        if self.spec.seq_len % shape.seq_len or not Ring.fits(shape.rows, shape.seq_len):
             raise TrialError("invalid", f"asked for a batch of {shape.rows} x {shape.seq_len} tokens")
         return shape
 
-    def _number(self, message: dict[str, Any], key: str, kind: type[N]) -> N:
+    def _number(self, message: dict[str, Any], key: str) -> float:
         value = message.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e24:
             raise TrialError("invalid", f"the trainer sent a malformed {key}")
-        return kind(value)
+        return float(value)
+
+    def _count(self, message: dict[str, Any], key: str, most: int) -> int:
+        value = message.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise TrialError("invalid", f"the trainer sent a malformed {key}")
+        return value
 
     def _log(self, message: dict[str, Any], began: float) -> None:
         loss = message.get("loss")
         if not isinstance(loss, float) or not math.isfinite(loss):
-            raise TrialError("nan", f"the loss of step {message.get('step')} is {loss}")
+            raise TrialError("nan", f"the loss of step {str(message.get('step'))[:20]} is {str(loss)[:20]}")
         curve = self.result.curve
         curve.append([round(self._progress, 6), round(loss, 6)])
         if len(curve) > 2 * CURVE_POINTS:
@@ -304,6 +344,8 @@ class Session:
 
     def _died(self) -> TrialError:
         code = self._child.wait()
+        if self._child.fault:
+            return TrialError("crash", f"the trainer was stopped: {self._child.fault}")
         if code == -signal.SIGKILL:
             return TrialError("oom", "the trainer was killed by the system (SIGKILL), most likely out of memory")
         if code is not None and code < 0:

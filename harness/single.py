@@ -15,6 +15,7 @@ from harness.errors import DataError, HotloopError, UsageError
 from harness.experiment import Job, Settings, record, replayed, run_experiment, summary
 from harness.machine import check_device, gpus, threads_default
 from harness.record import Chain, Lock, Outcome
+from harness.sandbox import best
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, preset_named
 from prepare import default_data_dir, load_dataset
@@ -27,7 +28,9 @@ __all__ = [
     "read_train_source",
     "replay_command",
     "run_command",
+    "sandbox_warning",
     "settings_from",
+    "settings_of",
 ]
 
 EXIT_BY_STATUS = {"ok": 0, "crash": 10, "invalid": 11, "overtime": 12, "timeout": 13, "oom": 14, "nan": 15}
@@ -35,9 +38,15 @@ SINGLES = Path("runs/single")
 
 
 def settings_from(
-    *, preset: str = "auto", device: str = "auto", data: str | None = None, threads: int | None = None
+    *,
+    preset: str = "auto",
+    device: str = "auto",
+    data: str | None = None,
+    threads: int | None = None,
+    sandbox: str = "auto",
+    unsafe: bool = False,
 ) -> Settings:
-    """Turn flags into settings. Raises UsageError, DeviceError or DataError, each with what to do."""
+    """Turn flags into settings. Raises UsageError, DeviceError, DataError or SandboxError, each with what to do."""
     if preset == "auto":
         cuda = device == "cuda" or (device == "auto" and bool(gpus()))
         preset = "h100" if cuda else "laptop"
@@ -52,7 +61,11 @@ def settings_from(
         raise DataError(f"there is no prepared data at {path}; run: hotloop prepare --preset {preset}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, not {threads}")
-    return Settings(chosen, device, load_dataset(path), threads or threads_default())
+    level = None if sandbox == "auto" else int(sandbox.removeprefix("L"))
+    if level == 0 and not unsafe:
+        raise UsageError("--sandbox L0 protects nothing; where that is wanted, say --unsafe-no-sandbox")
+    walls = best(level, unsafe)
+    return Settings(chosen, device, load_dataset(path), threads or threads_default(), walls)
 
 
 def budget_from(args: argparse.Namespace) -> BudgetRule | None:
@@ -72,10 +85,39 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--data", metavar="DIR", help="a folder made by hotloop prepare")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (results depend on it; default 2)")
+    parser.add_argument("--sandbox", default="auto", choices=["auto", "L3", "L2", "L1", "L0"], help="default: the best")
+    parser.add_argument("--unsafe-no-sandbox", action="store_true", help="go on where no sandbox works")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget-seconds", type=float, metavar="S", help="training seconds, by calibration")
     budget.add_argument("--budget-flops", type=float, metavar="F", help="counted operations")
     budget.add_argument("--budget-tokens", type=float, metavar="N", help="training tokens")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that the flags of `add_run_arguments` ask for."""
+    return settings_from(
+        preset=args.preset, device=args.device, data=args.data, threads=args.threads, sandbox=args.sandbox,
+        unsafe=args.unsafe_no_sandbox,
+    )  # fmt: skip
+
+
+def sandbox_warning(settings: Settings) -> str:
+    """What to tell the user of a sandbox that is not the best; empty for L3."""
+    sandbox = settings.sandbox
+    if sandbox.level == 3:
+        return ""
+    missing = "; ".join(f"{k}: {v}" for k, v in sandbox.missing.items())
+    not_stopped = ", ".join(k for k, v in sandbox.probes.items() if not v) or "everything"
+    if sandbox.level > 0 and all(sandbox.probes.values()):
+        not_stopped = "nothing that was probed"
+    return f"the sandbox is only {sandbox}. Not stopped: {not_stopped}. " + (
+        f"Better ones: {missing}" if missing else ""
+    )
+
+
+def _warn(settings: Settings) -> None:
+    if warning := sandbox_warning(settings):
+        print(f"hotloop: WARNING: {warning}", file=sys.stderr)
 
 
 def read_train_source(path: Path) -> bytes:
@@ -101,7 +143,8 @@ def read_train_source(path: Path) -> bytes:
 def run_command(args: argparse.Namespace) -> int:
     """`hotloop run`: one experiment of a train.py, recorded under runs/single; prints the summary block."""
     source = read_train_source(Path(args.train))
-    settings = settings_from(preset=args.preset, device=args.device, data=args.data, threads=args.threads)
+    settings = settings_of(args)
+    _warn(settings)
     lock = Lock(SINGLES / "lock")  # two at once would write one record
     chain = Chain.open(SINGLES / "records.jsonl")
     number = len(chain.bodies("experiment"))

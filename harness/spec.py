@@ -58,21 +58,34 @@ class Limits:
         start_s: from process start to the end of the import of train.py.
         warmup_s: for all warm-up and calibration, compilation included.
         stall_s: without a sign of life while training.
+        send_s: that a message to a child may wait for it to read.
         submit_s: from the last batch to the last byte of the weights.
         evaluate_s: for each of the two evaluators.
         overtime: training time over budgeted time above which a run is `overtime`.
+        overtime_cpu: the same for processor time on a CPU, where wall time depends on who else is there.
+        baseline_cpu: processor time of the training over the baseline's, above which a run with a budget in
+            operations is `overtime`: the operations are the trainer's word, this bounds what a lie can win.
         submission_bytes: the largest submission that is read.
-        log_bytes: the largest log that is kept.
+        file_bytes: the largest file that a child may write, its log included.
+        scratch_bytes: all that a child may write to its private folders.
+        processes: that a child may have, threads included.
+        memory_bytes: what one process of a child may allocate on a CPU; None for most of the machine's.
     """
 
     start_s: float = 120.0
     warmup_s: float = 600.0
     stall_s: float = 120.0
+    send_s: float = 30.0
     submit_s: float = 120.0
     evaluate_s: float = 600.0
     overtime: float = 1.03
+    overtime_cpu: float = 1.5
+    baseline_cpu: float = 3.0
     submission_bytes: int = 8 << 30
-    log_bytes: int = 64 << 20
+    file_bytes: int = 256 << 20
+    scratch_bytes: int = 4 << 30
+    processes: int = 4096
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

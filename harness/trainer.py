@@ -13,7 +13,6 @@ import sys
 import traceback
 from typing import Any
 
-from harness.process import enter
 from harness.wire import Wire
 
 __all__ = ["child_main", "failure", "load_train_module", "prepare_torch"]
@@ -29,7 +28,9 @@ def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
     np.random.seed(spec["seed"] % 2**32)
     random.seed(spec["seed"])
     torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # What torch.use_deterministic_algorithms does, but for its import of the compiler, 0.8 s that not every train.py
+    # needs; TORCHINDUCTOR_DETERMINISTIC in the environment tells that one.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     # An uninitialised read must not be able to matter, but filling memory costs speed on every allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if spec["device"] == "cuda":
@@ -69,8 +70,7 @@ def failure(e: BaseException) -> tuple[str, str]:
     return "crash", reason
 
 
-def child_main() -> None:
-    wire, memories = enter()
+def child_main(wire: Wire, memories: list[int]) -> None:
     try:
         _train(wire, memories)
     except BaseException as e:

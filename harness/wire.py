@@ -31,16 +31,22 @@ class TimedOut(Exception):
 
 
 class Wire:
-    def __init__(self, sock: socket.socket) -> None:
+    """Args:
+    send_s: how long a message may wait for a reader; None for ever. The parent sets it: who never reads must not
+        be able to hold it up.
+    """
+
+    def __init__(self, sock: socket.socket, send_s: float | None = None) -> None:
         self._sock = sock
+        self._send_s = send_s
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Raises Closed."""
+        """Raises Closed, or TimedOut where nobody reads."""
         body = json.dumps({"kind": kind, **fields}).encode()
         self._send(_HEADER.pack(len(body)) + body)
 
     def send_bytes(self, data: bytes | memoryview) -> None:
-        """Raises Closed."""
+        """Raises Closed, or TimedOut where nobody reads."""
         self._send(data)
 
     def recv(self, timeout_s: float | None = None) -> dict[str, Any]:
@@ -66,8 +72,10 @@ class Wire:
 
     def _send(self, data: bytes | memoryview) -> None:
         try:
-            self._sock.settimeout(None)
+            self._sock.settimeout(self._send_s)
             self._sock.sendall(data)
+        except TimeoutError:
+            raise TimedOut from None
         except OSError as e:
             raise Closed(str(e)) from None
 

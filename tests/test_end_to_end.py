@@ -21,9 +21,9 @@ from agent_loop.live import View
 from agent_loop.loop import Driver, Options
 from agent_loop.night import Night
 from harness.experiment import Settings
-from harness.process import project_root
 from harness.record import Chain, Lock
 from harness.spec import BudgetRule, preset_named
+from harness.walls import project_root
 from tests.harness.conftest import TINY, tiny_source
 
 ROOT = project_root()

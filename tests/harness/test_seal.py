@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import SealError
-from harness.process import project_root
 from harness.seal import verify_seal, write_seal
+from harness.walls import project_root
 
 
 def test_the_committed_seal_is_true() -> None:

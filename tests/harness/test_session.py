@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -345,7 +344,8 @@ def test_the_child_sees_no_setting_of_the_users_shell(folder: Path, monkeypatch:
     assert "HOME" in log
 
 
-def test_a_child_dies_with_its_parent(folder: Path) -> None:
+@pytest.mark.parametrize("level", [3, 1, 0])
+def test_a_child_dies_with_its_parent(folder: Path, level: int) -> None:
     """SIGKILL of the parent, the hardest case: nothing of it may be left running."""
     import signal
     import subprocess
@@ -354,19 +354,24 @@ def test_a_child_dies_with_its_parent(folder: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(root)!r})\n"
         "from pathlib import Path\n"
-        "from harness.process import Child\n"
-        f"c = Child('harness.trainer', Path({str(folder)!r}), b'', [], Path({str(folder / 'log.txt')!r}), 1, 1 << 20)\n"
-        "c.__enter__(); print(c.pid, flush=True); c.wait(60)\n"
+        "from harness.process import Child, descendants\n"
+        "from harness.sandbox import Policy, best\n"
+        f"folder = Path({str(folder)!r})\n"
+        f"c = Child(best({level}), Policy('harness.trainer', folder), [], folder / 'log.txt', 1)\n"
+        "c.__enter__()\n"
+        "while not descendants(c.pid): pass\n"
+        "print(c.pid, *descendants(c.pid), flush=True); c.wait(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) > 1
         time.sleep(1.0)  # the child makes its setting right after its start
         parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and os.path.exists(f"/proc/{pid}") and _state(pid) not in ("", "Z"):
+    while time.monotonic() < deadline and any(_state(pid) not in ("", "Z") for pid in pids):
         time.sleep(0.05)
-    assert _state(pid) in ("", "Z")
+    assert all(_state(pid) in ("", "Z") for pid in pids)
 
 
 def _state(pid: int) -> str:

@@ -10,9 +10,9 @@ import torch
 import kernels
 from bench.accuracy import bitwise_repeats, check
 from bench.operators import OPERATORS
-from harness.process import project_root
 from harness.spec import PRESETS, Spec
 from harness.trainer import load_train_module
+from harness.walls import project_root
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = torch.device("cuda")

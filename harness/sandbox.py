@@ -1,0 +1,284 @@
+"""The sandbox that train.py runs in: chosen once by what this machine really stops, then used for every child.
+
+    L3  bubblewrap (own mount, pid, net, ipc, uts and cgroup namespaces), another uid or a user namespace, then
+        Landlock, seccomp, resource limits
+    L2  root without namespaces: another uid, Landlock, seccomp, limits, a supervisor that kills by uid
+    L1  an ordinary user without namespaces: Landlock, seccomp, limits, a supervisor that kills what it started
+    L0  limits and the supervisor only; refused unless asked for
+
+A level is taken when a probe, a real child at that level, found that it stops what the level promises. The probe's
+answers go into every record.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from harness import landlock, seccomp
+from harness.confine import BOOT
+from harness.errors import SandboxError
+from harness.spec import Limits
+from harness.walls import (
+    ETC,
+    NOBODY,
+    SYSTEM,
+    Launch,
+    device_nodes,
+    free_uid,
+    has_size,
+    homes,
+    info_pipe,
+    namespace_pid,
+    parents_of,
+    project_root,
+    python_and_code,
+    remove_shared,
+    tasks_of,
+)
+
+__all__ = ["LEVELS", "Launch", "Policy", "Sandbox", "best", "exposed", "namespace_pid", "project_root"]
+
+LEVELS = {3: "bubblewrap, Landlock, seccomp", 2: "another uid, Landlock, seccomp", 1: "Landlock, seccomp", 0: "none"}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one child needs.
+
+    Attributes:
+        module: whose `child_main(wire, descriptors)` runs.
+        files: name -> bytes, laid into its working folder.
+        folder: where its scratch folder is made, at levels without a private file system.
+        device: `cuda` gets the NVIDIA device nodes.
+        scratch_bytes / file_bytes / memory_bytes / processes: caps; None for none.
+        send_s: how long a message to it may wait for it to read.
+    """
+
+    module: str
+    folder: Path
+    files: dict[str, bytes] = field(default_factory=dict)
+    device: str = "cpu"
+    scratch_bytes: int = 4 << 30
+    file_bytes: int | None = None
+    memory_bytes: int | None = None
+    processes: int = 4096
+    send_s: float = 30.0
+
+    @classmethod
+    def of(cls, module: str, folder: Path, source: bytes, device: str, limits: Limits) -> Policy:
+        """For a child that runs a train.py.
+
+        Its memory is capped at what the limits say, else at nine tenths of the machine's, on a CPU: CUDA reserves
+        addresses far beyond any memory, so there only the kernel's choice of a victim helps.
+        """
+        most = limits.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+        return cls(
+            module, folder, {"train.py": source}, device, limits.scratch_bytes, limits.file_bytes,
+            most if device == "cpu" else None, limits.processes,
+            limits.send_s,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """One way to confine children on this machine.
+
+    Attributes:
+        level: 3 (best) to 0.
+        own_uid: children run under a uid that nothing else has; only root can give them one.
+        reads_all: that uid may pass folders that are closed to it (the interpreter may lie in root's home), so that
+            Landlock alone says what it reads.
+        probes: what a child at this level tried -> whether it was stopped.
+        missing: better level -> why it cannot be had here.
+    """
+
+    level: int
+    own_uid: bool = False
+    reads_all: bool = False
+    bwrap: str = ""
+    probes: dict[str, bool] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"L{self.level} ({self.how})"
+
+    @property
+    def how(self) -> str:
+        if self.level == 3:
+            return LEVELS[3] + (", own uid" if self.own_uid else ", user namespace")
+        return LEVELS[self.level] + (", may enter closed folders" if self.reads_all else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {"level": self.level, "how": self.how, "landlock_abi": landlock.abi(), "probes": self.probes}
+
+    def launch(self, policy: Policy, fds: list[int], env: dict[str, str]) -> Launch:
+        """Raises SandboxError."""
+        launch = Launch([], dict(env))
+        try:
+            uid = launch.ended.enter_context(free_uid()) if self.own_uid else None
+            config: dict[str, Any] = {
+                "module": policy.module, "exec": None, "fds": fds, "parent": os.getpid(), "uid": uid,
+                "supervise": self.level < 3, "reads_all": self.reads_all,
+                "landlock": self.level > 0 and landlock.abi() > 0, "seccomp": self.level > 0,
+                "network": self.level == 0, "metadata": self.level == 1, "file_bytes": policy.file_bytes,
+                "memory_bytes": policy.memory_bytes, "processes": policy.processes,
+            }  # fmt: skip
+            if self.level == 3:
+                self._walls(policy, launch, config)
+            else:
+                self._folder(policy, launch, config)
+            boot = [sys.executable, "-I", "-B", "-u", "-c", BOOT, str(project_root()), json.dumps(config)]
+            launch.argv += boot
+            launch.pass_fds += fds
+        except BaseException:
+            launch.started.close()
+            launch.ended.close()
+            raise
+        return launch
+
+    def _walls(self, policy: Policy, launch: Launch, config: dict[str, Any]) -> None:
+        """L3: a file system of its own that holds what is needed, read-only, and one private /tmp."""
+        size = ["--size", str(policy.scratch_bytes)] if has_size(self.bwrap) else []
+        argv = [
+            self.bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
+            "--die-with-parent", "--new-session", "--cap-drop", "ALL",
+        ]  # fmt: skip
+        if self.own_uid:
+            argv += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # given up for good by setresuid
+        else:
+            argv += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
+        argv += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", *size, "--tmpfs", "/tmp"]
+        argv += ["--perms", "1777", *size, "--tmpfs", "/dev/shm"]
+        argv += ["--perms", "1777", "--dir", "/tmp/run", "--perms", "1777", "--dir", "/tmp/home"]
+        made = {"/", "/tmp", "/dev", "/proc"}
+        for path in SYSTEM:
+            if os.path.islink(path):
+                argv += ["--symlink", os.readlink(path), path]
+            elif os.path.isdir(path):
+                argv += ["--ro-bind", path, path]
+        sys_paths = ["/sys"] if policy.device == "cuda" else ["/sys/devices/system"]
+        for path in (*ETC, *sys_paths, *python_and_code()):
+            if os.path.exists(path):
+                argv += [*parents_of(path, made), "--ro-bind", path, path]
+        for path in device_nodes(policy.device):
+            argv += ["--dev-bind", path, path]
+        for path in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
+            argv += ["--ro-bind-try", f"/proc/{path}", f"/proc/{path}"]
+        for name, data in policy.files.items():
+            fd = os.memfd_create("file", os.MFD_CLOEXEC)
+            launch.started.callback(os.close, fd)
+            with open(fd, "wb", closefd=False) as f:
+                f.write(data)
+            os.lseek(fd, 0, os.SEEK_SET)
+            launch.pass_fds.append(fd)
+            argv += ["--perms", "0444", "--ro-bind-data", str(fd), f"/tmp/run/{name}"]
+        launch.argv = [*argv, "--info-fd", str(info_pipe(launch)), "--chdir", "/tmp/run", "--"]
+        launch.env |= homes("/tmp/home", "/tmp")
+        config |= {"read": ["/"], "write": ["/tmp", "/dev", "/proc"]}
+
+    def _folder(self, policy: Policy, launch: Launch, config: dict[str, Any]) -> None:
+        """L2 to L0: a scratch folder on the disk."""
+        if self.own_uid:  # it must be able to get there, and homes are closed to other uids
+            scratch = Path(tempfile.mkdtemp(prefix="hotloop-"))
+            launch.ended.callback(remove_shared, config["uid"])
+        else:
+            scratch = policy.folder / "scratch"
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        launch.ended.callback(shutil.rmtree, scratch, ignore_errors=True)
+        for name in ("run", "home", "tmp"):
+            (scratch / name).mkdir()
+        for name, data in policy.files.items():
+            (scratch / "run" / name).write_bytes(data)
+        if self.own_uid:
+            for path in (scratch, *scratch.iterdir()):
+                os.chown(path, config["uid"], config["uid"])
+        launch.scratch, launch.cwd = scratch, scratch / "run"
+        launch.env |= homes(str(scratch / "home"), str(scratch / "tmp"))
+        config["read"] = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
+        config["write"] = [
+            str(scratch), "/proc/self", *(f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom")),
+            *device_nodes(policy.device),
+        ]  # fmt: skip
+        if self.own_uid:
+            config["write"].append("/dev/shm")  # what it leaves there is found by its uid
+        elif self.level == 1:
+            # Without /dev/shm there are no semaphores, which torch's pool of compile processes needs.
+            launch.env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+            config["processes"] += tasks_of(os.getuid())
+
+
+def exposed(path: Path) -> bool:
+    """Whether children can read `path`, because it lies in a folder that they need."""
+    real = path.resolve()
+    return any(real.is_relative_to(Path(p).resolve()) for p in (*SYSTEM, *ETC, *python_and_code()))
+
+
+@functools.cache
+def best(wanted: int | None = None, unsafe: bool = False) -> Sandbox:
+    """The best sandbox of this machine, or the best at level `wanted`; probed once a process.
+
+    Args:
+        unsafe: take L0 where nothing better works.
+
+    Raises:
+        SandboxError: there is none (at that level).
+    """
+    missing: dict[str, str] = {}
+    for candidate in _candidates(missing):
+        if wanted not in (None, candidate.level) or (candidate.level == 0 and not (unsafe or wanted == 0)):
+            continue
+        if candidate.level == 0:
+            return replace(candidate, missing=missing)
+        try:
+            probes = _probed(candidate)
+        except SandboxError as e:
+            missing.setdefault(str(candidate), str(e))
+            continue
+        return replace(candidate, probes=probes, missing=missing)
+    reasons = "; ".join(f"{k}: {v}" for k, v in missing.items())
+    which = "no sandbox works" if wanted is None else f"the sandbox level L{wanted} does not work"
+    raise SandboxError(
+        f"{which} on this machine ({reasons or 'not applicable'}). Install bubblewrap (apt-get install bubblewrap), or "
+        f"run unprotected with --unsafe-no-sandbox"
+    )
+
+
+def _candidates(missing: dict[str, str]) -> Iterator[Sandbox]:
+    root = os.geteuid() == 0
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        missing["L3"] = "bubblewrap is not installed (apt-get install bubblewrap)"
+    else:
+        if root:
+            yield Sandbox(3, own_uid=True, bwrap=bwrap)
+        yield Sandbox(3, bwrap=bwrap)
+    if landlock.abi() < 1 or not seccomp.supported():
+        missing["L2, L1"] = "this kernel has no Landlock, or this machine's seccomp is not known"
+    else:
+        if root:
+            yield Sandbox(2, own_uid=True)
+            yield Sandbox(2, own_uid=True, reads_all=True)
+        yield Sandbox(1)
+    yield Sandbox(0)
+
+
+def _probed(candidate: Sandbox) -> dict[str, bool]:
+    """What a real child of this sandbox is stopped from. Raises SandboxError where that is not enough."""
+    from harness.probe import MUST, probe
+
+    stopped = probe(candidate)
+    open_ones = [name for name in MUST[candidate.level] if not stopped.get(name, False)]
+    if open_ones:
+        raise SandboxError(f"it did not stop: {', '.join(open_ones)}")
+    return stopped

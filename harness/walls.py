@@ -1,0 +1,183 @@
+"""What a sandbox is built of: the paths that a child may read, bubblewrap's arguments, uids of its own.
+
+Used by `harness.sandbox` for train.py and by `agent_loop.cage` for agents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import glob
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.errors import SandboxError
+
+__all__ = [
+    "ETC",
+    "NOBODY",
+    "SYSTEM",
+    "Launch",
+    "device_nodes",
+    "free_uid",
+    "has_size",
+    "homes",
+    "info_pipe",
+    "namespace_pid",
+    "parents_of",
+    "project_root",
+    "python_and_code",
+    "remove_shared",
+    "tasks_of",
+]
+
+# uids that no account has (systemd's table of unused ones); one for each child that runs at the same time.
+_UIDS = range(60900, 61100)
+_UID_LOCKS = Path("/run/hotloop-uids")
+NOBODY = 65534
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store")
+ETC = (
+    "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/passwd", "/etc/group",
+    "/etc/nsswitch.conf", "/etc/localtime", "/etc/os-release",
+)  # fmt: skip
+
+
+def project_root() -> Path:
+    """The folder that holds the harness, kernels and prepare that are running now."""
+    return Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Launch:
+    """How to start a child, and what to close once it runs and when it has ended."""
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: Path | None = None
+    pass_fds: list[int] = field(default_factory=list)
+    scratch: Path | None = None  # its private folder, where that is on the disk
+    info_fd: int | None = None  # bubblewrap writes the pid of its namespace's first process here
+    started: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    ended: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+def python_and_code() -> list[str]:
+    """The interpreter with its packages, and the sealed code: what a child imports. And CUDA, where settings say."""
+    root = project_root()
+    paths = [sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix)]
+    paths += [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
+    paths += [str(root / name) for name in ("harness", "kernels", "prepare.py")]
+    for variable in ("CUDA_HOME", "LD_LIBRARY_PATH"):
+        paths += [p for p in os.environ.get(variable, "").split(":") if p.startswith("/") and p != "/"]
+    return [p for p in dict.fromkeys(paths) if p != "/usr" and not p.startswith("/usr/")]
+
+
+def parents_of(path: str, made: set[str]) -> list[str]:
+    """bubblewrap makes missing parents for its own uid only; these make them for all."""
+    argv = []
+    for parent in reversed(Path(path).parents):
+        if str(parent) not in made:
+            made.add(str(parent))
+            argv += ["--perms", "0755", "--dir", str(parent)]
+    return argv
+
+
+def device_nodes(device: str) -> list[str]:
+    if device != "cuda":
+        return []
+    nodes = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/nvidia-caps/*")
+    return sorted(nodes) + [
+        p for p in ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools") if os.path.exists(p)
+    ]
+
+
+def homes(home: str, tmp: str) -> dict[str, str]:
+    return {
+        "HOME": home,
+        "TMPDIR": tmp,
+        "USER": "hotloop",  # getpass looks here first; the uid has no account
+        "TORCHINDUCTOR_CACHE_DIR": f"{tmp}/inductor",
+        "TRITON_CACHE_DIR": f"{tmp}/triton",
+        "CUDA_CACHE_PATH": f"{tmp}/cuda",
+    }
+
+
+@contextlib.contextmanager
+def free_uid() -> Iterator[int]:
+    """A uid that no other child has; the kernel's lock on a file of its own keeps it."""
+    try:
+        _UID_LOCKS.mkdir(mode=0o700, exist_ok=True)
+    except OSError as e:
+        raise SandboxError(f"{_UID_LOCKS}: {e.strerror}") from None
+    for uid in _UIDS:
+        fd = os.open(_UID_LOCKS / str(uid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            continue
+        try:
+            yield uid
+        finally:
+            os.close(fd)
+        return
+    raise SandboxError(f"all of {len(_UIDS)} uids are in use by other children of hotloop")
+
+
+def remove_shared(uid: int) -> None:
+    """What a uid left in the folders that everyone may write to."""
+    for folder in ("/dev/shm", tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder):
+                if entry.stat(follow_symlinks=False).st_uid == uid:
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
+
+
+def tasks_of(uid: int) -> int:
+    count = 0
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
+                count += len(os.listdir(f"/proc/{name}/task"))
+    return count
+
+
+@functools.cache
+def has_size(bwrap: str) -> bool:
+    done = subprocess.run([bwrap, "--help"], capture_output=True, text=True)
+    return "--size" in done.stdout + done.stderr
+
+
+def info_pipe(launch: Launch) -> int:
+    """A pipe on which bubblewrap will tell its namespace's first process; the end that it writes to."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    launch.started.callback(os.close, write_end)
+    launch.ended.callback(os.close, read_end)
+    launch.info_fd = read_end
+    launch.pass_fds.append(write_end)
+    return write_end
+
+
+def namespace_pid(info_fd: int, timeout_s: float = 10.0) -> int | None:
+    """The pid, as seen from here, of the first process in bubblewrap's pid namespace; None where it did not start."""
+    text = b""
+    while select.select([info_fd], [], [], timeout_s)[0]:
+        part = os.read(info_fd, 4096)
+        if not part:
+            break
+        text += part
+        with contextlib.suppress(ValueError):
+            return int(json.loads(text)["child-pid"])
+    return None
