@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     loop.add_argument("--agent", choices=["builtin", "command"], default="builtin")
     loop.add_argument("--command", metavar="STR", help="for --agent command: the program that edits train.py")
     loop.add_argument("--agent-timeout", type=float, default=900.0, metavar="S", help="seconds a proposal may take")
+    loop.add_argument("--agent-network", action="store_true", help="the agent may use the network")
+    loop.add_argument("--agent-write", action="append", default=[], metavar="PATH", help="it may change PATH as well")
     loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
     loop.add_argument("--min-gain", type=float, metavar="BPB", help="noise floor, instead of the measured one")
     loop.add_argument("--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise")
@@ -158,28 +160,34 @@ def _loop(args: argparse.Namespace) -> int:
 
     from agent_loop.agents import Agent, CommandAgent
     from agent_loop.builtin import BuiltinAgent
+    from agent_loop.cage import Cage
     from agent_loop.gitrepo import NightRepo, free_tag, open_repo
     from agent_loop.live import View
     from agent_loop.loop import Driver, Options
     from agent_loop.night import Night
     from agent_loop.report import print_results
-    from harness.process import SANDBOX
     from harness.record import Lock
-    from harness.single import budget_from, settings_from
+    from harness.single import budget_from, sandbox_warning, settings_of
+    from prepare import default_data_dir
 
     for name in ("experiments", "hours", "noise_seeds", "min_gain"):
         value = getattr(args, name)
         if value is not None and value < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {value}")
     repo = open_repo(Path.cwd())
-    settings = settings_from(preset=args.preset, device=args.device, data=args.data, threads=args.threads)
+    settings = settings_of(args)
     if args.agent == "command" and not args.command:
         raise UsageError("--agent command needs --command 'PROGRAM ARGUMENTS'")
     if args.command and args.agent != "command":
         raise UsageError("--command goes with --agent command")
     command = args.agent == "command"
-    agent: Agent = CommandAgent(args.command, args.agent_timeout) if command else BuiltinAgent(args.seed)
     runs = Path(repo.working_tree_dir or ".") / "runs"
+    hidden = (settings.dataset.path, default_data_dir("x", 1, 1).parent, runs, Path(repo.common_dir))
+    cage = Cage(
+        settings.sandbox, tuple(dict.fromkeys(p.resolve() for p in hidden)), tuple(map(Path, args.agent_write)),
+        args.agent_network,
+    )  # fmt: skip
+    agent: Agent = CommandAgent(args.command, args.agent_timeout, cage) if command else BuiltinAgent(args.seed)
     tag = args.tag or free_tag(repo, runs, datetime.date.today().strftime("%b%d").lower())
     if tag in ("single", ".", "..") or "/" in tag:
         raise UsageError(f"{tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'")
@@ -204,9 +212,11 @@ def _loop(args: argparse.Namespace) -> int:
                     f"hotloop  night {tag}, branch autoresearch/{tag}, agent {agent.name}, seed {args.seed}",
                     f"         preset {preset.name} on {settings.device}, {settings.threads} threads, budget "
                     f"{rule.amount:g} {rule.kind}, data {settings.dataset.path}",
-                    f"         sandbox: {SANDBOX} only",
+                    f"         sandbox {settings.sandbox}",
                 ]
             )
+            if warning := sandbox_warning(settings):
+                view.note(f"WARNING: {warning}")
             try:
                 Driver(night, NightRepo(repo, tag, runs / tag), agent, settings, options, view).run()
             except GitError as e:

@@ -32,7 +32,7 @@ from harness.experiment import Event, Job, Settings
 from harness.record import Chain, Lock, Outcome
 from harness.spec import PRESETS
 
-SETTINGS = Settings(PRESETS["laptop"], "cpu", SimpleNamespace(digest="d", path="nowhere"), 1)  # type: ignore[arg-type]
+SETTINGS = Settings(PRESETS["laptop"], "cpu", SimpleNamespace(digest="d", path=Path("nowhere")), 1)  # type: ignore[arg-type]
 
 
 def outcome_of(job: Job, **changes: Any) -> Outcome:

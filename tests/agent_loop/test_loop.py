@@ -16,11 +16,13 @@ import git
 import pytest
 
 from agent_loop.agents import CommandAgent
+from agent_loop.cage import Cage
 from agent_loop.cli import main
 from agent_loop.gitrepo import free_tag, open_repo
 from agent_loop.night import Night
 from harness.errors import DiskFullError, HotloopError, LockedError, RecordError, UsageError
 from harness.record import Lock
+from harness.sandbox import best
 
 SCRIPT = Path(__file__).with_name("scripted.py")
 _spec = importlib.util.spec_from_file_location("scripted", SCRIPT)
@@ -218,7 +220,8 @@ def test_a_baseline_that_fails_ends_the_night(repo: Path) -> None:
 
 
 def command(code: str, timeout_s: float = 20.0) -> CommandAgent:
-    agent = CommandAgent("true", timeout_s)
+    """An agent without a cage: what the driver makes of it then is what is tested here, the cage in test_cage."""
+    agent = CommandAgent("true", timeout_s, Cage(best(0), ()))
     agent.argv = [sys.executable, "-c", code]
     return agent
 
@@ -234,7 +237,7 @@ def test_a_command_edits_describes_and_is_run(repo: Path) -> None:
     row = night.rows()[-1]
     assert (row.decision, row.description) == ("keep", "raise the rate")
     assert b"0.07" in git.Repo(repo).git.show("autoresearch/t:train.py").encode()
-    brief = (night.experiment_folder(row.number) / "brief.md").read_text()
+    brief = (night.experiment_folder(row.number) / "handover" / "brief.md").read_text()
     assert "baseline" in brief
     assert "holdout" not in brief
 

@@ -1,0 +1,144 @@
+"""Where an agent works: it sees the machine, and may change train.py.
+
+Hidden are what scores (prepared data, the records of all nights) and git's own folders; writable are the worktree, of
+which the driver takes train.py alone, the hand-over folder, a private /tmp, and what the user allows besides. There is
+no network unless it is asked for.
+
+With bubblewrap (L3) hidden folders are empty, and all of the worktree but train.py is read-only. With Landlock alone
+(L2, L1) opening what is hidden is refused, and other files that changed in the worktree are found afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.confine import BOOT
+from harness.errors import UsageError
+from harness.sandbox import Sandbox
+from harness.walls import Launch, has_size, info_pipe, project_root
+
+__all__ = ["Cage", "everything_but"]
+
+_SCRATCH_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Cage:
+    """Attributes:
+    hidden: folders that the agent must not see: data, runs, git's.
+    writable: what it may change besides the worktree: a client's own folder of settings, say.
+    network: whether it may reach anything beyond this machine's memory.
+    """
+
+    sandbox: Sandbox
+    hidden: tuple[Path, ...]
+    writable: tuple[Path, ...] = ()
+    network: bool = False
+
+    def __post_init__(self) -> None:
+        for path in self.writable:
+            if not path.exists():
+                raise UsageError(f"--agent-write {path}: there is no such file or folder")
+            for hidden in self.hidden:
+                if path.resolve().is_relative_to(hidden) or hidden.is_relative_to(path.resolve()):
+                    raise UsageError(f"--agent-write {path} would give the agent {hidden}; choose another folder")
+
+    def launch(self, argv: list[str], worktree: Path, handover: Path, env: dict[str, str]) -> Launch:
+        """Raises SandboxError or UsageError (a program that is not there)."""
+        program = shutil.which(argv[0])
+        if program is None:
+            raise UsageError(f"the agent {argv[0]!r} cannot be started: no such program; see --command")
+        argv = [program, *argv[1:]]
+        launch = Launch([], dict(env), cwd=worktree)
+        if self.sandbox.level == 3:
+            self._walls(argv, worktree, handover, launch)
+        elif self.sandbox.level > 0:
+            self._landlock(argv, worktree, handover, launch)
+        else:
+            launch.argv = [*self._boot({"exec": argv})]
+        return launch
+
+    def _walls(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
+        bwrap = self.sandbox.bwrap
+        args = [
+            bwrap, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-pid", "--unshare-ipc",
+            "--unshare-uts", "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL",
+        ]  # fmt: skip
+        if not self.sandbox.own_uid:  # an ordinary user needs a namespace to do any of this
+            args += ["--unshare-user"]
+        if not self.network:
+            args += ["--unshare-net"]
+        for name in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
+            args += ["--ro-bind-try", f"/proc/{name}", f"/proc/{name}"]
+        size = ["--size", str(_SCRATCH_BYTES)] if has_size(bwrap) else []
+        # A private /tmp hides what the user keeps there; what is needed of it comes back.
+        args += ["--perms", "1777", *size, "--tmpfs", "/tmp"]
+        for needed in dict.fromkeys((sys.prefix, str(project_root()), os.path.dirname(argv[0]))):
+            if Path(needed).is_relative_to("/tmp"):
+                args += ["--ro-bind", needed, needed]
+        for hidden in self.hidden:
+            if hidden.is_dir():
+                args += ["--tmpfs", str(hidden)]
+        for path in (worktree, handover, *self.writable):
+            args += ["--bind", str(path.resolve()), str(path.resolve())]
+        for entry in sorted(worktree.iterdir()):
+            if entry.name == ".git":
+                args += ["--ro-bind", "/dev/null", str(entry)]
+            elif entry.name != "train.py" and not entry.is_symlink():
+                args += ["--ro-bind", str(entry), str(entry)]
+        for hidden in self.hidden:
+            if hidden.is_dir():
+                args += ["--remount-ro", str(hidden)]
+        launch.env["TMPDIR"] = "/tmp"
+        launch.argv = [*args, "--info-fd", str(info_pipe(launch)), "--chdir", str(worktree), "--"]
+        launch.argv += self._boot({"exec": argv, "seccomp": True, "network": self.network})
+
+    def _landlock(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
+        tmp = Path(tempfile.mkdtemp(prefix="hotloop-agent-"))
+        launch.ended.callback(shutil.rmtree, tmp, ignore_errors=True)
+        launch.env["TMPDIR"] = str(tmp)
+        read = everything_but({p.resolve() for p in self.hidden})
+        write = [str(worktree), str(handover), str(tmp), *(str(p.resolve()) for p in self.writable)]
+        write += [f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts")]
+        config = {
+            "exec": argv, "seccomp": True, "network": self.network, "landlock": True, "read": read,
+            "write": [*write, "/proc/self"], "supervise": True,
+        }  # fmt: skip
+        launch.argv = self._boot(config)
+
+    def _boot(self, config: dict[str, Any]) -> list[str]:
+        whole: dict[str, Any] = {
+            "module": None, "exec": None, "fds": [], "parent": os.getpid(), "uid": None, "reads_all": False,
+            "supervise": self.sandbox.level < 3, "landlock": False, "seccomp": False, "network": True,
+            "metadata": False, "file_bytes": None, "memory_bytes": None, "processes": None,
+        }  # fmt: skip
+        return [sys.executable, "-I", "-B", "-c", BOOT, str(project_root()), json.dumps(whole | config)]
+
+
+def everything_but(hidden: set[Path]) -> list[str]:
+    """The shortest list of paths that covers the file system without `hidden`: Landlock can only allow."""
+    found: list[str] = []
+
+    def walk(folder: Path) -> None:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        except OSError:
+            return
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_symlink() or path in hidden:
+                continue
+            if any(h.is_relative_to(path) for h in hidden):
+                walk(path)
+            else:
+                found.append(str(path))
+
+    walk(Path("/"))
+    return found

@@ -1,0 +1,154 @@
+"""What an agent in its cage sees, may change, and may reach: real programs, real sandboxes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from pathlib import Path
+
+import git
+import pytest
+
+from agent_loop.agents import CommandAgent
+from agent_loop.cage import Cage, everything_but
+from harness.errors import SandboxError, UsageError
+from harness.sandbox import best
+from tests.agent_loop.test_loop import SOURCE, repo  # noqa: F401 - a fixture
+
+_spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
+assert _spec is not None
+assert _spec.loader is not None
+scripted = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(scripted)
+
+TRIES = """
+import os, socket, time
+def attempt(name, call):
+    try: call()
+    except OSError as e: print('REFUSED', name, e, flush=True)
+    else: print('DONE', name, flush=True)
+attempt('val', lambda: open('{data}/val.bin').read())
+attempt('records', lambda: open('{runs}/t/records.jsonl').read())
+attempt('forge', lambda: open('{runs}/t/records.jsonl', 'a').write('x'))
+attempt('other night', lambda: open('{runs}/other/records.jsonl').read())
+attempt('git', lambda: open('{repo}/.git/config').read())
+attempt('hook', lambda: open('{repo}/.git/hooks/post-commit', 'w'))
+attempt('checkout', lambda: open('{repo}/train.py', 'a').write('x'))
+attempt('home', lambda: open('{home}/new', 'w'))
+attempt('tcp', lambda: socket.create_connection(('127.0.0.1', {port}), timeout=1))
+attempt('udp', lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port})))
+attempt('allowed', lambda: open('{allowed}/state', 'w').write('mine'))
+print('PROGRAM', len(open('other.py').read()), len(open(os.environ['HOTLOOP_BRIEF']).read()) > 50, flush=True)
+open(os.environ['TMPDIR'] + '/x', 'w').write('scratch')
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0: time.sleep(600)
+    os._exit(0)
+text = open('train.py').read().replace('0.04', '0.07')
+open('new', 'w').write(text)
+os.replace('new', 'train.py')  # as editors save
+open(os.environ['HOTLOOP_DESCRIPTION'], 'w').write('raise the rate')
+"""
+
+
+@pytest.fixture
+def places(repo: Path, tmp_path: Path) -> dict[str, str]:  # noqa: F811
+    for name in ("data", "home", "allowed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "data" / "val.bin").write_text("val")
+    other = repo / "runs" / "other"
+    other.mkdir(parents=True)
+    (other / "records.jsonl").write_text("another night")
+    return {
+        "data": str(tmp_path / "data"), "home": str(tmp_path / "home"), "allowed": str(tmp_path / "allowed"),
+        "runs": str(repo / "runs"), "repo": str(repo),
+    }  # fmt: skip
+
+
+def agent(level: int, code: str, places: dict[str, str], network: bool = False) -> CommandAgent:
+    try:
+        sandbox = best(level)
+    except SandboxError as e:
+        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
+    hidden = tuple(Path(p) for p in (places["data"], places["runs"], places["repo"] + "/.git"))
+    made = CommandAgent("true", 30.0, Cage(sandbox, hidden, (Path(places["allowed"]),), network))
+    made.argv = [sys.executable, "-c", code]
+    return made
+
+
+@pytest.mark.parametrize("level", [3, 2, 1])
+def test_an_agent_may_change_train_py_and_nothing_else(repo: Path, places: dict[str, str], level: int) -> None:  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        code = TRIES.format(**places, port=listener.getsockname()[1])
+        night = scripted.drive(repo, "t", 1, agent=agent(level, code, places))
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    row = night.rows()[-1]
+    log = (night.experiment_folder(row.number) / "agent.log").read_text()
+    assert (row.decision, row.description) == ("keep", "raise the rate"), (row, log)
+    refused = [line.split()[1] for line in log.splitlines() if line.startswith("REFUSED")]
+    if "checkout" in refused:  # else it wrote to a private /tmp: the file itself is looked at below
+        refused.remove("checkout")
+    assert refused == ["val", "records", "forge", "other", "git", "hook", "home", "tcp", "udp"], log
+    assert "DONE allowed" in log
+    assert "PROGRAM 6 True" in log
+    assert Path(places["allowed"], "state").read_text() == "mine"
+    assert (repo / "train.py").read_text() == SOURCE
+    assert not os.listdir(places["home"])
+    alive = [p for p in Path("/proc").glob("[0-9]*/cmdline") if _reads(p).find(b"time.sleep(600)") > 0]
+    assert not alive
+    with git.Repo(repo) as made:
+        assert b"0.07" in made.git.show("autoresearch/t:train.py").encode()
+
+
+def _reads(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("level", [3, 1])
+def test_the_network_is_there_when_it_is_asked_for(repo: Path, places: dict[str, str], level: int) -> None:  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        code = f"import socket; socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), timeout=5).close()"
+        scripted.drive(repo, "t", 1, agent=agent(level, code, places, network=True))
+        listener.settimeout(5)
+        listener.accept()[0].close()
+
+
+def test_in_the_best_cage_other_files_of_the_worktree_are_read_only(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
+    code = "open('other.py', 'a')"
+    night = scripted.drive(repo, "t", 1, agent=agent(3, code, places))
+    row = night.rows()[-1]
+    assert row.decision == "crash"
+    assert "Read-only file system" in (night.experiment_folder(row.number) / "agent.log").read_text()
+
+
+def test_a_folder_that_would_open_the_cage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path, tmp_path / "data"):
+        with pytest.raises(UsageError, match="would give the agent"):
+            Cage(best(0), (tmp_path / "data",), (path,))
+    with pytest.raises(UsageError, match="no such file"):
+        Cage(best(0), (), (tmp_path / "nowhere",))
+
+
+def test_a_program_that_is_not_there_is_a_line(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
+    made = agent(0, "", places)
+    made.argv = ["no-such-program"]
+    with pytest.raises(UsageError, match="no such program; see --command"):
+        scripted.drive(repo, "t", 1, agent=made)
+
+
+def test_everything_but_leaves_out_what_is_hidden_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("a/hidden/x", "a/seen/y", "b"):
+        (tmp_path / name).mkdir(parents=True)
+    paths = everything_but({tmp_path / "a" / "hidden"})
+    ours = [p for p in paths if p.startswith(str(tmp_path))]
+    assert ours == [str(tmp_path / "a" / "seen"), str(tmp_path / "b")]
+    assert "/usr" in paths
+    assert not any((tmp_path / "a" / "hidden").is_relative_to(p) for p in paths)
