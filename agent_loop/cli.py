@@ -90,6 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--data", metavar="DIR")
     replay.set_defaults(run=_replay)
 
+    audit = commands.add_parser("audit", help="score and audit stored weights again")
+    audit.add_argument("experiment", type=int, help="its number")
+    audit.add_argument("--tag", help="default: the newest night; `single` for those of hotloop run")
+    audit.add_argument("--data", metavar="DIR")
+    audit.set_defaults(run=_audit)
+
+    verify = commands.add_parser("verify", help="is a night what it says: chain, signatures, seals, commits, weights")
+    verify.add_argument("--tag", help="default: the newest night")
+    verify.add_argument("--key", metavar="HEX", help="the public key that all of it must be signed with")
+    verify.add_argument("--packages", action="store_true", help="compare torch and the others file by file")
+    verify.set_defaults(run=_verify)
+
+    keygen = commands.add_parser("keygen", help="make a key: from then on records are signed")
+    keygen.set_defaults(run=_keygen)
+
     add_bench_parsers(commands.add_parser("bench", help="the kernels: compile gate, timings, comparison, tuning"))
 
     seal = commands.add_parser("seal", help="seal kernels/, harness/ and prepare.py as they are now")
@@ -111,6 +126,29 @@ def _replay(args: argparse.Namespace) -> int:
 
     args.tag = args.tag or _newest_tag(Path("runs"))
     return replay_command(args)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from agent_loop.verify import audit_command
+
+    args.tag = args.tag or _newest_tag(Path("runs"))
+    return audit_command(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from agent_loop.verify import verify_command
+
+    args.tag = args.tag or _newest_tag(Path("runs"))
+    return verify_command(args)
+
+
+def _keygen(args: argparse.Namespace) -> int:
+    from harness.signing import key_path, make_key
+
+    signer = make_key()
+    print(f"key:     {key_path()}\npublic:  {signer.public}")
+    print("Records are signed from now on. Keep the public half: hotloop verify --key", signer.public[:8] + "...")
+    return 0
 
 
 def _seal(args: argparse.Namespace) -> int:
@@ -167,6 +205,7 @@ def _loop(args: argparse.Namespace) -> int:
     from agent_loop.night import Night
     from agent_loop.report import print_results
     from harness.record import Lock
+    from harness.signing import key_path
     from harness.single import budget_from, sandbox_warning, settings_of
     from prepare import default_data_dir
 
@@ -182,7 +221,8 @@ def _loop(args: argparse.Namespace) -> int:
         raise UsageError("--command goes with --agent command")
     command = args.agent == "command"
     runs = Path(repo.working_tree_dir or ".") / "runs"
-    hidden = (settings.dataset.path, default_data_dir("x", 1, 1).parent, runs, Path(repo.common_dir))
+    data = default_data_dir("x", 1, 1).parent
+    hidden = (settings.dataset.path, data, runs, Path(repo.common_dir), key_path().parent)
     cage = Cage(
         settings.sandbox, tuple(dict.fromkeys(p.resolve() for p in hidden)), tuple(map(Path, args.agent_write)),
         args.agent_network,

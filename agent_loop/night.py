@@ -46,9 +46,14 @@ class Row:
 class Night:
     """`runs/<tag>/` and what its chain of records says."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chain: Chain | None = None) -> None:
         self.folder = folder
-        self.chain = Chain.open(folder / "records.jsonl")
+        self.chain = chain or Chain.open(folder / "records.jsonl")
+
+    @classmethod
+    def reading(cls, folder: Path) -> Night:
+        """To look at only: nothing is touched."""
+        return cls(folder, Chain.read(folder / "records.jsonl"))
 
     # What was written.
 

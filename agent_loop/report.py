@@ -14,7 +14,7 @@ from agent_loop.night import Night, Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "print_results", "write_progress", "write_tsv"]
+__all__ = ["COLOURS", "print_results", "tsv_text", "write_progress", "write_tsv"]
 
 COLOURS = {"keep": "green", "discard": "bright_black", "measured": "cyan"}
 
@@ -25,7 +25,7 @@ def _replace(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_tsv(night: Night) -> Path:
+def tsv_text(night: Night) -> str:
     """results.tsv in karpathy/autoresearch's five columns; failed runs have 0.000000 and 0.0, as there."""
     lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
     for row in night.rows():
@@ -35,8 +35,12 @@ def write_tsv(night: Night) -> Path:
         memory = row.outcome.peak_mb / 1024 if row.outcome and row.val_bpb else 0.0
         description = " ".join(row.description.split())
         lines.append(f"{row.commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{row.decision}\t{description}")
+    return "\n".join(lines) + "\n"
+
+
+def write_tsv(night: Night) -> Path:
     path = night.folder / "results.tsv"
-    _replace(path, ("\n".join(lines) + "\n").encode())
+    _replace(path, tsv_text(night).encode())
     return path
 
 

@@ -23,13 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import TrialError
+from harness.gpu import fresh
 from harness.process import Child, SharedMemory
 from harness.sandbox import Policy, Sandbox, best
 from harness.session import Event
 from harness.spec import Preset, Spec
 from harness.wire import Closed, Malformed, TimedOut
 
-__all__ = ["TOLERANCE_NATS", "Evaluation", "Evaluator", "bits_per_byte", "compare"]
+__all__ = ["TOLERANCE_NATS", "Evaluation", "Evaluator", "bits_per_byte", "compare", "questions"]
 
 Rows = npt.NDArray[np.uint16]
 
@@ -106,6 +107,28 @@ def compare(
     return figures
 
 
+def questions(
+    val: Rows, train: Rows, rng: np.random.Generator
+) -> tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """What evaluator B is asked: every val row once, cut somewhere, in another order.
+
+    Args:
+        val, train: uint16 [N, T + 1], [M, T + 1].
+
+    Returns:
+        rows [N, T], each up to and with its cut from val, behind it from a train row; the val row of each [N]; the
+        position of each cut [N].
+    """
+    n, length = val.shape[0], val.shape[1] - 1
+    order = rng.permutation(n)
+    cuts = np.asarray(rng.integers(0, length, size=n))
+    rows = val[order, :length].copy()
+    decoys = train[rng.integers(0, len(train), n), :length]
+    behind = np.arange(length)[None, :] > cuts[:, None]
+    rows[behind] = decoys[behind]
+    return rows, order, cuts
+
+
 @dataclass
 class Evaluation:
     """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`."""
@@ -161,13 +184,7 @@ class Evaluator:
 
     def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32]) -> dict[str, Any]:
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
-        n, length = nll.shape
-        order = rng.permutation(n)
-        cuts = np.asarray(rng.integers(0, length, size=n))
-        rows = self.val[order, :length].copy()
-        decoys = self.train[rng.integers(0, len(self.train), n), :length]
-        behind = np.arange(length)[None, :] > cuts[:, None]
-        rows[behind] = decoys[behind]
+        rows, order, cuts = questions(self.val, self.train, rng)
         logits = self._answer("audit", weights, rows, cuts.tolist(), self.spec.vocab_size)
         if not np.isfinite(logits).all():
             raise TrialError("nan", "the model's logits are not finite")
@@ -178,6 +195,7 @@ class Evaluator:
     ) -> npt.NDArray[np.float32]:
         """One fresh process over `rows`; float32 [N, width_out]."""
         self._emit(Event(phase))
+        fresh(self.spec.device)
         limits = self.preset.limits
         width, batch = rows.shape[1], min(self.preset.eval_batch_rows, len(rows))
         weights_in = SharedMemory(len(weights))

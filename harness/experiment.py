@@ -18,7 +18,7 @@ from typing import Any
 
 from harness.budget import Budget
 from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
-from harness.evaluate import Evaluator
+from harness.evaluate import Evaluation, Evaluator
 from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
 from harness.process import tail
@@ -30,7 +30,7 @@ from harness.spec import BudgetRule, Preset, Spec
 from harness.weights import check_weights
 from prepare import Dataset
 
-__all__ = ["Event", "Job", "Settings", "forget_weights", "record", "replayed", "run_experiment", "summary"]
+__all__ = ["Event", "Job", "Settings", "evaluated", "forget_weights", "record", "replayed", "run_experiment", "summary"]
 
 
 @dataclass(frozen=True)
@@ -156,23 +156,38 @@ def _try(
     outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
     outcome.num_params = check_weights(trained.weights)
     (job.folder / "weights.safetensors").write_bytes(trained.weights)
-    evaluation = Evaluator(
-        job.source,
-        spec,
-        preset,
-        dataset.rows("val")[: preset.eval_rows],
-        dataset.rows("holdout")[: preset.holdout_rows],
-        train,
-        dataset.token_bytes,
-        job.folder,
-        settings.threads,
-        emit,
-        settings.sandbox,
-    ).run(trained.weights)
+    evaluation = evaluated(job.source, outcome, settings, job.folder, trained.weights, emit)
     outcome.ledger |= evaluation.ledger
     outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb
     outcome.audit = evaluation.audit
     outcome.status = "ok"
+
+
+def evaluated(
+    source: bytes,
+    outcome: Outcome,
+    settings: Settings,
+    folder: Path,
+    weights: bytearray,
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> Evaluation:
+    """Score and audit weights as the experiment of `outcome` is scored. Raises TrialError."""
+    preset, dataset = settings.preset, settings.dataset
+    spec = Spec(preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Evaluator(
+        source,
+        spec,
+        preset,
+        dataset.rows("val")[: preset.eval_rows],
+        dataset.rows("holdout")[: preset.holdout_rows],
+        dataset.rows("train"),
+        dataset.token_bytes,
+        folder,
+        settings.threads,
+        on_event,
+        settings.sandbox,
+    ).run(weights)
 
 
 def _verify_data(settings: Settings) -> str:

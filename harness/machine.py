@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,11 +16,13 @@ from harness.errors import DeviceError
 
 __all__ = [
     "PEAK_BF16_FLOPS",
+    "changed_files",
     "check_device",
     "cpu_name",
     "environment",
     "gpus",
     "mfu_percent",
+    "record_hash",
     "threads_default",
 ]
 
@@ -75,6 +79,33 @@ def mfu_percent(device: str, flops_per_token: float | None, tokens_per_s: float)
     return None
 
 
+@functools.cache
+def record_hash(package: str) -> str:
+    """SHA-256 of an installed package's RECORD, the list of its files with their hashes; empty without one."""
+    try:
+        text = importlib.metadata.distribution(package).read_text("RECORD")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
+def changed_files(package: str) -> list[str]:
+    """Files of an installed package that are not what its RECORD says. Reads them all: seconds for torch."""
+    wrong = []
+    for path in importlib.metadata.distribution(package).files or []:
+        if path.hash is None or path.hash.mode != "sha256":
+            continue
+        try:
+            with open(path.locate(), "rb") as f:
+                digest = hashlib.file_digest(f, "sha256").digest()
+        except OSError:
+            wrong.append(str(path))
+            continue
+        if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != path.hash.value:
+            wrong.append(str(path))
+    return wrong
+
+
 def environment(device: str, threads: int) -> dict[str, Any]:
     """The facts that a record carries."""
     versions = {}
@@ -83,7 +114,12 @@ def environment(device: str, threads: int) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    packages = {}
+    for name in ("torch", "triton", "numpy", "safetensors", "flash-attn", "flash-attn-4"):
+        if name in versions or name == "safetensors":
+            packages[name] = record_hash(name)
     return {
+        "packages": packages,
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": cpu_name(),

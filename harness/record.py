@@ -2,10 +2,12 @@
 
     {"seq": 3, "time": "...", "kind": "experiment", "body": {...}, "prev": "<hash>", "hash": "<hash>"}
 
-`hash` is the SHA-256 of the line's canonical JSON without `hash`, so no line can be changed, dropped or
-moved without breaking the chain. A torn last line (the process or the machine died while writing) is cut
-off when the file is opened; anything else that does not verify is an error. The file carries a ballast
-beside it, freed when the disk is full, so that the experiment that has just ended can still be recorded.
+`hash` is the SHA-256 of the line's canonical JSON without `hash` and `signature`, so no line can be changed, dropped
+or moved without breaking the chain. Where the user has a key (`harness.signing`) each entry names it as its `signer`
+and carries the `signature` of its hash, so that nobody else can write the chain anew. A torn last line (the process
+or the machine died while writing) is cut off when the file is opened; anything else that does not verify is an error.
+The file carries a ballast beside it, freed when the disk is full, so that the experiment that has just ended can
+still be recorded.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import DiskFullError, LockedError, RecordError
+from harness.signing import Signer, load_signer, verified
 
 __all__ = ["FAILURES", "GENESIS", "Chain", "Lock", "Outcome", "canonical"]
 
@@ -86,7 +89,7 @@ def canonical(value: Any) -> bytes:
 
 
 def _digest(entry: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical({k: v for k, v in entry.items() if k != "hash"})).hexdigest()
+    return hashlib.sha256(canonical({k: v for k, v in entry.items() if k not in ("hash", "signature")})).hexdigest()
 
 
 class Chain:
@@ -94,6 +97,7 @@ class Chain:
 
     def __init__(self, path: Path, entries: list[dict[str, Any]], size: int, cut: int) -> None:
         self.path = path
+        self.signer: Signer | None = None
         self.entries = entries
         self.cut_bytes = cut  # bytes of a torn last line that opening removed
         self._size = size
@@ -122,13 +126,29 @@ class Chain:
                     f"written. Restore the file from a copy, or start a new run tag"
                 )
             entries.append(entry)
+            if "signer" in entry and not verified(entry["signer"], str(entry.get("signature")), entry["hash"]):
+                raise RecordError(f"{path}: the signature of line {i + 1} is wrong; it was not written by its signer")
             prev = entry["hash"]
         return cls(path, entries, whole, len(raw) - whole)
 
     @classmethod
     def open(cls, path: Path) -> Chain:
-        """Verify a file, cut a torn last line off, and make it ready to append to."""
+        """Verify a file, cut a torn last line off, and make it ready to append to.
+
+        Raises:
+            RecordError: the file is damaged, was signed by somebody else, or cannot be written.
+            UsageError: there is a key that cannot be used.
+        """
         chain = cls.read(path)
+        chain.signer = load_signer()
+        have = {e.get("signer") for e in chain.entries}
+        if have and have != {chain.signer.public if chain.signer else None}:
+            whose = ", ".join(str(s)[:16] for s in have if s) or "nobody"
+            raise RecordError(
+                f"{path} was signed by {whose} and would go on signed by "
+                f"{chain.signer.public[:16] if chain.signer else 'nobody'}; use the same key (HOTLOOP_KEY), or another "
+                f"--tag"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab") as f:
@@ -160,7 +180,11 @@ class Chain:
             "body": body,
             "prev": self.head,
         }
+        if self.signer:
+            entry["signer"] = self.signer.public
         entry["hash"] = _digest(entry)
+        if self.signer:
+            entry["signature"] = self.signer.sign(entry["hash"])
         line = canonical(entry) + b"\n"
         try:
             self._write(line)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from harness.budget import Budget, Shape
 from harness.errors import TrialError
 from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows
+from harness.gpu import fresh
 from harness.process import Child, SharedMemory
 from harness.sandbox import Policy, Sandbox, best
 from harness.spec import Preset, Spec
@@ -100,6 +101,7 @@ class Session:
         Raises:
             TrialError: the experiment's fault, with its status.
         """
+        fresh(self.spec.device)
         memory = SharedMemory(SLOTS * SLOT_BYTES)
         self._ring = Ring(memory)
         policy = Policy.of("harness.trainer", self.folder, self.source, self.spec.device, self._limits)

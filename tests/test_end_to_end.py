@@ -20,8 +20,10 @@ from agent_loop.gitrepo import NightRepo, open_repo
 from agent_loop.live import View
 from agent_loop.loop import Driver, Options
 from agent_loop.night import Night
+from agent_loop.verify import checks
 from harness.experiment import Settings
 from harness.record import Chain, Lock
+from harness.sandbox import best
 from harness.spec import BudgetRule, preset_named
 from harness.walls import project_root
 from tests.harness.conftest import TINY, tiny_source
@@ -148,7 +150,84 @@ def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) ->
     assert rows[8].val_bpb == rows[0].val_bpb  # printing changes nothing
     assert b"lr=0.03" in made.git.show("autoresearch/t:train.py").encode()
     assert not list((night.folder / "experiments").glob("*/scratch"))
+    _is_verified(tmp_path, night, made, data)
     made.close()
+
+
+def _is_verified(tmp_path: Path, night: Night, repo: git.Repo, data: Path) -> None:
+    """`hotloop verify` holds for a real night and finds each thing that was changed."""
+
+    def bad(folder: Path) -> set[str]:
+        return {name for name, good, _ in checks(folder, repo, None) if not good}
+
+    level = {"sandbox"} if best().level < 3 else set()
+    assert bad(night.folder) == level
+    done = hotloop(tmp_path, "verify", "--tag", "t")
+    assert (done.returncode, "decisions    " in done.stdout) == (1 if level else 0, True), done.stdout
+    last = night.rows()[-1].number
+    weights = night.experiment_folder(last) / "weights.safetensors"
+    audit = ["audit", str(last), "--tag", "t", "--data", str(data)]
+    kept = weights.read_bytes()
+    for change, word in (
+        (lambda: weights.write_bytes(kept[:-1] + b"x"), "weights"),
+        (lambda: (night.folder / "results.tsv").write_text("commit\n"), "results.tsv"),
+        (lambda: repo.git.update_ref("refs/heads/autoresearch/t", night.rows()[0].commit), "branch"),
+    ):
+        head = repo.commit("autoresearch/t").hexsha
+        tsv = (night.folder / "results.tsv").read_bytes()
+        change()
+        assert bad(night.folder) == {word} | level
+        if word == "weights":
+            refused(hotloop(tmp_path, *audit), 1, "stored weights of experiment")
+        weights.write_bytes(kept)
+        (night.folder / "results.tsv").write_bytes(tsv)
+        repo.git.update_ref("refs/heads/autoresearch/t", head)
+    path = night.folder / "records.jsonl"
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b'"keep"', b'"lose"', 1))
+    assert bad(night.folder) == {"chain"}
+    path.write_bytes(raw)
+    # A chain that was written anew verifies as a chain; the decision in it does not, nor would a signature.
+    forged = Chain(tmp_path / "forged" / "records.jsonl", [], 0, 0)
+    forged.path.parent.mkdir()
+    for entry in Chain.read(path).entries:
+        body = entry["body"]
+        if entry["kind"] == "decision" and body["decision"] == "discard":
+            body = body | {"decision": "keep"}
+        forged.append(entry["kind"], body)
+    assert {"decisions", "branch"} <= bad(forged.path.parent)
+    assert "signatures" in {n for n, good, _ in checks(night.folder, repo, "00" * 32) if not good}
+
+
+def test_an_audit_repeats_the_recorded_score(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_bytes(tiny_source())
+    assert hotloop(tmp_path, "run", "--preset", "laptop", "--budget-flops", "3e8", "--data", str(data)).returncode == 0
+    done = hotloop(tmp_path, "audit", "0", "--tag", "single", "--data", str(data))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "identical"
+    assert "mismatches:         0" in done.stdout
+    refused(hotloop(tmp_path, "audit", "7", "--tag", "single", "--data", str(data)), 2, "has no experiment 7")
+
+
+def test_signed_records_verify_and_go_on_with_their_key_only(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_bytes(tiny_source())
+    run = ["run", "--preset", "laptop", "--budget-flops", "3e8", "--data", str(data)]
+    key = {"HOTLOOP_KEY": str(tmp_path / "key")}
+    refused(hotloop(tmp_path, *run, **key), 2, "there is no key at .*hotloop keygen")
+    made = hotloop(tmp_path, "keygen", **key)
+    public = re.findall(r"public:  ([0-9a-f]{64})", made.stdout)[0]
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    refused(hotloop(tmp_path, "keygen", **key), 2, "there is a key .* already")
+    assert hotloop(tmp_path, *run, **key).returncode == 0
+    done = hotloop(tmp_path, "verify", "--tag", "single", "--key", public)
+    assert f"ok   signatures   all by {public[:16]}" in done.stdout
+    refused(hotloop(tmp_path, *run, HOME=str(tmp_path)), 6, "was signed by .* would go on signed by nobody")
+    (tmp_path / "key").chmod(0o644)
+    refused(hotloop(tmp_path, *run, **key), 2, "others may read the key .*chmod 600")
+    path = tmp_path / "runs" / "single" / "records.jsonl"
+    signature = Chain.read(path).entries[0]["signature"]
+    path.write_text(path.read_text().replace(signature, "00" * 64))
+    assert "the signature of line 1 is wrong" in hotloop(tmp_path, "verify", "--tag", "single").stdout
 
 
 def test_an_edited_kernel_is_refused(tmp_path: Path, data: Path) -> None:

@@ -1,0 +1,301 @@
+"""The pieces of the sandbox, and the choice among its levels."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import gpu, landlock, lint, machine, sandbox, seccomp
+from harness.errors import DeviceError, SandboxError, TrialError
+from harness.probe import MUST
+from harness.process import Child
+from harness.sandbox import Policy, Sandbox, best, exposed
+from harness.session import Session, Trained
+from harness.walls import project_root
+
+ROOT = project_root()
+
+
+def confined(code: str, setup: str) -> subprocess.CompletedProcess[str]:
+    """A Python that restricts itself with `setup` and then runs `code`."""
+    text = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom harness import landlock, seccomp\n{setup}\n{code}"
+    return subprocess.run([sys.executable, "-I", "-c", text], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(landlock.abi() < 1, reason="this kernel has no Landlock")
+def test_landlock_allows_what_is_listed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("read", "write", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    setup = f"landlock.restrict(['/usr', '/lib', {str(tmp_path / 'read')!r}], [{str(tmp_path / 'write')!r}])"
+    tries = {
+        "read what is readable": (f"open({str(tmp_path / 'read/file')!r})", True),
+        "write what is readable": (f"open({str(tmp_path / 'read/file')!r}, 'a')", False),
+        "write what is writable": (f"open({str(tmp_path / 'write/new')!r}, 'w')", True),
+        "read what is closed": (f"open({str(tmp_path / 'closed/file')!r})", False),
+        "list what is closed": (f"__import__('os').listdir({str(tmp_path / 'closed')!r})", False),
+        "rename out of what is closed": (
+            f"__import__('os').rename({str(tmp_path / 'closed/file')!r}, {str(tmp_path / 'write/file2')!r})", False),
+    }  # fmt: skip
+    for name, (code, works) in tries.items():
+        done = confined(code, setup)
+        assert (done.returncode == 0) == works, (name, done.stderr)
+        assert works or "Permission" in done.stderr or "Invalid cross-device" in done.stderr, (name, done.stderr)
+
+
+@pytest.mark.skipif(not seccomp.supported(), reason="this machine's system calls are not known")
+@pytest.mark.parametrize(
+    ("code", "works"),
+    [
+        ("import socket; socket.socket()", False),
+        ("import socket; socket.socket(socket.AF_UNIX)", False),
+        ("import socket; a, b = socket.socketpair(); a.send(b'x'); assert b.recv(1) == b'x'", True),
+        ("import subprocess; subprocess.run(['true'], check=True)", True),
+        ("import threading; t = threading.Thread(target=print); t.start(); t.join()", True),
+        ("import os; os.chmod('/tmp', 0o777)", False),
+        ("import resource, os; resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)", False),
+        ("import resource; resource.getrlimit(resource.RLIMIT_NOFILE)", True),
+        ("import fcntl; fcntl.ioctl(0, 0x5412, b'x')", False),
+        ("import os; os.unshare(0x10000000) if hasattr(os, 'unshare') else 1 / 0", False),
+    ],
+)
+def test_seccomp_refuses_its_list_and_leaves_the_rest(code: str, works: bool) -> None:
+    done = confined(code, "seccomp.restrict(metadata=True)")
+    assert (done.returncode == 0) == works, done.stderr
+    assert works or re.search("not permitted|ZeroDivision", done.stderr), done.stderr
+
+
+def test_the_numbers_of_system_calls_are_those_of_the_headers() -> None:
+    headers = {
+        0: Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+        1: Path("/usr/include/asm-generic/unistd.h"),
+    }
+    found = False
+    for column, path in headers.items():
+        if not path.exists():
+            continue
+        found = True
+        numbers = {name: int(n) for name, n in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())}
+        for name, pair in (seccomp.REFUSED | seccomp.REFUSED_METADATA).items():
+            number = pair[column]
+            assert number is None or numbers.get(name, number) == number, (name, path)
+    if not found:
+        pytest.skip("no kernel headers here")
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("metadata", [False, True])
+def test_the_filter_decides_each_call_as_its_table_says(machine: str, metadata: bool) -> None:
+    """The program, run by an interpreter of BPF written here."""
+    code = seccomp.program(machine, metadata=metadata)
+    steps = [struct.unpack_from("=HBBI", code, 8 * i) for i in range(len(code) // 8)]
+    arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
+    column = 0 if machine == "x86_64" else 1
+
+    def verdict(number: int, *args: int, arch: int = arch) -> int:
+        data = struct.pack("=IIQ6Q", number, arch, 0, *args, *[0] * (6 - len(args)))
+        at, word = 0, 0
+        while True:
+            kind, yes, no, k = steps[at]
+            if kind == 0x06:
+                return k
+            if kind == 0x20:
+                (word,) = struct.unpack_from("=I", data, k)
+                at += 1
+            else:
+                hit = {0x15: word == k, 0x35: word >= k, 0x45: bool(word & k)}[kind]
+                at += 1 + (yes if hit else no)
+
+    allow, eperm, enosys, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+    for name, pair in seccomp.REFUSED.items():
+        if pair[column] is not None:
+            assert verdict(pair[column]) == eperm, name
+    for name, pair in seccomp.REFUSED_METADATA.items():
+        if pair[column] is not None:
+            assert verdict(pair[column]) == (eperm if metadata else allow), name
+    call = {
+        "read": (0, 63), "clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "socketpair": (53, 199),
+        "prlimit64": (302, 261), "ioctl": (16, 29), "execve": (59, 221), "memfd_create": (319, 279),
+    }  # fmt: skip
+    number = {name: pair[column] for name, pair in call.items()}
+    for name in ("read", "socketpair", "execve", "memfd_create"):
+        assert verdict(number[name]) == allow
+    assert verdict(number["socket"]) == eperm
+    assert verdict(number["clone3"]) == enosys
+    assert verdict(number["clone"], 0x3D0F00) == allow  # a thread
+    assert verdict(number["clone"], 0x10000011) == eperm  # a user namespace
+    assert verdict(number["prlimit64"], 0) == allow
+    assert verdict(number["prlimit64"], 1) == eperm
+    assert verdict(number["ioctl"], 0, 0x5401) == allow
+    assert verdict(number["ioctl"], 0, 0x5412) == eperm
+    assert verdict(0, arch=0x40000003) == kill  # another architecture's numbers
+    if machine == "x86_64":
+        assert verdict(0x40000000) == enosys
+
+
+def test_every_level_that_works_here_stops_what_it_promises() -> None:
+    found = best(unsafe=True)
+    assert found.level >= 1 or os.environ.get("CI") != "true", found.missing
+    assert all(found.probes[name] for name in MUST[found.level])
+    recorded = found.as_dict()
+    assert json.loads(json.dumps(recorded)) == recorded
+
+
+def test_a_level_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    best.cache_clear()
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _: None)
+    monkeypatch.setattr(landlock, "abi", lambda: 0)
+    try:
+        with pytest.raises(SandboxError, match=r"no sandbox works .*bubblewrap is not installed.*--unsafe-no-sandbox"):
+            best()
+        assert best(unsafe=True).level == 0
+        with pytest.raises(SandboxError, match="the sandbox level L3 does not work"):
+            best(3)
+    finally:
+        best.cache_clear()
+
+
+def test_a_level_whose_probe_finds_a_hole_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import harness.probe
+
+    real = harness.probe.probe
+    best.cache_clear()
+    monkeypatch.setattr(harness.probe, "probe", lambda s: real(s) | ({"UDP": False} if s.level > 1 else {}))
+    try:
+        found = best()
+        assert found.level == 1
+        assert any("did not stop: UDP" in why for why in found.missing.values())
+    finally:
+        best.cache_clear()
+
+
+@pytest.mark.parametrize("level", [3, 2, 1])
+def test_a_child_starts_within_the_fifth_of_a_second_that_it_may_cost(tmp_path: Path, level: int) -> None:
+    """What a sandbox adds to the start of a child without torch, against one without a sandbox; medians."""
+    try:
+        walls = best(level)
+    except SandboxError as e:
+        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
+
+    def start(s: Sandbox) -> float:
+        began = time.monotonic()
+        with Child(s, Policy("tests.harness.hello", tmp_path), [], tmp_path / "log", 1) as child:
+            child.wait(10)  # the module is not there: it ends as soon as it was looked for
+            return time.monotonic() - began
+
+    with_walls = sorted(start(walls) for _ in range(7))[3]
+    without = sorted(start(best(0)) for _ in range(7))[3]
+    assert with_walls - without < 0.2, (with_walls, without)
+
+
+def test_data_that_a_child_could_read_is_refused(tmp_path: Path) -> None:
+    assert exposed(Path(sys.prefix) / "data")
+    assert exposed(Path("/usr/share/data"))
+    assert not exposed(tmp_path)
+
+
+class Driver:
+    """What clear_memory needs of libcuda: a device with some free memory."""
+
+    def __init__(self, free: int, broken: str = "") -> None:
+        self.free, self.broken = free, broken
+        self.held: dict[int, int] = {}
+        self.cleared: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: 1 if name == self.broken else 0
+
+    def cuMemAlloc_v2(self, pointer: Any, size: Any) -> int:
+        if size.value > self.free:
+            return 2
+        self.free -= size.value
+        pointer._obj.value = len(self.held) + 1
+        self.held[pointer._obj.value] = size.value
+        return 0
+
+    def cuMemsetD8_v2(self, pointer: Any, value: Any, size: Any) -> int:
+        assert value.value == 0
+        self.cleared[pointer.value] = size.value
+        return 0
+
+    def cuMemFree_v2(self, pointer: Any) -> int:
+        self.free += self.held.pop(pointer.value)
+        return 0
+
+
+def test_all_free_memory_of_a_gpu_is_cleared_and_given_back() -> None:
+    driver = Driver((5 << 30) + (3 << 20) + 5)
+    assert gpu.clear_memory(driver) == (5 << 30) + (3 << 20)
+    assert sum(driver.cleared.values()) == (5 << 30) + (3 << 20)
+    assert driver.held == {}
+    with pytest.raises(DeviceError, match="cuInit failed"):
+        gpu.clear_memory(Driver(1 << 30, "cuInit"))
+
+
+def test_a_gpu_that_somebody_else_uses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[int] = []
+    monkeypatch.setattr(gpu, "clear", lambda: cleared.append(1))
+    monkeypatch.setattr(gpu, "others", lambda: ["4242 python"])
+    gpu.fresh("cpu")
+    with pytest.raises(DeviceError, match="4242 python"):
+        gpu.fresh("cuda", wait_s=0.0)
+    monkeypatch.setattr(gpu, "others", list)
+    gpu.fresh("cuda")
+    assert cleared == [1]
+
+
+def test_a_gpu_that_is_not_there_cannot_be_cleared() -> None:
+    if machine.gpus():
+        pytest.skip("there is one")
+    with pytest.raises(DeviceError, match=r"could not be cleared \(.*libcuda"):
+        gpu.clear()
+
+
+def test_weights_and_text_in_a_source_are_refused_and_code_is_not() -> None:
+    assert lint.problem((ROOT / "train.py").read_bytes()) == ""
+    for source in (b"x = '" + b"a" * 40_000 + b"'", b"x = [" + b"1," * 3000 + b"]", b"# " + b"a" * 40_000,
+                   b"x = 0x" + b"f" * 2000, b"x = b'" + b"a" * 40_000 + b"'", b"x = 1\n" * 30_000):  # fmt: skip
+        assert lint.problem(source) != ""
+    assert lint.problem(b"def f(:") == ""  # for others to say
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+names = st.sampled_from(["bytes", "depth", "flops_per_token", "peak_mb", "rows", "seq_len", "flops", "loss", "step"])
+
+
+@given(st.dictionaries(names, values))
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_trainer_says_is_a_status_or_a_sane_number(message: dict[str, Any]) -> None:
+    from harness.spec import PRESETS, Spec
+
+    session = Session.__new__(Session)
+    session.spec = Spec("laptop", "cpu", 1, 64, 256)
+    session.preset, session.result = PRESETS["laptop"], Trained()
+    session._limits, session._emit, session._progress = session.preset.limits, lambda _: None, 0.5
+    session._clock = time.monotonic
+    for call in (
+        lambda: session._shape(message),
+        lambda: session._log(message, 0.0),
+        lambda: session._count(message, "bytes", 100),
+        lambda: session._number(message, "peak_mb"),
+    ):
+        try:
+            call()
+        except TrialError as e:
+            assert e.status in ("invalid", "nan")
+            assert len(e.reason) < 200
