@@ -3,7 +3,7 @@
 # make sandbox   installs bubblewrap (as root)
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
-# make gpu-check   everything that needs a GPU, in eight minutes (DATA=folder of rows of 2048 tokens, else stdlib's text)
+# make gpu-check   everything that needs a GPU, in ten minutes (DATA=folder of rows of 2048 tokens, else stdlib's text)
 
 PYTHON      ?= python3
 VENV        ?= .venv

@@ -1,4 +1,4 @@
-"""`make gpu-check`: everything that only a GPU can tell, in one command, in eight minutes.
+"""`make gpu-check`: everything that only a GPU can tell, in one command, in ten minutes.
 
     tests        tests/kernels/test_gpu.py
     kernels      bench/bench_kernels.py: correct, how fast, repeatable
@@ -33,8 +33,8 @@ from harness.walls import project_root
 
 __all__ = ["PARTS", "main", "run_kernels"]
 
-# Seconds each part may take; together under eight minutes.
-PARTS = {"tests": 70.0, "kernels": 200.0, "step": 60.0, "experiment": 150.0}
+# Seconds each part may take; together under ten minutes.
+PARTS = {"tests": 70.0, "kernels": 200.0, "step": 60.0, "sandbox": 100.0, "experiment": 150.0}
 # Every kernel, also those that are no defaults; cuBLAS as the trainer has it.
 ALL_KERNELS = {"HOTLOOP_KERNELS": "triton", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 PYTEST = [sys.executable, "-m", "pytest", "-c", "bench/pytest.ini"]
@@ -97,6 +97,30 @@ def run_kernels(
         body["commit_info"]["id"] = body["commit_info"].get("id") or _commit()
         out.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     return worst
+
+
+def _sandbox(limit_s: float, log: Path) -> tuple[int, str]:
+    """Each sandbox level of this machine, whether CUDA works in it, and what clearing the GPU's memory takes."""
+    code = (
+        "import sys, time\n"
+        "from harness import gpu\n"
+        "from harness.errors import HotloopError\n"
+        "from harness.probe_cuda import probe_cuda\n"
+        "from harness.sandbox import best\n"
+        "works = 0\n"
+        "for level in (3, 2, 1):\n"
+        "    try:\n"
+        "        sandbox = best(level)\n"
+        "        print(sandbox, f'{probe_cuda(sandbox):.2f} s to a first product', flush=True)\n"
+        "        works += 1\n"
+        "    except HotloopError as e: print(f'L{level}: {e}', flush=True)\n"
+        "print('not ours on the GPU:', gpu.others())\n"
+        "began = time.monotonic()\n"
+        "print(gpu.clear(), 'MiB cleared in', round(time.monotonic() - began, 2), 's')\n"
+        "sys.exit(not works)\n"
+    )
+    status, _ = call([sys.executable, "-c", code], limit_s, log)
+    return status, _fenced(tail(log, 20))
 
 
 def _experiment(folder: Path, data: Path | None, limit_s: float, say: Callable[[str], None]) -> tuple[int, str]:
@@ -177,6 +201,8 @@ def main(
                 written = logs / "step.md"
                 code, _ = call([sys.executable, "-m", "bench", "step", "--page", str(written)], limit_s, log)
                 pages[part] = written.read_text() if written.exists() else _fenced(tail(log))
+            elif part == "sandbox":
+                code, pages[part] = _sandbox(limit_s, log)
             else:
                 code, pages[part] = _experiment(logs, data, limit_s, say)
             say(f"    {'passed' if code == 0 else f'FAILED, exit status {code}'} in {time.monotonic() - began:.0f} s")

@@ -25,10 +25,12 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE")
     run.set_defaults(run=_run)
 
-    check = parts.add_parser("check", help="everything that needs a GPU, in eight minutes (make gpu-check)")
+    check = parts.add_parser("check", help="everything that needs a GPU, in ten minutes (make gpu-check)")
     check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
-    check.add_argument("--part", action="append", choices=["tests", "kernels", "step", "experiment"], help="only this")
+    check.add_argument(
+        "--part", action="append", choices=["tests", "kernels", "step", "sandbox", "experiment"], help="only this"
+    )
     check.set_defaults(run=_check)
 
     compare = parts.add_parser(
@@ -61,6 +63,13 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     switches = parts.add_parser("switches", help="a whole step's tokens/s with each kernel alone, with none, with all")
     switches.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     switches.set_defaults(run=_switches)
+
+    walls = parts.add_parser("sandbox", help="training speed and start-up inside the sandbox against outside")
+    walls.add_argument("--pairs", type=int, default=7, metavar="N")
+    walls.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps of each training")
+    walls.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
+    walls.add_argument("--data", metavar="DIR")
+    walls.set_defaults(run=_sandbox)
 
     smoke = parts.add_parser("smoke", help="the rig itself on a CPU, at tiny shapes: no measurement")
     smoke.add_argument("--out", type=Path, default=Path("smoke.json"), metavar="FILE")
@@ -146,6 +155,14 @@ def _switches(args: argparse.Namespace) -> int:
 
     require_gpu()
     return switches(args.train.resolve(), "h100")
+
+
+def _sandbox(args: argparse.Namespace) -> int:
+    from bench.sandbox import main as sandbox
+
+    if args.pairs < 1 or args.steps < 1:
+        raise UsageError("--pairs and --steps must be at least 1")
+    return sandbox(args.pairs, args.steps, args.preset, args.data)
 
 
 def _smoke(args: argparse.Namespace) -> int:

@@ -225,11 +225,12 @@ def exposed(path: Path) -> bool:
 
 
 @functools.cache
-def best(wanted: int | None = None, unsafe: bool = False) -> Sandbox:
+def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu") -> Sandbox:
     """The best sandbox of this machine, or the best at level `wanted`; probed once a process.
 
     Args:
         unsafe: take L0 where nothing better works.
+        device: `cuda` also wants a real product from the GPU, inside.
 
     Raises:
         SandboxError: there is none (at that level).
@@ -242,6 +243,10 @@ def best(wanted: int | None = None, unsafe: bool = False) -> Sandbox:
             return replace(candidate, missing=missing)
         try:
             probes = _probed(candidate)
+            if device == "cuda":
+                from harness.probe_cuda import probe_cuda
+
+                probe_cuda(candidate)
         except SandboxError as e:
             missing.setdefault(str(candidate), str(e))
             continue

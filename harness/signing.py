@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 __all__ = ["Signer", "key_path", "load_signer", "make_key", "verified"]
 
@@ -26,6 +27,15 @@ class Signer:
 
     def sign(self, digest: str) -> str:
         return self._key.sign(bytes.fromhex(digest)).hex()
+
+
+def _ed25519() -> Any:
+    """The library, imported only where there is a key: a machine that only measures need not have it."""
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise UsageError("signed records need the package cryptography; run: make install") from None
+    return ed25519
 
 
 def key_path() -> Path:
@@ -51,7 +61,7 @@ def load_signer() -> Signer | None:
         if os.fstat(fd).st_mode & 0o077:
             raise UsageError(f"others may read the key {path}; run: chmod 600 {path}")
         try:
-            return Signer(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(f.read(200).decode().strip())))
+            return Signer(_ed25519().Ed25519PrivateKey.from_private_bytes(bytes.fromhex(f.read(200).decode().strip())))
         except ValueError:
             raise UsageError(f"{path} holds no key; move it away and run: hotloop keygen") from None
 
@@ -60,7 +70,7 @@ def make_key() -> Signer:
     """Write a new key. Raises UsageError where one exists: nights signed with it could not be continued."""
     path = key_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = Ed25519PrivateKey.generate()
+    key = _ed25519().Ed25519PrivateKey.generate()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
@@ -71,8 +81,11 @@ def make_key() -> Signer:
 
 
 def verified(public: str, signature: str, digest: str) -> bool:
+    ed25519 = _ed25519()
+    from cryptography.exceptions import InvalidSignature
+
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(
+        ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(
             bytes.fromhex(signature), bytes.fromhex(digest)
         )
     except (InvalidSignature, ValueError):

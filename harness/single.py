@@ -64,7 +64,7 @@ def settings_from(
     level = None if sandbox == "auto" else int(sandbox.removeprefix("L"))
     if level == 0 and not unsafe:
         raise UsageError("--sandbox L0 protects nothing; where that is wanted, say --unsafe-no-sandbox")
-    walls = best(level, unsafe)
+    walls = best(level, unsafe, device)
     return Settings(chosen, device, load_dataset(path), threads or threads_default(), walls)
 
 

@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from harness import gpu, landlock, lint, machine, sandbox, seccomp
 from harness.errors import DeviceError, SandboxError, TrialError
 from harness.probe import MUST
+from harness.probe_cuda import probe_cuda
 from harness.process import Child
 from harness.sandbox import Policy, Sandbox, best, exposed
 from harness.session import Session, Trained
 from harness.walls import project_root
+from harness.wire import Closed
 
 ROOT = project_root()
 
@@ -191,7 +193,8 @@ def test_a_child_starts_within_the_fifth_of_a_second_that_it_may_cost(tmp_path: 
     def start(s: Sandbox) -> float:
         began = time.monotonic()
         with Child(s, Policy("tests.harness.hello", tmp_path), [], tmp_path / "log", 1) as child:
-            child.wait(10)  # the module is not there: it ends as soon as it was looked for
+            with pytest.raises(Closed):  # the module is not there: it ends as soon as it was looked for
+                child.wire.recv(10)
             return time.monotonic() - began
 
     with_walls = sorted(start(walls) for _ in range(7))[3]
@@ -260,6 +263,15 @@ def test_a_gpu_that_is_not_there_cannot_be_cleared() -> None:
         pytest.skip("there is one")
     with pytest.raises(DeviceError, match=r"could not be cleared \(.*libcuda"):
         gpu.clear()
+
+
+def test_a_sandbox_in_which_cuda_does_not_work_is_not_taken() -> None:
+    if machine.gpus():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SandboxError, match="CUDA does not work in it"):
+        probe_cuda(best(unsafe=True))
+    with pytest.raises(SandboxError, match=r"no sandbox works on this machine .*CUDA does not work"):
+        best(device="cuda")
 
 
 def test_weights_and_text_in_a_source_are_refused_and_code_is_not() -> None:

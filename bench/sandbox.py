@@ -1,0 +1,57 @@
+"""What the sandbox costs: training speed and start-up inside and outside it, in pairs, one after the other.
+
+    hotloop bench sandbox [--pairs N]
+
+Each pair trains the same train.py for the same tokens without a sandbox and in the best one of this machine, in
+changing order. The speed is the parent's measure: tokens over the seconds of the training on a GPU; on a CPU over its
+processor seconds, since wall time there depends on who else is there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+
+from harness.budget import Budget
+from harness.sandbox import Sandbox, best
+from harness.session import Session, Trained
+from harness.single import settings_from
+from harness.spec import BudgetRule, Spec
+from harness.walls import project_root
+
+__all__ = ["main"]
+
+
+def main(pairs: int, steps: int, preset: str, data: str | None) -> int:
+    """Print a page; 0 when the median cost is at most 0.5 % of the speed."""
+    settings = settings_from(preset=preset, data=data)
+    source = (project_root() / "train.py").read_bytes()
+    dataset, chosen = settings.dataset, settings.preset
+    spec = Spec(chosen.name, settings.device, 1, dataset.vocab_size, dataset.seq_len)
+    rows = dataset.rows("train")
+
+    def train(sandbox: Sandbox, tokens: int) -> Trained:
+        rule = BudgetRule("tokens", float(tokens))
+        with tempfile.TemporaryDirectory() as folder:
+            session = Session(source, spec, chosen, rows, Budget(rule), Path(folder), settings.threads, sandbox=sandbox)
+            return session.run()
+
+    first = train(settings.sandbox, 1 << 17 if settings.device == "cpu" else 1 << 20)
+    tokens = first.tokens // first.steps * steps
+    print(f"{settings.sandbox} against none, {settings.device}; {tokens:,} tokens each, {pairs} pairs")
+    unit = "tok/cpu-s" if settings.device == "cpu" else "tok/s"
+    print(f"{'pair':>4}  {'inside ' + unit:>17}  {'outside ' + unit:>17}  {'ratio':>7}  start inside, outside s")
+    ratios = []
+    for pair in range(pairs):
+        order = [settings.sandbox, best(0)] if pair % 2 else [best(0), settings.sandbox]
+        found = {s.level: train(s, tokens) for s in order}
+        inside, outside = found[settings.sandbox.level], found[0]
+        seconds = [t.training_cpu_s if settings.device == "cpu" else t.training_s for t in (inside, outside)]
+        speeds = [t.tokens / s for t, s in zip((inside, outside), seconds, strict=True)]
+        ratios.append(speeds[0] / speeds[1])
+        starts = f"{inside.ledger['start']:.3f}, {outside.ledger['start']:.3f}"
+        print(f"{pair:>4}  {speeds[0]:>17,.0f}  {speeds[1]:>17,.0f}  {ratios[-1]:>7.4f}  {starts}", flush=True)
+    middle = statistics.median(ratios)
+    print(f"median ratio {middle:.4f} (from {min(ratios):.4f} to {max(ratios):.4f})")
+    return 0 if middle >= 0.995 else 1
