@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -79,10 +80,9 @@ class CommandAgent:
 
     def propose(self, context: Context) -> str:
         handover = (context.folder / "handover").resolve()
-        handover.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(handover, ignore_errors=True)  # of a driver that was killed; an agent may have left anything
+        handover.mkdir(parents=True)
         brief, description = handover / "brief.md", handover / "description.txt"
-        for path in (brief, description):
-            path.unlink(missing_ok=True)
         brief.write_text(_brief(context))
         env = os.environ | {"HOTLOOP_BRIEF": str(brief), "HOTLOOP_DESCRIPTION": str(description)}
         log = context.folder / "agent.log"

@@ -27,6 +27,8 @@ from harness.walls import Launch, has_size, info_pipe, project_root
 __all__ = ["Cage", "everything_but"]
 
 _SCRATCH_BYTES = 4 << 30
+# Services that do things in the user's name for whoever can reach their socket.
+_SERVICES = ("/run/user", "/run/dbus", "/run/docker.sock", "/run/containerd", "/run/podman", "/run/systemd/private")
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ class Cage:
         for needed in dict.fromkeys((sys.prefix, str(project_root()), os.path.dirname(argv[0]))):
             if Path(needed).is_relative_to("/tmp"):
                 args += ["--ro-bind", needed, needed]
-        for hidden in self.hidden:
+        for hidden in (*self.hidden, *map(Path, _SERVICES)):
             if hidden.is_dir():
                 args += ["--tmpfs", str(hidden)]
+            elif hidden.exists():
+                args += ["--ro-bind", "/dev/null", str(hidden)]
         for path in (worktree, handover, *self.writable):
             args += ["--bind", str(path.resolve()), str(path.resolve())]
         for entry in sorted(worktree.iterdir()):

@@ -188,7 +188,7 @@ def main(
             log = logs / f"{part}.log"
             began = time.monotonic()
             if part == "tests":
-                command = [*PYTEST, "-q", "-rs", "tests/kernels/test_gpu.py"]
+                command = [*PYTEST, "-q", "-rs", "tests/kernels/test_gpu.py", "tests/harness/test_gpu_memory.py"]
                 code, _ = call(command, limit_s, log, ALL_KERNELS)
                 pages[part] = _fenced(tail(log, 15))
             elif part == "kernels":

@@ -190,6 +190,9 @@ def replay_command(args: argparse.Namespace) -> int:
     now = run_experiment(replayed(was, job), settings, _printer())
     if now.status != "ok":
         raise HotloopError(f"the replay of experiment {was.number} ended as {now.status}: {now.reason}")
+    then, here = was.sandbox.get("level"), now.sandbox["level"]
+    if then != here:
+        print(f"note: it ran at sandbox level L{then}, and now at L{here}", file=sys.stderr)
     same = now.weights_sha256 == was.weights_sha256
     print(f"experiment {was.number} ({was.commit[:7]}), seed {was.seed}, {was.tokens:,} tokens")
     print(f"weights   {was.weights_sha256}\nreplayed  {now.weights_sha256}")

@@ -97,6 +97,17 @@ def test_python_train_py_runs_the_shipped_model(tmp_path: Path, data: Path) -> N
     assert "depth:            4" in done.stdout
 
 
+def test_no_sandbox_is_refused_unless_it_is_asked_for(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_bytes(tiny_source())
+    run = ["run", *SMALL, "--data", str(data), "--sandbox", "L0"]
+    refused(hotloop(tmp_path, *run), 2, "--sandbox L0 protects nothing; .* --unsafe-no-sandbox")
+    done = hotloop(tmp_path, *run, "--unsafe-no-sandbox")
+    assert done.returncode == 0
+    assert "WARNING: the sandbox is only L0 (none). Not stopped: everything." in done.stderr
+    body = Chain.read(tmp_path / "runs/single/records.jsonl").bodies("experiment")[0]
+    assert body["sandbox"]["level"] == 0
+
+
 def test_a_failure_is_an_exit_status_with_its_reason(tmp_path: Path, data: Path) -> None:
     (tmp_path / "train.py").write_bytes(tiny_source(STEP="loss = step(batch) * float('nan')"))
     done = hotloop(tmp_path, "run", *SMALL, "--data", str(data))
