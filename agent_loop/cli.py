@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     loop.add_argument("--agent-write", action="append", default=[], metavar="PATH", help="it may change PATH as well")
     loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
     loop.add_argument("--min-gain", type=float, metavar="BPB", help="noise floor, instead of the measured one")
+    loop.add_argument("--no-second-seed", action="store_true", help="discard marginal gains, instead of trying again")
     loop.add_argument("--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise")
     add_run_arguments(loop)
     loop.set_defaults(run=_loop)
@@ -239,6 +240,7 @@ def _loop(args: argparse.Namespace) -> int:
         budget=budget_from(args),
         least_gain=args.min_gain,
         noise_seeds=preset.noise_seeds if args.noise_seeds is None else args.noise_seeds,
+        second_seed=not args.no_second_seed,
     )
     signal.signal(signal.SIGTERM, _interrupt)
     lock = Lock(runs / tag / "lock")

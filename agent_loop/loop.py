@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent_loop.agents import Agent, Context
-from agent_loop.decide import Decision, decide
+from agent_loop.decide import Decision, decide, decide_confirmed
 from agent_loop.gitrepo import NightRepo
 from agent_loop.live import View
 from agent_loop.night import InFlight, Night, Row
@@ -38,6 +38,7 @@ class Options:
         hours: start none after so long; None for no end.
         least_gain: the noise floor, given instead of measured.
         noise_seeds: further seeds of the baseline that measure it.
+        second_seed: try a marginal gain again under another seed, and keep it when it holds on average.
     """
 
     seed: int = 1
@@ -46,6 +47,7 @@ class Options:
     budget: BudgetRule | None = None
     least_gain: float | None = None
     noise_seeds: int = 0
+    second_seed: bool = True
 
 
 class Driver:
@@ -76,6 +78,8 @@ class Driver:
             elif number <= self.options.noise_seeds:
                 seed = self.options.seed + number
                 self._baseline(number, self._baseline_commit(), "repeat", f"baseline, seed {seed}", seed)
+            elif waiting := self.night.waiting():
+                self._second_seed(number, waiting)
             else:
                 failed = 0 if self._experiment(number) else failed + 1
                 if failed >= MAX_FAILED_PROPOSALS:
@@ -101,8 +105,9 @@ class Driver:
         }
 
     def _finished(self, began: float) -> bool:
-        experiments = self.night.next_number - 1 - self.options.noise_seeds
-        if self.options.experiments is not None and experiments >= self.options.experiments:
+        experiments = sum(r.kind == "experiment" for r in self.night.rows())
+        enough = self.options.experiments is not None and experiments >= self.options.experiments
+        if enough and self.night.next_number > self.options.noise_seeds and not self.night.waiting():
             return True
         return self.options.hours is not None and time.monotonic() - began >= self.options.hours * 3600
 
@@ -163,6 +168,18 @@ class Driver:
         self._decide(self._train(proposal, "experiment", incumbent.commit, self.options.seed))
         return True
 
+    def _second_seed(self, number: int, row: Row) -> None:
+        """Run a marginal gain under another seed, and its incumbent first where it was never run with that one."""
+        incumbent = self.night.incumbent()
+        assert incumbent is not None
+        seed = self.options.seed + 1
+        run = {(o.commit, o.seed) for o in self.night.outcomes().values()}
+        if (incumbent.commit, seed) not in run:
+            self._baseline(number, incumbent.commit, "repeat", f"the incumbent, seed {seed}", seed)
+            return
+        proposal = InFlight(number, row.commit, f"{row.description} (seed {seed})")
+        self._decide(self._train(proposal, "confirm", incumbent.commit, seed))
+
     def _propose(self, number: int, incumbent: Row) -> tuple[str, bytes]:
         self.repo.reset(incumbent.commit)
         source = self.repo.source(incumbent.commit)
@@ -205,26 +222,44 @@ class Driver:
 
     def _decide(self, outcome: Outcome) -> None:
         if outcome.kind == "repeat" and outcome.status == "ok":
-            decision = Decision("measured", f"the baseline's train.py with seed {outcome.seed}, for the noise floor")
+            whose = "baseline" if outcome.commit == self._baseline_commit() else "incumbent"
+            decision = Decision("measured", f"the {whose}'s train.py with seed {outcome.seed}, for the noise floor")
+        elif outcome.kind == "confirm":
+            decision = decide_confirmed(outcome, self._gains(outcome), self.night.noise(self.options.least_gain))
         else:
             incumbent = self.night.incumbent()
             source = self.repo.source(outcome.commit)
             lines = code_lines(self.repo.source(incumbent.commit)) if incumbent else 0
             noise = self.night.noise(self.options.least_gain)
-            decision = decide(outcome, code_lines(source), self.night.incumbent_score(), lines, noise)
+            decision = decide(
+                outcome, code_lines(source), self.night.incumbent_score(), lines, noise, self.options.second_seed
+            )
         kind, description = outcome.kind, outcome.description
         row = self._record(outcome.number, kind, outcome.commit, description, decision, outcome)
         if decision.decision == "keep":
             self.repo.reset(row.commit)
-        elif kind != "baseline":
+        elif kind == "confirm":  # with it goes what it was to confirm
+            first = next(r.number for r in self.night.rows() if r.commit == outcome.commit)
+            forget_weights(self.night.experiment_folder(first))
+        if decision.decision not in ("keep", "marginal") and kind != "baseline":
             forget_weights(self.night.experiment_folder(outcome.number))
+
+    def _gains(self, outcome: Outcome) -> list[float | None]:
+        """Of a marginal candidate over the incumbent, under the night's seed and under the second one."""
+        gains: list[float | None] = []
+        for seed in (self.options.seed, outcome.seed):
+            old, new = (self.night.score_of(c, seed) for c in (outcome.parent, outcome.commit))
+            gains.append(None if old is None or new is None else old - new)
+        return gains
 
     def _record(
         self, number: int, kind: str, commit: str, description: str, decision: Decision, outcome: Outcome | None
     ) -> Row:
-        best = self.night.incumbent_score()
-        scored = outcome is not None and outcome.val_bpb is not None and best is not None
-        gain = best.bpb - outcome.val_bpb if scored and outcome and best and outcome.val_bpb is not None else None
+        incumbent, gain = self.night.incumbent(), None
+        if incumbent and outcome and outcome.val_bpb is not None:
+            # A confirmation compares under its own seed; all others with the incumbent's score.
+            best = self.night.score_of(incumbent.commit, outcome.seed if kind == "confirm" else self.options.seed)
+            gain = None if best is None else best - outcome.val_bpb
         self.night.chain.append(
             "decision",
             {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,53 @@ class Night:
         kept = [r for r in self.rows() if r.decision == "keep"]
         return kept[-1] if kept else None
 
+    @property
+    def seed(self) -> int:
+        """That of all experiments but repeats and confirmations."""
+        return int((self.settings or {}).get("seed", 1))
+
+    def score_of(self, commit: str, seed: int) -> float | None:
+        """The score of a commit under a seed, where it was run with one."""
+        found = [o.val_bpb for o in self.outcomes().values() if (o.commit, o.seed) == (commit, seed)]
+        return next((b for b in found if b is not None), None)
+
     def incumbent_score(self) -> Score | None:
         row = self.incumbent()
-        return Score(row.val_bpb) if row and row.val_bpb is not None else None
+        bpb = self.score_of(row.commit, self.seed) if row else None
+        return Score(bpb) if bpb is not None else None
 
     def noise(self, least: float | None = None) -> Noise:
-        """The floor measured on the baseline's seeds, or `least` where that is given."""
-        bpbs = [r.val_bpb for r in self.rows() if r.kind in ("baseline", "repeat") and r.val_bpb is not None]
-        measured = Noise.from_repeats(bpbs)
+        """The floor measured on the seeds of the baseline and of later incumbents, or `least` where that is given."""
+        rows = [r for r in self.rows() if r.val_bpb is not None]
+        repeated = {r.commit for r in rows if r.kind == "repeat"}
+        groups: dict[str, dict[int, float]] = {}
+        for r in rows:
+            if r.commit in repeated and r.outcome and r.val_bpb is not None:
+                groups.setdefault(r.commit, {})[r.outcome.seed] = r.val_bpb
+        measured = Noise.from_repeats(*(list(g.values()) for g in groups.values()))
         return measured if least is None else Noise(least, measured.seeds)
 
-    def history(self) -> list[Tried]:
-        """What agents are told: no repeats of the baseline, no holdout."""
+    def waiting(self) -> Row | None:
+        """A marginal gain that waits for its second seed."""
+        rows = self.rows()
+        confirmed = {r.commit for r in rows if r.kind == "confirm"}
+        return next((r for r in rows if r.decision == "marginal" and r.commit not in confirmed), None)
+
+    def tried(self) -> list[Row]:
+        """Baseline and experiments, each as it ended: a marginal gain with what its second seed decided."""
+        rows = self.rows()
+        confirmed = {r.commit: r for r in rows if r.kind == "confirm"}
         return [
-            Tried(r.number, r.decision, r.reason, r.description, r.val_bpb) for r in self.rows() if r.kind != "repeat"
+            replace(r, decision=confirmed[r.commit].decision, reason=confirmed[r.commit].reason)
+            if r.decision == "marginal" and r.commit in confirmed
+            else r
+            for r in rows
+            if r.kind not in ("repeat", "confirm")
         ]
+
+    def history(self) -> list[Tried]:
+        """What agents are told: no repeats, no holdout."""
+        return [Tried(r.number, r.decision, r.reason, r.description, r.val_bpb) for r in self.tried()]
 
     def experiment_folder(self, number: int) -> Path:
         return self.folder / "experiments" / f"{number:04d}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "print_results", "tsv_text", "write_progress", "write_tsv"]
 
-COLOURS = {"keep": "green", "discard": "bright_black", "measured": "cyan"}
+COLOURS = {"keep": "green", "discard": "bright_black", "measured": "cyan", "marginal": "yellow"}
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -28,9 +28,7 @@ def _replace(path: Path, data: bytes) -> None:
 def tsv_text(night: Night) -> str:
     """results.tsv in karpathy/autoresearch's five columns; failed runs have 0.000000 and 0.0, as there."""
     lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
-    for row in night.rows():
-        if row.kind == "repeat":
-            continue
+    for row in night.tried():
         bpb = row.val_bpb or 0.0
         memory = row.outcome.peak_mb / 1024 if row.outcome and row.val_bpb else 0.0
         description = " ".join(row.description.split())
@@ -46,7 +44,7 @@ def write_tsv(night: Night) -> Path:
 
 def write_progress(night: Night) -> Path | None:
     """progress.png: every score, the kept ones named, the best so far as a line. None without a score."""
-    rows = [r for r in night.rows() if r.kind != "repeat"]
+    rows = night.tried()
     scored = [(i, r, r.val_bpb) for i, r in enumerate(rows) if r.val_bpb is not None]
     if not scored:
         return None
@@ -115,10 +113,10 @@ def print_results(night: Night, console: Console) -> None:
         gain = f"{row.gain:+.6f}" if row.gain is not None else ""
         table.add_row(str(row.number), f"[{colour}]{row.decision}[/]", bpb, gain, row.description, row.reason)
     console.print(table)
-    first, best = next((r for r in night.rows() if r.kind == "baseline"), None), night.incumbent()
-    if first and best and first.val_bpb and best.val_bpb and best.number != first.number:
-        share = (first.val_bpb - best.val_bpb) / first.val_bpb
-        console.print(f"val_bpb {first.val_bpb:.6f} -> {best.val_bpb:.6f} ({share:.2%} better than the baseline)")
+    kept = [r.val_bpb for r in night.tried() if r.decision == "keep" and r.val_bpb is not None]
+    if len(kept) > 1:
+        share = (kept[0] - kept[-1]) / kept[0]
+        console.print(f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f} ({share:.2%} better than the baseline)")
     console.print(f"branch  autoresearch/{night.folder.name}", highlight=False)
     for name in ("results.tsv", "progress.png", "records.jsonl"):
         if (night.folder / name).exists():

@@ -19,7 +19,7 @@ from pathlib import Path
 import git
 from gitdb.exc import ODBError
 
-from agent_loop.decide import decide
+from agent_loop.decide import decide, decide_confirmed
 from agent_loop.night import Night, Row
 from agent_loop.report import tsv_text
 from agent_loop.source import code_lines
@@ -143,18 +143,27 @@ def _decisions(night: Night, repo: git.Repo) -> Check:
     """Make each decision again, from what was known when it was made."""
     incumbent: Row | None = None
     wrong = []
+    marginal = {r.commit for r in night.rows() if r.decision == "marginal"}
     entries = {d["number"]: d for d in night.chain.bodies("decision")}
     for row in night.rows():
         outcome = row.outcome
         if outcome is not None and row.kind != "repeat":
-            best = Score(incumbent.val_bpb) if incumbent and incumbent.val_bpb is not None else None
+            bpb = night.score_of(incumbent.commit, night.seed) if incumbent else None
+            best = Score(bpb) if bpb is not None else None
             try:
                 lines = [code_lines((repo.commit(c).tree / "train.py").data_stream.read())
                          for c in (row.commit, incumbent.commit if incumbent else row.commit)]  # fmt: skip
             except _MISSING:
                 continue  # a missing commit is told above
             noise = Noise(float(entries[row.number]["noise_bpb"]), 0)
-            if decide(outcome, lines[0], best, lines[1], noise).decision != row.decision:
+            if row.kind == "confirm":
+                pairs = [(night.score_of(outcome.parent, s), night.score_of(row.commit, s))
+                         for s in (night.seed, outcome.seed)]  # fmt: skip
+                gains = [None if old is None or new is None else old - new for old, new in pairs]
+                again = decide_confirmed(outcome, gains, noise)
+            else:
+                again = decide(outcome, lines[0], best, lines[1], noise, row.commit in marginal)
+            if again.decision != row.decision:
                 wrong.append(str(row.number))
         if row.decision == "keep":
             incumbent = row

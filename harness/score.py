@@ -47,8 +47,14 @@ class Noise:
     seeds: int
 
     @classmethod
-    def from_repeats(cls, bpbs: Sequence[float]) -> Noise:
-        """From the scores of one train.py under different seeds; fewer than two tell nothing."""
-        if len(bpbs) < 2:
-            return cls(0.0, len(bpbs))
-        return cls(2.0 * 2.0**0.5 * statistics.stdev(bpbs), len(bpbs))
+    def from_repeats(cls, *groups: Sequence[float]) -> Noise:
+        """From the scores of one or more train.py, each under different seeds: the pooled standard deviation.
+
+        Groups of fewer than two tell nothing.
+        """
+        told = [g for g in groups if len(g) > 1]
+        if not told:
+            return cls(0.0, max((len(g) for g in groups), default=0))
+        squares = sum((len(g) - 1) * statistics.variance(g) for g in told)
+        freedom = sum(len(g) - 1 for g in told)
+        return cls(2.0 * 2.0**0.5 * (squares / freedom) ** 0.5, sum(len(g) for g in told))

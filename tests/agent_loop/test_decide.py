@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent_loop.decide import decide
+from agent_loop.decide import decide, decide_confirmed
 from harness.record import Outcome
 from harness.score import Noise, Score
 
@@ -38,6 +38,42 @@ def test_with_an_incumbent_of_2_and_100_lines(bpb: float, lines: int, decision: 
 
 def test_the_first_score_is_the_baseline() -> None:
     assert decide(outcome(2.0), 100, None, 0, Noise(0.0, 0)).decision == "keep"
+
+
+@pytest.mark.parametrize(
+    ("bpb", "decision"), [(1.980, "keep"), (1.994, "marginal"), (1.9951, "discard"), (2.001, "discard")]
+)
+def test_a_gain_of_more_than_half_the_floor_is_marginal_where_it_may_be_tried_again(bpb: float, decision: str) -> None:
+    made = decide(outcome(bpb), 100, Score(2.0), 100, NOISE, second_seed=True)
+    assert made.decision == decision, made
+    assert ("a second seed will tell" in made.reason) == (decision == "marginal")
+
+
+@pytest.mark.parametrize(
+    ("gains", "decision", "words"),
+    [
+        ([0.006, 0.009], "keep", "better by 0.007500 on average over 2 seeds (+0.006000, +0.009000), above the noise"),
+        ([0.006, 0.007], "discard", "within the noise floor of such a mean, 0.007071"),
+        ([0.006, -0.02], "discard", "worse by 0.007000 on average"),
+        ([0.006, None], "discard", "nothing can be compared"),
+    ],
+)
+def test_two_seeds_decide_by_their_mean(gains: list[float | None], decision: str, words: str) -> None:
+    made = decide_confirmed(outcome(2.0), gains, NOISE)
+    assert (made.decision, words in made.reason) == (decision, True), made
+    failed = decide_confirmed(outcome(None, "oom"), gains, NOISE)
+    assert (failed.decision, failed.reason) == ("oom", "with the second seed: because")
+
+
+def test_noise_is_pooled_over_groups_of_seeds() -> None:
+    one, two = [2.0, 2.1, 2.3], [1.5, 1.4]
+    alone = Noise.from_repeats(one)
+    assert Noise.from_repeats(one, [7.0]) == alone
+    pooled = Noise.from_repeats(one, two)
+    squares = sum((x - sum(g) / len(g)) ** 2 for g in (one, two) for x in g)
+    assert pooled.floor_bpb == pytest.approx(2 * 2**0.5 * (squares / 3) ** 0.5)
+    assert pooled.seeds == 5
+    assert Noise.from_repeats([2.0]) == Noise(0.0, 1)
 
 
 @pytest.mark.parametrize("status", ["crash", "invalid", "overtime", "timeout", "oom", "nan"])

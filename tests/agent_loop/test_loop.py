@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from agent_loop.cage import Cage
 from agent_loop.cli import main
 from agent_loop.gitrepo import free_tag, open_repo
 from agent_loop.night import Night
+from agent_loop.verify import checks
 from harness.errors import DiskFullError, HotloopError, LockedError, RecordError, UsageError
 from harness.record import Lock
 from harness.sandbox import best
+from harness.score import Score
 
 SCRIPT = Path(__file__).with_name("scripted.py")
 _spec = importlib.util.spec_from_file_location("scripted", SCRIPT)
@@ -93,6 +96,64 @@ def test_a_night_keeps_what_is_better_and_leaves_the_user_alone(repo: Path) -> N
     assert weights == {r.number for r in rows if r.decision == "keep"}
     assert (night.folder / "progress.png").read_bytes()[:4] == b"\x89PNG"
     user.close()
+
+
+class Rates:
+    """Proposes one learning rate after the other."""
+
+    name = "rates"
+
+    def __init__(self, *rates: str) -> None:
+        self.rates = list(rates)
+
+    def propose(self, context: Any) -> str:
+        rate = self.rates.pop(0)
+        text = re.sub(rb"MATRIX_LR = [0-9.]+", f"MATRIX_LR = {rate}".encode(), context.source)
+        (context.worktree / "train.py").write_bytes(text)
+        return f"MATRIX_LR {rate}"
+
+
+def test_a_marginal_gain_gets_a_second_seed(repo: Path) -> None:
+    """The floor is 0.0028 (three seeds 0.001 apart): 0.0025 holds for a mean of two, 0.0016 does not."""
+    night = scripted.drive(repo, "t", 4, agent=Rates("0.0425", "0.0441", "0.06", "0.0625"))
+    rows = [(r.kind, r.decision, r.outcome.seed) for r in night.rows()[3:] if r.outcome]
+    assert rows == [
+        ("experiment", "marginal", 1), ("confirm", "keep", 2),
+        ("experiment", "marginal", 1), ("confirm", "discard", 2),
+        ("experiment", "keep", 1),
+        ("experiment", "marginal", 1), ("repeat", "measured", 2), ("confirm", "keep", 2),
+    ]  # fmt: skip
+    assert "over 2 seeds (+0.002500, +0.002500), above the noise floor of such a mean" in night.rows()[4].reason
+    ends = [(t.description, t.decision) for t in night.history()[1:]]
+    assert ends == [
+        ("MATRIX_LR 0.0425", "keep"), ("MATRIX_LR 0.0441", "discard"), ("MATRIX_LR 0.06", "keep"),
+        ("MATRIX_LR 0.0625", "keep"),
+    ]  # fmt: skip
+    assert night.incumbent_score() == Score(night.rows()[8].val_bpb)  # under the night's own seed
+    assert [row[2] for row in table(repo, "t")[1:]] == ["keep", "keep", "discard", "keep", "keep"]
+    with git.Repo(repo) as made:
+        assert b"MATRIX_LR = 0.0625" in made.git.show("autoresearch/t:train.py").encode()
+    verified = {name: good for name, good, _ in checks(night.folder, git.Repo(repo), None)}
+    assert verified["decisions"] and verified["branch"] and verified["results.tsv"]
+    folders = [n for n in range(11) if (night.experiment_folder(n) / "weights.safetensors").exists()]
+    assert folders == [0, 3, 4, 7, 8, 10]  # of what was kept, under both seeds
+
+
+def test_a_night_that_was_killed_between_a_marginal_gain_and_its_second_seed_goes_on(repo: Path) -> None:
+    calls = 0
+
+    def killed(job: Any, settings: Any, on_event: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if job.kind == "confirm" and calls < 6:
+            raise KeyboardInterrupt
+        return scripted.run(job, settings, on_event)
+
+    with pytest.raises(KeyboardInterrupt):
+        scripted.drive(repo, "t", 1, agent=Rates("0.0425"), runner=killed)
+    assert night_of(repo).rows()[-1].decision == "marginal"
+    night = scripted.drive(repo, "t", 1, agent=Rates(), runner=killed)
+    assert [r.decision for r in night.rows()[3:]] == ["marginal", "keep"]
 
 
 def test_results_tsv_has_the_references_columns(repo: Path) -> None:
