@@ -45,9 +45,11 @@ EXPERIMENT_S = 10.0  # training seconds of the short run
 def call(command: list[str], limit_s: float, log: Path, env: dict[str, str] | None = None) -> tuple[int, float]:
     """(exit status, 124 for out of time; seconds)."""
     began = time.monotonic()
+    # A pytest that runs this in one of its workers would tell ours that it is one too.
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            command, cwd=project_root(), env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=out,
+            command, cwd=project_root(), env=outside | (env or {}), stdin=subprocess.DEVNULL, stdout=out,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
