@@ -79,7 +79,7 @@ def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int,
     floor = night.noise().floor_bpb
     if floor and kept:
         base = kept[0][2]
-        label = f"Noise floor of the baseline ({floor:.4f})"
+        label = f"Noise floor ({floor:.4f})"
         axes.axhspan(base - floor, base + floor, color="#3498db", alpha=0.10, zorder=0, label=label)
     low, high = min(b for _, _, b in scored), scored[0][2]
     margin = max((high - low) * 0.25, floor * 1.5, 1e-4)
