@@ -199,9 +199,9 @@ class Evaluator:
         limits = self.preset.limits
         width, batch = rows.shape[1], min(self.preset.eval_batch_rows, len(rows))
         weights_in = SharedMemory(len(weights))
-        questions = SharedMemory(_SLOTS * batch * width * 2)
+        asked = SharedMemory(_SLOTS * batch * width * 2)
         answers = SharedMemory(_SLOTS * batch * width_out * 4)
-        memories = (weights_in, questions, answers)
+        memories = (weights_in, asked, answers)
         policy = Policy.of("harness.evaluator", self.folder, self.source, self.spec.device, limits)
         try:
             weights_in.map[: len(weights)] = weights
@@ -212,11 +212,11 @@ class Evaluator:
                         "hello", spec=self.spec.as_dict(), threads=self.threads, weights_bytes=len(weights),
                         width=width, width_out=width_out, batch_rows=batch,
                     )  # fmt: skip
-                    rows_in = np.frombuffer(questions.map, dtype=np.uint16, count=_SLOTS * batch * width)
-                    nll_out = np.frombuffer(answers.map, dtype=np.float32, count=_SLOTS * batch * width_out)
+                    given = np.frombuffer(asked.map, dtype=np.uint16, count=_SLOTS * batch * width)
+                    answered = np.frombuffer(answers.map, dtype=np.float32, count=_SLOTS * batch * width_out)
                     return self._converse(
                         child, phase, rows, cuts,
-                        rows_in.reshape(_SLOTS, batch, width), nll_out.reshape(_SLOTS, batch, width_out),
+                        given.reshape(_SLOTS, batch, width), answered.reshape(_SLOTS, batch, width_out),
                     )  # fmt: skip
                 except TimedOut:
                     raise TrialError("timeout", f"the evaluation took longer than {limits.evaluate_s:.0f} s") from None
