@@ -225,7 +225,7 @@ class Driver:
             whose = "baseline" if outcome.commit == self._baseline_commit() else "incumbent"
             decision = Decision("measured", f"the {whose}'s train.py with seed {outcome.seed}, for the noise floor")
         elif outcome.kind == "confirm":
-            decision = decide_confirmed(outcome, self._gains(outcome), self.night.noise(self.options.least_gain))
+            decision = decide_confirmed(outcome, self.night.gains(outcome), self.night.noise(self.options.least_gain))
         else:
             incumbent = self.night.incumbent()
             source = self.repo.source(outcome.commit)
@@ -243,14 +243,6 @@ class Driver:
             forget_weights(self.night.experiment_folder(first))
         if decision.decision not in ("keep", "marginal") and kind != "baseline":
             forget_weights(self.night.experiment_folder(outcome.number))
-
-    def _gains(self, outcome: Outcome) -> list[float | None]:
-        """Of a marginal candidate over the incumbent, under the night's seed and under the second one."""
-        gains: list[float | None] = []
-        for seed in (self.options.seed, outcome.seed):
-            old, new = (self.night.score_of(c, seed) for c in (outcome.parent, outcome.commit))
-            gains.append(None if old is None or new is None else old - new)
-        return gains
 
     def _record(
         self, number: int, kind: str, commit: str, description: str, decision: Decision, outcome: Outcome | None

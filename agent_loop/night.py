@@ -105,6 +105,11 @@ class Night:
         found = [o.val_bpb for o in self.outcomes().values() if (o.commit, o.seed) == (commit, seed)]
         return next((b for b in found if b is not None), None)
 
+    def gains(self, outcome: Outcome) -> list[float | None]:
+        """Of a confirmation's commit over its parent, the incumbent: under the night's seed, and under its own."""
+        pairs = [[self.score_of(c, s) for c in (outcome.parent, outcome.commit)] for s in (self.seed, outcome.seed)]
+        return [None if old is None or new is None else old - new for old, new in pairs]
+
     def incumbent_score(self) -> Score | None:
         row = self.incumbent()
         bpb = self.score_of(row.commit, self.seed) if row else None

@@ -157,10 +157,7 @@ def _decisions(night: Night, repo: git.Repo) -> Check:
                 continue  # a missing commit is told above
             noise = Noise(float(entries[row.number]["noise_bpb"]), 0)
             if row.kind == "confirm":
-                pairs = [(night.score_of(outcome.parent, s), night.score_of(row.commit, s))
-                         for s in (night.seed, outcome.seed)]  # fmt: skip
-                gains = [None if old is None or new is None else old - new for old, new in pairs]
-                again = decide_confirmed(outcome, gains, noise)
+                again = decide_confirmed(outcome, night.gains(outcome), noise)
             else:
                 again = decide(outcome, lines[0], best, lines[1], noise, row.commit in marginal)
             if again.decision != row.decision:
