@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from harness.errors import DeviceError
+from harness.machine import nvidia_smi
 from harness.walls import project_root
 
 __all__ = ["clear", "clear_memory", "fresh", "others"]
@@ -42,14 +43,7 @@ def fresh(device: str, wait_s: float = 20.0) -> None:
 
 def others() -> list[str]:
     """Processes that compute on the GPU now, as `pid name`. Between two runs there must be none of ours."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [" ".join(line.replace(",", " ").split()) for line in done.stdout.splitlines() if line.strip()]
+    return [" ".join(row) for row in nvidia_smi("--query-compute-apps=pid,process_name")]
 
 
 def clear() -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "environment",
     "gpus",
     "mfu_percent",
+    "nvidia_smi",
     "record_hash",
     "threads_default",
 ]
@@ -33,15 +34,19 @@ PEAK_BF16_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "L40S": 3
 @functools.cache
 def gpus() -> list[dict[str, str]]:
     """The NVIDIA GPUs that the driver shows: name, memory, driver. Empty without a driver."""
+    rows = nvidia_smi("--query-gpu=name,memory.total,driver_version")
+    return [dict(zip(("name", "memory", "driver"), r, strict=False)) for r in rows]
+
+
+def nvidia_smi(query: str) -> list[list[str]]:
+    """The rows of one of nvidia-smi's queries; none without a driver."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [[c.strip() for c in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    return [dict(zip(("name", "memory", "driver"), r, strict=False)) for r in rows]
+    return [[c.strip() for c in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
 def cpu_name() -> str:

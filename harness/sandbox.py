@@ -37,7 +37,6 @@ from harness.walls import (
     has_size,
     homes,
     info_pipe,
-    namespace_pid,
     parents_of,
     project_root,
     python_and_code,
@@ -45,7 +44,7 @@ from harness.walls import (
     tasks_of,
 )
 
-__all__ = ["LEVELS", "Launch", "Policy", "Sandbox", "best", "exposed", "namespace_pid", "project_root"]
+__all__ = ["LEVELS", "Policy", "Sandbox", "best", "exposed"]
 
 LEVELS = {3: "bubblewrap, Landlock, seccomp", 2: "another uid, Landlock, seccomp", 1: "Landlock, seccomp", 0: "none"}
 
