@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent_loop.agents import Context
-from agent_loop.source import ProposalError, syntax_hash
+from agent_loop.agents import AgentError, Context, Turn
+from agent_loop.source import syntax_hash
 
 __all__ = ["KNOBS", "BuiltinAgent", "Constant", "constants", "replace_constant"]
 
@@ -143,12 +143,13 @@ _CHANGE = re.compile(r"([A-Z][A-Z0-9_]*) (\S+) -> (\S+)")
 
 class BuiltinAgent:
     name = "builtin"
+    ahead = False
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def propose(self, context: Context) -> str:
-        """Raises ProposalError `crash` where no constant is left to change."""
+    def propose(self, context: Context) -> Turn:
+        """Raises AgentError where no constant is left to change."""
         here = constants(context.source, context.preset)
         weights = self._weights(context)
         rng = random.Random(f"{self.seed}:{context.number}")
@@ -171,10 +172,10 @@ class BuiltinAgent:
                 words.append(f"{name} {here[name].value} -> {new}")
             if syntax_hash(source) not in context.seen:
                 (context.worktree / "train.py").write_bytes(source)
-                return ", ".join(words)
+                return Turn(", ".join(words))
             if len(picked) == 1:
                 moves.remove(first)
-        raise ProposalError("crash", "the built-in agent has no constant of train.py left to change")
+        raise AgentError("the built-in agent has no constant of train.py left to change", permanent=True)
 
     @staticmethod
     def _weights(context: Context) -> dict[tuple[str, int], float]:

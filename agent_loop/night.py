@@ -1,10 +1,18 @@
-"""A night's state, as its records tell it. Nothing else is remembered, so a killed driver loses nothing."""
+"""A night's state, as its records tell it. Nothing else is remembered, so a killed driver loses nothing.
+
+    runs/<tag>/
+        records.jsonl    settings, outcomes, decisions, agents' turns: a chain (harness.record)
+        flight.json      runs that were begun and are not decided; the proposal that waits for its turn
+        experiments/     a folder for each run
+        turns/           a folder for each agent's turn that came to nothing or is under way
+"""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +21,61 @@ from harness.errors import UsageError
 from harness.record import Chain, Outcome
 from harness.score import Noise, Score
 
-__all__ = ["InFlight", "Night", "Row"]
+__all__ = ["Flight", "Night", "Proposal", "Row", "Run"]
 
 
 @dataclass(frozen=True)
-class InFlight:
-    """A proposal that is committed and not yet decided."""
+class Proposal:
+    """An edit that an agent made and that was not begun yet.
+
+    Attributes:
+        base: the commit that it edits.
+        source: the edited train.py.
+        agent, agent_s, cost_usd, tokens: who made it, and what that took.
+    """
+
+    base: str
+    source: bytes
+    description: str
+    agent: str
+    agent_s: float = 0.0
+    cost_usd: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was begun: what has to be known to begin it again.
+
+    Attributes:
+        kind: `baseline`, `repeat`, `experiment` or `confirm`.
+        parent: the incumbent that it was made from; empty for a baseline.
+        agent, agent_s, cost_usd, tokens: of the proposal.
+    """
 
     number: int
+    kind: str
     commit: str
+    parent: str
     description: str
+    seed: int
+    agent: str = ""
+    agent_s: float = 0.0
+    cost_usd: float = 0.0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One decided run. `outcome` is None for a proposal that was never run."""
+    """One decided run. `outcome` is None for a proposal that was never run.
+
+    Attributes:
+        gain: over the incumbent it was compared with, in bits per byte.
+        holdout_gain: the same on the holdout split; agents are never told.
+        agent, agent_s, cost_usd: who proposed it, in how many seconds, for how much.
+        slot, idle_s: on which device (0 is the first), and for how long that one had waited before it.
+        ended: when it was decided, UTC, ISO 8601.
+    """
 
     number: int
     kind: str
@@ -36,64 +84,149 @@ class Row:
     decision: str
     reason: str
     outcome: Outcome | None
-    gain: float | None  # over the incumbent it was compared with
+    gain: float | None
+    holdout_gain: float | None = None
+    agent: str = ""
+    agent_s: float = 0.0
+    cost_usd: float = 0.0
+    slot: int = 0
+    idle_s: float = 0.0
+    ended: str = ""
 
     @property
     def val_bpb(self) -> float | None:
         return self.outcome.val_bpb if self.outcome else None
 
 
+@dataclass
+class Flight:
+    """What is under way, on disk as one file: written whole or not at all."""
+
+    runs: list[Run] = field(default_factory=list)
+    proposals: list[Proposal] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        proposals = [asdict(p) | {"source": base64.b85encode(p.source).decode()} for p in self.proposals]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"runs": [asdict(r) for r in self.runs], "proposals": proposals}))
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Flight:
+        """Of a file that is missing or not whole, nothing is under way: runs are begun anew from the records."""
+        try:
+            body = json.loads(path.read_text())
+            proposals = [Proposal(**(p | {"source": base64.b85decode(p["source"])})) for p in body["proposals"]]
+            return cls([Run(**r) for r in body["runs"]], proposals)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls()
+
+
 class Night:
-    """`runs/<tag>/` and what its chain of records says."""
+    """`runs/<tag>/` and what its chain of records says. What is read is kept, so each entry is looked at once."""
 
     def __init__(self, folder: Path, chain: Chain | None = None) -> None:
         self.folder = folder
         self.chain = chain or Chain.open(folder / "records.jsonl")
+        self._read = 0
+        self._settings: dict[str, Any] | None = None
+        self._outcomes: dict[int, Outcome] = {}
+        self._rows: list[Row] = []
+        self._scores: dict[str, dict[int, float]] = {}  # commit -> seed -> val_bpb
+        self._holdouts: dict[str, dict[int, float]] = {}
+        self._repeated: dict[str, None] = {}  # commits that were run for the noise floor, in order
+        self._confirmed: dict[str, Row] = {}
+        self._incumbent: Row | None = None
+        self._seen: set[str] = set()
+        self._turns: list[dict[str, Any]] = []
 
     @classmethod
     def reading(cls, folder: Path) -> Night:
         """To look at only: nothing is touched."""
         return cls(folder, Chain.read(folder / "records.jsonl"))
 
+    def _sync(self) -> None:
+        """Take in what was appended since the last look."""
+        entries = self.chain.entries
+        while self._read < len(entries):
+            entry = entries[self._read]
+            self._read += 1
+            body = entry["body"]
+            if entry["kind"] == "night" and self._settings is None:
+                self._settings = body
+            elif entry["kind"] == "experiment":
+                self._take_outcome(Outcome.from_dict(body))
+            elif entry["kind"] == "decision":
+                self._take_decision(body, entry["time"])
+            elif entry["kind"] == "turn":
+                self._turns.append(body | {"time": entry["time"]})
+
+    def _take_outcome(self, outcome: Outcome) -> None:
+        self._outcomes[outcome.number] = outcome
+        for kept, score in ((self._scores, outcome.val_bpb), (self._holdouts, outcome.holdout_bpb)):
+            if score is not None:
+                kept.setdefault(outcome.commit, {}).setdefault(outcome.seed, score)
+
+    def _take_decision(self, body: dict[str, Any], time: str) -> None:
+        extra = {k: body[k] for k in ("agent", "agent_s", "cost_usd", "slot", "idle_s") if k in body}
+        outcome = self._outcomes.get(body["number"])
+        holdout = None
+        if outcome and self._incumbent and outcome.holdout_bpb is not None:
+            best = self._holdouts.get(self._incumbent.commit, {}).get(outcome.seed)
+            holdout = None if best is None else best - outcome.holdout_bpb
+        row = Row(
+            body["number"], body["kind"], body["commit"], body["description"], body["decision"], body["reason"],
+            outcome, body["gain"], holdout, ended=time, **extra,
+        )  # fmt: skip
+        self._rows.append(row)
+        if body.get("syntax"):
+            self._seen.add(body["syntax"])
+        if row.kind == "repeat" and row.val_bpb is not None:
+            self._repeated[row.commit] = None
+        if row.kind == "confirm":
+            self._confirmed[row.commit] = row
+        if row.decision == "keep":
+            self._incumbent = row
+
     # What was written.
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        nights = self.chain.bodies("night")
-        return nights[0] if nights else None
+        self._sync()
+        return self._settings
 
     def outcomes(self) -> dict[int, Outcome]:
-        return {b["number"]: Outcome.from_dict(b) for b in self.chain.bodies("experiment")}
+        self._sync()
+        return self._outcomes
 
     def rows(self) -> list[Row]:
         """Every decided run, in order."""
-        outcomes = self.outcomes()
-        return [
-            Row(
-                d["number"],
-                d["kind"],
-                d["commit"],
-                d["description"],
-                d["decision"],
-                d["reason"],
-                outcomes.get(d["number"]),
-                d["gain"],
-            )
-            for d in self.chain.bodies("decision")
-        ]
+        self._sync()
+        return self._rows
 
-    def undecided(self) -> Outcome | None:
-        """A run that was recorded before the driver died and that waits for its decision."""
-        decided = {d["number"] for d in self.chain.bodies("decision")}
-        return next((o for n, o in sorted(self.outcomes().items()) if n not in decided), None)
+    def turns(self) -> list[dict[str, Any]]:
+        """Agents' turns that gave no edit, in order: agent, seconds, cost_usd, tokens, reason, time."""
+        self._sync()
+        return self._turns
+
+    @property
+    def seen(self) -> set[str]:
+        """Syntax hashes of every train.py that was decided on."""
+        self._sync()
+        return self._seen
+
+    def undecided(self) -> list[Outcome]:
+        """Runs that were recorded before the driver died and that wait for their decision, in order."""
+        decided = {r.number for r in self.rows()}
+        return [o for n, o in sorted(self._outcomes.items()) if n not in decided]
 
     @property
     def next_number(self) -> int:
-        return len(self.chain.bodies("decision"))
+        return len(self.rows())
 
     def incumbent(self) -> Row | None:
-        kept = [r for r in self.rows() if r.decision == "keep"]
-        return kept[-1] if kept else None
+        self._sync()
+        return self._incumbent
 
     @property
     def seed(self) -> int:
@@ -102,12 +235,12 @@ class Night:
 
     def score_of(self, commit: str, seed: int) -> float | None:
         """The score of a commit under a seed, where it was run with one."""
-        found = [o.val_bpb for o in self.outcomes().values() if (o.commit, o.seed) == (commit, seed)]
-        return next((b for b in found if b is not None), None)
+        self._sync()
+        return self._scores.get(commit, {}).get(seed)
 
-    def gains(self, outcome: Outcome) -> list[float | None]:
-        """Of a confirmation's commit over its parent, the incumbent: under the night's seed, and under its own."""
-        pairs = [[self.score_of(c, s) for c in (outcome.parent, outcome.commit)] for s in (self.seed, outcome.seed)]
+    def gains(self, outcome: Outcome, incumbent: str) -> list[float | None]:
+        """Of a confirmation's commit over an incumbent: under the night's seed, and under its own."""
+        pairs = [[self.score_of(c, s) for c in (incumbent, outcome.commit)] for s in (self.seed, outcome.seed)]
         return [None if old is None or new is None else old - new for old, new in pairs]
 
     def incumbent_score(self) -> Score | None:
@@ -117,30 +250,21 @@ class Night:
 
     def noise(self, least: float | None = None) -> Noise:
         """The floor measured on the seeds of the baseline and of later incumbents, or `least` where that is given."""
-        rows = [r for r in self.rows() if r.val_bpb is not None]
-        repeated = {r.commit for r in rows if r.kind == "repeat"}
-        groups: dict[str, dict[int, float]] = {}
-        for r in rows:
-            if r.commit in repeated and r.outcome and r.val_bpb is not None:
-                groups.setdefault(r.commit, {})[r.outcome.seed] = r.val_bpb
-        measured = Noise.from_repeats(*(list(g.values()) for g in groups.values()))
+        self._sync()
+        measured = Noise.from_repeats(*(list(self._scores[c].values()) for c in self._repeated))
         return measured if least is None else Noise(least, measured.seeds)
 
     def waiting(self) -> Row | None:
         """A marginal gain that waits for its second seed."""
-        rows = self.rows()
-        confirmed = {r.commit for r in rows if r.kind == "confirm"}
-        return next((r for r in rows if r.decision == "marginal" and r.commit not in confirmed), None)
+        return next((r for r in self.rows() if r.decision == "marginal" and r.commit not in self._confirmed), None)
 
     def tried(self) -> list[Row]:
         """Baseline and experiments, each as it ended: a marginal gain with what its second seed decided."""
-        rows = self.rows()
-        confirmed = {r.commit: r for r in rows if r.kind == "confirm"}
         return [
-            replace(r, decision=confirmed[r.commit].decision, reason=confirmed[r.commit].reason)
-            if r.decision == "marginal" and r.commit in confirmed
+            replace(r, decision=end.decision, reason=end.reason)
+            if r.decision == "marginal" and (end := self._confirmed.get(r.commit))
             else r
-            for r in rows
+            for r in self.rows()
             if r.kind not in ("repeat", "confirm")
         ]
 
@@ -151,25 +275,16 @@ class Night:
     def experiment_folder(self, number: int) -> Path:
         return self.folder / "experiments" / f"{number:04d}"
 
-    # The proposal in flight: written whole or not at all.
+    def turn_folder(self, number: int) -> Path:
+        return self.folder / "turns" / f"{number:04d}"
 
-    @property
-    def _current(self) -> Path:
-        return self.folder / "current.json"
+    # What is under way.
 
-    def in_flight(self) -> InFlight | None:
-        try:
-            return InFlight(**json.loads(self._current.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+    def flight(self) -> Flight:
+        return Flight.load(self.folder / "flight.json")
 
-    def set_in_flight(self, proposal: InFlight | None) -> None:
-        if proposal is None:
-            self._current.unlink(missing_ok=True)
-            return
-        temporary = self._current.with_suffix(".tmp")
-        temporary.write_text(json.dumps(proposal.__dict__))
-        os.replace(temporary, self._current)
+    def set_flight(self, flight: Flight) -> None:
+        flight.save(self.folder / "flight.json")
 
     def check_settings(self, wanted: dict[str, Any]) -> None:
         """Write the night's settings, or hold a resumed night to them.
