@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from agent_loop.source import Size, size_of
 from harness.record import Outcome
 from harness.score import Noise, Score
 
-__all__ = ["MARGINAL", "Decision", "decide", "decide_confirmed"]
+if TYPE_CHECKING:
+    from agent_loop.night import Night, Row
+
+__all__ = ["MARGINAL", "Decision", "decide", "decide_confirmed", "judge"]
 
 # A gain within the noise floor, but above this share of it, is worth a second seed.
 MARGINAL = 0.5
@@ -15,30 +21,37 @@ MARGINAL = 0.5
 
 @dataclass(frozen=True)
 class Decision:
-    """`decision` is `keep`, `discard`, `marginal` (a second seed will tell), or the status of a run that failed."""
+    """`decision` is `keep`, `discard`, `marginal` (a second seed will tell), or the status of a run that failed.
+
+    `again`: the edit was better than what it was made from, and something else was kept while it ran: it is tried once
+    more on top of that.
+    """
 
     decision: str
     reason: str
+    again: bool = False
 
 
 def decide(
     outcome: Outcome,
-    lines: int,
+    size: Size,
     incumbent: Score | None,
-    incumbent_lines: int,
+    incumbent_size: Size,
     noise: Noise,
     second_seed: bool = False,
+    parent: Score | None = None,
 ) -> Decision:
     """What becomes of an experiment.
 
-    Keep on a gain above the noise floor; keep when equal within the noise and shorter; marginal on a gain above half
+    Keep on a gain above the noise floor; keep when equal within the noise and simpler; marginal on a gain above half
     the floor; else discard.
 
     Args:
-        lines, incumbent_lines: lines of code (`source.code_lines`).
+        size, incumbent_size: of the two train.py (`source.size_of`).
         incumbent: None for the first run, which is kept when it has a score.
         noise: the measured floor; a floor of 0 (not measured) keeps any gain.
         second_seed: whether a marginal gain may be tried again; else it is discarded.
+        parent: the score of the train.py that was edited, where that is not the incumbent any more.
     """
     if outcome.status != "ok" or outcome.val_bpb is None:
         return Decision(outcome.status if outcome.status != "ok" else "crash", outcome.reason or "no score")
@@ -50,24 +63,38 @@ def decide(
     known = f"the noise floor of {floor:.6f} ({noise.seeds} seeds)" if floor else "zero (noise was not measured)"
     if gain > floor:
         return Decision("keep", f"better by {gain:.6f}, above {known}")
-    if abs(gain) <= floor and lines < incumbent_lines:
+    if abs(gain) <= floor and size.simpler_than(incumbent_size):
         return Decision(
-            "keep", f"equal within {known} ({-gain:+.6f}) and simpler: {lines} lines of code against {incumbent_lines}"
+            "keep",
+            f"equal within {known} ({-gain:+.6f}) and simpler: {size.lines} lines of code against "
+            f"{incumbent_size.lines}",
         )
-    if second_seed and gain > MARGINAL * floor:
+    if parent is not None:
+        own = score.gain_over(parent)
+        if own > MARGINAL * floor:
+            return Decision(
+                "discard",
+                f"better than what it was made from by {own:.6f}, but not than what was kept meanwhile ({gain:+.6f}); "
+                f"tried again on top of that",
+                again=True,
+            )
+    elif second_seed and gain > MARGINAL * floor:
         return Decision("marginal", f"better by {gain:.6f}, which is within {known}; a second seed will tell")
     if gain > 0:
         return Decision("discard", f"better by {gain:.6f}, which is within {known}")
     return Decision("discard", f"worse by {-gain:.6f}" if gain < 0 else "no change to the last digit")
 
 
-def decide_confirmed(outcome: Outcome, gains: list[float | None], noise: Noise) -> Decision:
+def decide_confirmed(
+    outcome: Outcome, gains: list[float | None], noise: Noise, parent_is_incumbent: bool = True
+) -> Decision:
     """What becomes of a marginal gain after its second seed.
 
     Args:
         outcome: of the second seed.
-        gains: over the incumbent under the same seed, one for each; None where one of the two runs has no score.
+        gains: over what was edited, under the same seed, one for each; None where one of the two runs has no score.
         noise: the floor of a single difference; that of a mean of n differences is smaller by the root of n.
+        parent_is_incumbent: False where something else was kept while it ran: a gain that holds is tried on top of it.
     """
     if outcome.status != "ok":
         return Decision(outcome.status, f"with the second seed: {outcome.reason}")
@@ -76,11 +103,39 @@ def decide_confirmed(outcome: Outcome, gains: list[float | None], noise: Noise) 
         return Decision("discard", "the incumbent has no score under the second seed, so nothing can be compared")
     mean, floor = sum(known) / len(known), noise.floor_bpb / len(known) ** 0.5
     each = ", ".join(f"{g:+.6f}" for g in known)
+    if mean <= 0:
+        return Decision("discard", f"worse by {-mean:.6f} on average over {len(known)} seeds ({each})")
     above = mean > floor
-    return Decision(
-        "keep" if above else "discard",
+    reason = (
         f"better by {mean:.6f} on average over {len(known)} seeds ({each}), {'above' if above else 'within'} the "
         f"noise floor of such a mean, {floor:.6f}"
-        if mean > 0
-        else f"worse by {-mean:.6f} on average over {len(known)} seeds ({each})",
     )
+    if above and not parent_is_incumbent:
+        return Decision("discard", reason + "; something else was kept meanwhile, tried again on top of that", True)
+    return Decision("keep" if above else "discard", reason)
+
+
+def judge(
+    night: Night,
+    outcome: Outcome,
+    incumbent: Row | None,
+    source_of: Callable[[str], bytes],
+    noise: Noise,
+    second_seed: bool,
+) -> Decision:
+    """The decision on a run of a night, where `incumbent` is the best that was kept before it.
+
+    Args:
+        source_of: the train.py of a commit.
+    """
+    if outcome.kind == "repeat" and outcome.status == "ok":
+        whose = "baseline" if outcome.commit == night.rows()[0].commit else "incumbent"
+        return Decision("measured", f"the {whose}'s train.py with seed {outcome.seed}, for the noise floor")
+    same = incumbent is None or incumbent.commit == outcome.parent
+    if outcome.kind == "confirm":
+        return decide_confirmed(outcome, night.gains(outcome, outcome.parent), noise, same)
+    size = size_of(source_of(outcome.commit))
+    best_size = size_of(source_of(incumbent.commit)) if incumbent else size
+    scores = [night.score_of(c, night.seed) if c else None for c in (incumbent and incumbent.commit, outcome.parent)]
+    best, parent = (None if bpb is None else Score(bpb) for bpb in scores)
+    return decide(outcome, size, best, best_size, noise, second_seed, None if same else parent)

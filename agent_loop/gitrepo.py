@@ -1,8 +1,9 @@
 """Git as memory: a branch and a worktree of the night's own. The user's checkout is never touched.
 
-The branch `autoresearch/<tag>` is the incumbent. A candidate is a commit made from the incumbent's tree with
-train.py's blob replaced, so that its diff cannot touch anything else; it is kept under `refs/hotloop/<tag>/<number>`
-whatever is decided. No hook runs.
+A candidate is a commit made from the incumbent's tree with train.py's blob replaced, so that its diff cannot touch
+anything else; it is kept under `refs/hotloop/<tag>/<number>` whatever is decided. The branch `autoresearch/<tag>` has
+one commit for each kept experiment, with its numbers in the message. It is a function of the records, its hashes
+included, so it can be made again at any time. No hook runs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import io
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import git
@@ -21,8 +25,10 @@ from agent_loop.source import MAX_BYTES, ProposalError
 from harness.errors import UsageError
 from harness.single import read_train_source
 
-__all__ = ["NightRepo", "free_tag", "open_repo"]
+__all__ = ["Kept", "NightRepo", "branch_of", "free_tag", "open_repo"]
 
+# No hook runs; and somebody else's git (a gc, a fetch) is waited for.
+_SAFE = ["core.hooksPath=/dev/null", "core.filesRefLockTimeout=10000", "core.packedRefsTimeout=10000"]
 _AUTHOR = {
     "GIT_AUTHOR_NAME": "hotloop", "GIT_AUTHOR_EMAIL": "hotloop@localhost",
     "GIT_COMMITTER_NAME": "hotloop", "GIT_COMMITTER_EMAIL": "hotloop@localhost",
@@ -43,7 +49,7 @@ def open_repo(folder: Path) -> git.Repo:
             f"{folder} is not in a git repository; start in a clone of hotloop, or run: git init && git add -A && "
             f"git commit -m start"
         ) from None
-    repo.git.set_persistent_git_options(c="core.hooksPath=/dev/null")
+    repo.git.set_persistent_git_options(c=_SAFE)
     if not repo.head.is_valid():
         raise UsageError(f"{root} has no commit yet; run: git add -A && git commit -m start")
     read_train_source(root / "train.py")
@@ -54,6 +60,15 @@ def open_repo(folder: Path) -> git.Repo:
     if "train.py" not in {entry.path for entry in repo.head.commit.tree}:
         raise UsageError(f"train.py is not committed; run: git add {root / 'train.py'} && git commit")
     return repo
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One commit of the branch: the tree of `commit`, with a message and a time of its own."""
+
+    commit: str
+    message: str
+    when: str
 
 
 def branch_of(tag: str) -> str:
@@ -84,6 +99,7 @@ class NightRepo:
         self.branch = branch_of(tag)
         self.worktree = folder.resolve() / "worktree"
         self._common = Path(repo.common_dir).resolve()
+        self._line: list[tuple[Kept, str]] = []  # the branch, as far as this process made it
 
     def start(self) -> str:
         """Make the branch at HEAD if it is new; returns its commit. The worktree is made by `reset`."""
@@ -91,9 +107,18 @@ class NightRepo:
             self.repo.git.check_ref_format("--branch", self.branch)
         except git.GitCommandError:
             raise UsageError(f"{self.tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'") from None
+        for lock in self._own_locks():  # of a git that was killed; ours is the only driver
+            lock.unlink(missing_ok=True)
         if self.branch not in {h.name for h in self.repo.heads}:
             self.repo.git.branch(self.branch, "HEAD")
         return self.head()
+
+    def _own_locks(self) -> Iterator[Path]:
+        yield self._common / "refs" / "heads" / f"{self.branch}.lock"
+        yield from (self._common / "refs" / "hotloop" / self.tag).glob("*.lock")
+        private = self._private()
+        if private:
+            yield from private.glob("*.lock")
 
     def head(self) -> str:
         return str(self.repo.commit(self.branch).hexsha)
@@ -103,17 +128,41 @@ class NightRepo:
         data: bytes = (self.repo.commit(commit).tree / "train.py").data_stream.read()
         return data
 
-    def reset(self, commit: str) -> None:
-        """Put branch and worktree to the incumbent, whatever an agent left there."""
-        self.repo.git.update_ref(f"refs/heads/{self.branch}", commit)
+    def set_branch(self, base: str, kept: list[Kept]) -> str:
+        """Make the branch what was kept, on top of the baseline's commit; returns its head."""
+        if kept:
+            head = self.repo.commit(self.branch)
+            if head.message == kept[-1].message + "\n" and head.tree == self.repo.commit(kept[-1].commit).tree:
+                return str(head.hexsha)
+        for i, one in enumerate(kept):
+            known = self._line[i] if i < len(self._line) else None
+            if known is None or known[0] != one:
+                parent = self._line[i - 1][1] if i else base
+                sha = self._commit_tree(f"{one.commit}^{{tree}}", parent, one.message, one.when)
+                self._line[i:] = [(one, sha)]
+        new = self._line[len(kept) - 1][1] if kept else base
+        self.repo.git.update_ref(f"refs/heads/{self.branch}", new)
+        return new
+
+    def prepare(self, commit: str) -> None:
+        """Put the worktree to a commit, whatever an agent left there. No branch moves."""
         private = self._private()
         if private is None:
             private = self._make_worktree()
-        for lock in ("index.lock", "HEAD.lock"):  # of a git that was killed; ours is the only driver
-            (private / lock).unlink(missing_ok=True)
+        for name in ("index.lock", "HEAD.lock", "index"):  # the index is the worktree's own word of what it holds
+            (private / name).unlink(missing_ok=True)
         self._git(private, "symbolic-ref", "HEAD", f"refs/heads/{self.branch}")
-        self._git(private, "reset", "-q", "--hard", commit)
+        self._git(private, "read-tree", "--reset", "-u", commit)
         self._git(private, "clean", "-q", "-ffdx")
+
+    def merged(self, base: str, ours: str, theirs: bytes) -> bytes | None:
+        """train.py with both what `ours` and what `theirs` changed since `base`; None where they change the same."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / name for name in ("ours", "base", "theirs")]
+            for path, source in zip(paths, (self.source(ours), self.source(base), theirs), strict=True):
+                path.write_bytes(source)
+            done = subprocess.run(["git", "merge-file", "-p", *map(str, paths)], capture_output=True)
+        return done.stdout if done.returncode == 0 else None
 
     def proposed(self, commit: str) -> bytes:
         """The train.py that an agent left in the worktree, which had `commit` checked out.
@@ -142,13 +191,18 @@ class NightRepo:
         """Commit `source` as train.py on top of `parent`, under the number's own ref; no branch moves."""
         blob = self.repo.odb.store(IStream("blob", len(source), io.BytesIO(source))).hexsha.decode()
         with tempfile.TemporaryDirectory() as folder:
-            env = {**_AUTHOR, "GIT_INDEX_FILE": str(Path(folder) / "index")}
+            env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
             self.repo.git.read_tree(parent, env=env)
             self.repo.git.update_index("--cacheinfo", f"100644,{blob},train.py", env=env)
             tree = self.repo.git.write_tree(env=env)
-            sha = str(self.repo.git.commit_tree(tree, "-p", parent, "-m", message, env=env))
+        sha = self._commit_tree(tree, parent, message)
         self.repo.git.update_ref(f"refs/hotloop/{self.tag}/{number:04d}", sha)
         return sha
+
+    def _commit_tree(self, tree: str, parent: str, message: str, when: str | None = None) -> str:
+        dates = {"GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when} if when else {}
+        made = self.repo.git.commit_tree(tree, "-p", parent, "-m", message, env=_AUTHOR | dates)
+        return str(made)
 
     # The worktree.
 
@@ -182,7 +236,8 @@ class NightRepo:
 
     def _git(self, git_dir: Path, *args: str, env: dict[str, str] | None = None) -> str:
         where = [f"--git-dir={git_dir}", f"--work-tree={self.worktree}"]
-        safe = ["-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.bare=false"]
+        settings = [*_SAFE, "core.fsmonitor=false", "core.bare=false"]
+        safe = [word for setting in settings for word in ("-c", setting)]
         return str(git.Git(self.worktree).execute(["git", *where, *safe, *args], env=env))
 
 

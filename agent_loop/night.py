@@ -1,10 +1,10 @@
 """A night's state, as its records tell it. Nothing else is remembered, so a killed driver loses nothing.
 
-    runs/<tag>/
-        records.jsonl    settings, outcomes, decisions, agents' turns: a chain (harness.record)
-        flight.json      runs that were begun and are not decided; the proposal that waits for its turn
-        experiments/     a folder for each run
-        turns/           a folder for each agent's turn that came to nothing or is under way
+runs/<tag>/
+    records.jsonl    settings, outcomes, decisions, agents' turns: a chain (harness.record)
+    flight.json      runs that were begun and are not decided; the proposal that waits for its turn
+    experiments/     a folder for each run, with the agent's turn that it came from
+    turns/           a folder for each agent's turn that came to nothing or is under way
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from harness.score import Noise, Score
 __all__ = ["Flight", "Night", "Proposal", "Row", "Run"]
 
 
+_EXTRA = ("agent", "agent_s", "cost_usd", "again", "again_of", "slot", "idle_s")
+
+
 @dataclass(frozen=True)
 class Proposal:
     """An edit that an agent made and that was not begun yet.
@@ -32,15 +36,19 @@ class Proposal:
         base: the commit that it edits.
         source: the edited train.py.
         agent, agent_s, cost_usd, tokens: who made it, and what that took.
+        again_of: the number of the experiment whose edit it is, on top of another incumbent.
+        folder: of the turn that made it; empty where there was none.
     """
 
     base: str
     source: bytes
     description: str
     agent: str
+    again_of: int | None = None
     agent_s: float = 0.0
     cost_usd: float = 0.0
     tokens: int = 0
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Run:
     Attributes:
         kind: `baseline`, `repeat`, `experiment` or `confirm`.
         parent: the incumbent that it was made from; empty for a baseline.
-        agent, agent_s, cost_usd, tokens: of the proposal.
+        agent, agent_s, cost_usd, tokens, again_of: of the proposal.
     """
 
     number: int
@@ -60,6 +68,7 @@ class Run:
     description: str
     seed: int
     agent: str = ""
+    again_of: int | None = None
     agent_s: float = 0.0
     cost_usd: float = 0.0
     tokens: int = 0
@@ -73,6 +82,8 @@ class Row:
         gain: over the incumbent it was compared with, in bits per byte.
         holdout_gain: the same on the holdout split; agents are never told.
         agent, agent_s, cost_usd: who proposed it, in how many seconds, for how much.
+        again, again_of: whether its edit is to be tried again on top of what was kept meanwhile; of which one it is
+            that other try.
         slot, idle_s: on which device (0 is the first), and for how long that one had waited before it.
         ended: when it was decided, UTC, ISO 8601.
     """
@@ -89,6 +100,8 @@ class Row:
     agent: str = ""
     agent_s: float = 0.0
     cost_usd: float = 0.0
+    again: bool = False
+    again_of: int | None = None
     slot: int = 0
     idle_s: float = 0.0
     ended: str = ""
@@ -132,13 +145,20 @@ class Night:
         self._settings: dict[str, Any] | None = None
         self._outcomes: dict[int, Outcome] = {}
         self._rows: list[Row] = []
+        self._experiments = 0
+        self._run: set[tuple[str, int]] = set()
+        self._by_commit: dict[str, Outcome] = {}
         self._scores: dict[str, dict[int, float]] = {}  # commit -> seed -> val_bpb
         self._holdouts: dict[str, dict[int, float]] = {}
         self._repeated: dict[str, None] = {}  # commits that were run for the noise floor, in order
+        self._marginals: dict[int, Row] = {}
+        self._again: dict[int, Row] = {}
         self._confirmed: dict[str, Row] = {}
         self._incumbent: Row | None = None
         self._seen: set[str] = set()
         self._turns: list[dict[str, Any]] = []
+        self._last_turn = 0
+        self._retried: set[int | None] = set()
 
     @classmethod
     def reading(cls, folder: Path) -> Night:
@@ -160,15 +180,19 @@ class Night:
                 self._take_decision(body, entry["time"])
             elif entry["kind"] == "turn":
                 self._turns.append(body | {"time": entry["time"]})
+                self._retried.add(body.get("again_of"))
 
     def _take_outcome(self, outcome: Outcome) -> None:
         self._outcomes[outcome.number] = outcome
+        self._run.add((outcome.commit, outcome.seed))
+        if outcome.seed == (self._settings or {}).get("seed", 1):
+            self._by_commit.setdefault(outcome.commit, outcome)
         for kept, score in ((self._scores, outcome.val_bpb), (self._holdouts, outcome.holdout_bpb)):
             if score is not None:
                 kept.setdefault(outcome.commit, {}).setdefault(outcome.seed, score)
 
     def _take_decision(self, body: dict[str, Any], time: str) -> None:
-        extra = {k: body[k] for k in ("agent", "agent_s", "cost_usd", "slot", "idle_s") if k in body}
+        extra = {k: body[k] for k in _EXTRA if k in body}
         outcome = self._outcomes.get(body["number"])
         holdout = None
         if outcome and self._incumbent and outcome.holdout_bpb is not None:
@@ -179,10 +203,17 @@ class Night:
             outcome, body["gain"], holdout, ended=time, **extra,
         )  # fmt: skip
         self._rows.append(row)
+        self._experiments += row.kind == "experiment"
         if body.get("syntax"):
             self._seen.add(body["syntax"])
+        if row.again_of is not None:
+            self._retried.add(row.again_of)
         if row.kind == "repeat" and row.val_bpb is not None:
             self._repeated[row.commit] = None
+        if row.decision == "marginal":
+            self._marginals[row.number] = row
+        if row.again:
+            self._again[row.number] = row
         if row.kind == "confirm":
             self._confirmed[row.commit] = row
         if row.decision == "keep":
@@ -205,7 +236,8 @@ class Night:
         return self._rows
 
     def turns(self) -> list[dict[str, Any]]:
-        """Agents' turns that gave no edit, in order: agent, seconds, cost_usd, tokens, reason, time."""
+        """Agents' turns that gave nothing to run, in order: agent, result (failed, or refused with its status), reason,
+        description, seconds, cost_usd, tokens, time."""
         self._sync()
         return self._turns
 
@@ -238,6 +270,27 @@ class Night:
         self._sync()
         return self._scores.get(commit, {}).get(seed)
 
+    @property
+    def cost_usd(self) -> float:
+        """Of all turns that were recorded, whatever became of them."""
+        self._sync()
+        return sum(r.cost_usd for r in self._rows) + sum(float(t["cost_usd"]) for t in self._turns)
+
+    def was_run(self, commit: str, seed: int) -> bool:
+        self._sync()
+        return (commit, seed) in self._run
+
+    @property
+    def experiments(self) -> int:
+        """How many were decided."""
+        self._sync()
+        return self._experiments
+
+    def outcome_of(self, commit: str) -> Outcome | None:
+        """Of a commit under the night's seed."""
+        self._sync()
+        return self._by_commit.get(commit)
+
     def gains(self, outcome: Outcome, incumbent: str) -> list[float | None]:
         """Of a confirmation's commit over an incumbent: under the night's seed, and under its own."""
         pairs = [[self.score_of(c, s) for c in (incumbent, outcome.commit)] for s in (self.seed, outcome.seed)]
@@ -254,9 +307,20 @@ class Night:
         measured = Noise.from_repeats(*(list(self._scores[c].values()) for c in self._repeated))
         return measured if least is None else Noise(least, measured.seeds)
 
-    def waiting(self) -> Row | None:
-        """A marginal gain that waits for its second seed."""
-        return next((r for r in self.rows() if r.decision == "marginal" and r.commit not in self._confirmed), None)
+    def waiting(self) -> list[Row]:
+        """Marginal gains over the incumbent that wait for their second seed."""
+        now = self.incumbent()
+        return [r for r in self._marginal() if now and r.outcome and r.outcome.parent == now.commit]
+
+    def to_try_again(self) -> list[Row]:
+        """Edits that were better than what they were made from, which is the incumbent no more."""
+        now = self.incumbent()
+        late = [r for r in self._marginal() if now and r.outcome and r.outcome.parent != now.commit]
+        return [r for r in (*self._again.values(), *late) if r.number not in self._retried]
+
+    def _marginal(self) -> list[Row]:
+        self._sync()
+        return [r for r in self._marginals.values() if r.commit not in self._confirmed]
 
     def tried(self) -> list[Row]:
         """Baseline and experiments, each as it ended: a marginal gain with what its second seed decided."""
@@ -275,8 +339,15 @@ class Night:
     def experiment_folder(self, number: int) -> Path:
         return self.folder / "experiments" / f"{number:04d}"
 
-    def turn_folder(self, number: int) -> Path:
-        return self.folder / "turns" / f"{number:04d}"
+    def new_turn_folder(self, keep: int = 200) -> Path:
+        """For the next turn; the oldest of those that came to nothing are removed, but for the last `keep`."""
+        parent = self.folder / "turns"
+        parent.mkdir(exist_ok=True)
+        have = sorted(int(p.name) for p in parent.iterdir() if p.name.isdigit())
+        for number in have[:-keep]:
+            shutil.rmtree(parent / f"{number:06d}", ignore_errors=True)
+        self._last_turn = max([self._last_turn, *have]) + 1
+        return parent / f"{self._last_turn:06d}"
 
     # What is under way.
 

@@ -14,7 +14,7 @@ from agent_loop.night import Night, Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "print_results", "tsv_text", "write_progress", "write_tsv"]
+__all__ = ["COLOURS", "draw", "print_results", "tsv_text", "write_progress", "write_tsv"]
 
 COLOURS = {"keep": "green", "discard": "bright_black", "measured": "cyan", "marginal": "yellow"}
 
@@ -96,6 +96,12 @@ def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int,
     axes.set_ylabel("val_bpb (lower is better)")
     axes.grid(alpha=0.2)
     axes.legend(loc="upper right", fontsize=9)
+
+
+def draw(folder: str, repo: str) -> None:
+    """All that is drawn, from records that may be written at the same time. Runs in a process of its own."""
+    night = Night.reading(Path(folder))
+    write_progress(night)
 
 
 def print_results(night: Night, console: Console) -> None:

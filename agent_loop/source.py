@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import tokenize
+from dataclasses import dataclass
 
 from harness.errors import HotloopError
 from harness.lint import MAX_BYTES, problem
 
-__all__ = ["MAX_BYTES", "ProposalError", "check_source", "code_lines", "syntax_hash"]
+__all__ = ["MAX_BYTES", "ProposalError", "Size", "check_source", "code_lines", "size_of", "syntax_hash"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long a train.py is: lines that hold code, and nodes of its syntax tree without docstrings.
+
+    Lines alone could be had by writing two statements on one, nodes alone by writing a number in another way.
+    """
+
+    lines: int
+    nodes: int
+
+    def simpler_than(self, other: Size) -> bool:
+        return self.lines < other.lines and self.nodes < other.nodes
 
 
 class ProposalError(HotloopError):
@@ -36,19 +52,30 @@ def check_source(source: bytes) -> None:
             raise ProposalError("crash", f"train.py does not define {name}()")
 
 
-def syntax_hash(source: bytes) -> str:
-    """Equal for two files that differ in comments, docstrings and layout only."""
+def _tree(source: bytes) -> ast.Module:
+    """The syntax tree without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return tree
+
+
+def syntax_hash(source: bytes) -> str:
+    """Equal for two files that differ in comments, docstrings and layout only."""
+    return hashlib.sha256(ast.dump(_tree(source)).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def size_of(source: bytes) -> Size:
+    """The measure of "simpler"."""
+    return Size(code_lines(source), sum(1 for _ in ast.walk(_tree(source))))
 
 
 def code_lines(source: bytes) -> int:
-    """Lines that hold code: no blank lines, comments or docstrings. The measure of "simpler"."""
+    """Lines that hold code: no blank lines, comments or docstrings."""
     skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
     lines: set[int] = set()
     statement_starts = True

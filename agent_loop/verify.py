@@ -3,7 +3,7 @@
 chain       every line continues the one before; signatures, where there are any
 seals       sealed code and data were the same for all experiments, and are those of this checkout
 commits     each candidate differs from its parent in train.py alone and holds the source that was run
-branch      so does every commit of the night's branch, whose head is the last kept one
+branch      it has one commit for each kept experiment, with the tree that was run, and no other
 decisions   each is what its records give when it is made again
 weights     the stored ones of kept experiments are those that were scored
 packages    torch, triton and the others are those of the night (with --packages: file by file)
@@ -19,15 +19,14 @@ from pathlib import Path
 import git
 from gitdb.exc import ODBError
 
-from agent_loop.decide import decide, decide_confirmed
+from agent_loop.decide import judge
 from agent_loop.night import Night, Row
 from agent_loop.report import tsv_text
-from agent_loop.source import code_lines
 from harness.errors import DataError, HotloopError, UsageError
 from harness.experiment import evaluated
 from harness.machine import changed_files, environment
 from harness.record import Chain, Outcome
-from harness.score import Noise, Score
+from harness.score import Noise
 from harness.seal import verify_seal
 from harness.single import settings_from
 
@@ -126,9 +125,9 @@ def _commits(night: Night, repo: git.Repo) -> Iterator[Check]:
         return
     try:
         head = repo.commit(name)
-        line = [c.hexsha for c in repo.iter_commits(f"{kept[0].commit}..{head.hexsha}")]
-        alone = all(_only_train(repo, f"{c}^", c) for c in line)
-        good = head.hexsha == kept[-1].commit and alone and set(line) <= {r.commit for r in kept}
+        line = list(repo.iter_commits(f"{kept[0].commit}..{head.hexsha}", reverse=True))
+        trees = [c.tree.hexsha for c in line]
+        good = trees == [repo.commit(r.commit).tree.hexsha for r in kept[1:]]
         yield "branch", good, f"{name}: {len(line)} kept commits" if good else f"{name} is not what was kept"
     except _MISSING:
         yield "branch", False, f"there is no branch {name}"
@@ -141,6 +140,11 @@ def _only_train(repo: git.Repo, old: str, new: str) -> bool:
 
 def _decisions(night: Night, repo: git.Repo) -> Check:
     """Make each decision again, from what was known when it was made."""
+
+    def source_of(commit: str) -> bytes:
+        data: bytes = (repo.commit(commit).tree / "train.py").data_stream.read()
+        return data
+
     incumbent: Row | None = None
     wrong = []
     marginal = {r.commit for r in night.rows() if r.decision == "marginal"}
@@ -148,18 +152,11 @@ def _decisions(night: Night, repo: git.Repo) -> Check:
     for row in night.rows():
         outcome = row.outcome
         if outcome is not None and row.kind != "repeat":
-            bpb = night.score_of(incumbent.commit, night.seed) if incumbent else None
-            best = Score(bpb) if bpb is not None else None
+            noise = Noise(float(entries[row.number]["noise_bpb"]), 0)
             try:
-                lines = [code_lines((repo.commit(c).tree / "train.py").data_stream.read())
-                         for c in (row.commit, incumbent.commit if incumbent else row.commit)]  # fmt: skip
+                again = judge(night, outcome, incumbent, source_of, noise, row.commit in marginal)
             except _MISSING:
                 continue  # a missing commit is told above
-            noise = Noise(float(entries[row.number]["noise_bpb"]), 0)
-            if row.kind == "confirm":
-                again = decide_confirmed(outcome, night.gains(outcome), noise)
-            else:
-                again = decide(outcome, lines[0], best, lines[1], noise, row.commit in marginal)
             if again.decision != row.decision:
                 wrong.append(str(row.number))
         if row.decision == "keep":

@@ -195,7 +195,7 @@ class Evaluator:
     ) -> npt.NDArray[np.float32]:
         """One fresh process over `rows`; float32 [N, width_out]."""
         self._emit(Event(phase))
-        fresh(self.spec.device)
+        fresh(self.spec.device, gpu=self.sandbox.gpu)
         limits = self.preset.limits
         width, batch = rows.shape[1], min(self.preset.eval_batch_rows, len(rows))
         weights_in = SharedMemory(len(weights))

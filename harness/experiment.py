@@ -43,6 +43,8 @@ class Job:
         baseline_cpu_s: processor seconds of the baseline, which bound a budget in operations; None for a first run.
         budget: None for the preset's rule.
         replay: the `budget` of a record, to be used as it stands; None otherwise.
+        stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
+            to stop the run as `raced`, or None.
         folder: receives train.py, log.txt, evaluate.txt and weights.safetensors.
     """
 
@@ -59,6 +61,7 @@ class Job:
     baseline_cpu_s: float | None = None
     budget: BudgetRule | None = None
     replay: dict[str, Any] | None = None
+    stop: Callable[[list[list[float]], int], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ def _try(
         clock,
         settings.sandbox,
         job.baseline_cpu_s,
+        job.stop,
     )
     trained = session.result
     try:

@@ -8,13 +8,14 @@ Through the driver's own library (ctypes), without torch: a context takes a frac
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import time
 from typing import Any
 
 from harness.errors import DeviceError
-from harness.machine import nvidia_smi
+from harness.machine import Gpu, nvidia_smi
 from harness.walls import project_root
 
 __all__ = ["clear", "clear_memory", "fresh", "others"]
@@ -23,10 +24,13 @@ _CHUNK = 1 << 30
 _LEAST = 1 << 20  # what is left below this is the driver's own fragments
 
 
-def fresh(device: str, wait_s: float = 20.0) -> None:
+def fresh(device: str, wait_s: float = 20.0, gpu: Gpu | None = None) -> None:
     """Before each child on a GPU: nobody else computes on it, and its free memory is clear. Nothing on a CPU.
 
     A child's leftovers could tell the next one what it must not know: evaluator A has every true token.
+
+    Args:
+        gpu: the one that is meant, where there are several; None for the first, and nobody else on any.
 
     Raises:
         DeviceError: somebody else stays on the GPU, or its memory cannot be cleared.
@@ -34,28 +38,30 @@ def fresh(device: str, wait_s: float = 20.0) -> None:
     if device != "cuda":
         return
     deadline = time.monotonic() + wait_s
-    while found := others():
+    while found := others(gpu):
         if time.monotonic() > deadline:
             raise DeviceError(f"other processes compute on the GPU ({'; '.join(found[:3])}); end them and start again")
         time.sleep(0.5)
-    clear()
+    clear(gpu)
 
 
-def others() -> list[str]:
+def others(gpu: Gpu | None = None) -> list[str]:
     """Processes that compute on the GPU now, as `pid name`. Between two runs there must be none of ours."""
-    return [" ".join(row) for row in nvidia_smi("--query-compute-apps=pid,process_name")]
+    rows = nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name")
+    return [" ".join(row[1:]) for row in rows if gpu is None or row[0] == gpu.uuid]
 
 
-def clear() -> int:
+def clear(gpu: Gpu | None = None) -> int:
     """Clear the GPU's free memory in a process of its own; MiB cleared.
 
     Raises:
         DeviceError: the driver refuses, or it takes longer than a minute.
     """
     code = "import sys; sys.path.insert(0, sys.argv[1]); from harness.gpu import main; sys.exit(main())"
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu.uuid} if gpu else {})
     command = [sys.executable, "-I", "-S", "-c", code, str(project_root())]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except subprocess.TimeoutExpired:
         raise DeviceError("the GPU's memory could not be cleared within a minute; is the device stuck?") from None
     if done.returncode != 0:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from harness.errors import DeviceError
 
 __all__ = [
     "PEAK_BF16_FLOPS",
+    "Gpu",
     "changed_files",
     "check_device",
     "cpu_name",
     "environment",
     "gpus",
+    "gpus_at",
     "mfu_percent",
     "nvidia_smi",
     "record_hash",
@@ -29,6 +33,39 @@ __all__ = [
 
 # Dense bf16 peak of the tensor cores, NVIDIA's data sheets. karpathy/autoresearch takes the first for its MFU.
 PEAK_BF16_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One of several GPUs, for children that may use no other.
+
+    Attributes:
+        index: nvidia-smi's.
+        uuid: what CUDA_VISIBLE_DEVICES and nvidia-smi call it.
+        node: its file, such as /dev/nvidia0; empty where the driver does not say.
+    """
+
+    index: int
+    uuid: str
+    node: str = ""
+
+
+def gpus_at(indices: list[int], drivers: Path = Path("/proc/driver/nvidia/gpus")) -> list[Gpu]:
+    """The GPUs with these indices. Raises DeviceError for one that is not there."""
+    have = {int(row[0]): row for row in nvidia_smi("--query-gpu=index,uuid,pci.bus_id") if len(row) == 3}
+    found = []
+    for index in indices:
+        if index not in have:
+            known = ", ".join(map(str, have)) or "none"
+            raise DeviceError(f"there is no GPU {index}; nvidia-smi shows {known}")
+        _, uuid, bus = have[index]
+        minor = ""
+        with contextlib.suppress(OSError):  # nvidia-smi writes the bus with eight digits, the driver with four
+            for line in (drivers / bus.lower()[-12:] / "information").read_text().splitlines():
+                if line.startswith("Device Minor:"):
+                    minor = line.split(":", 1)[1].strip()
+        found.append(Gpu(index, uuid, f"/dev/nvidia{minor}" if minor else ""))
+    return found
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +27,7 @@ from harness.sandbox import Policy, Sandbox
 from harness.walls import Launch, namespace_pid
 from harness.wire import Wire
 
-__all__ = ["Child", "Contained", "SharedMemory", "tail"]
+__all__ = ["Child", "Contained", "SharedMemory", "end_all", "tail"]
 
 # Settings of the user's machine that a child needs, or that choose an implementation openly.
 _PASSED = (
@@ -41,6 +42,13 @@ _PASSED = (
 _TICKS = os.sysconf("SC_CLK_TCK")
 END_S = 20.0  # how long the end of a killed child may take
 WATCH_S = 0.5
+_alive: weakref.WeakSet[Contained] = weakref.WeakSet()
+
+
+def end_all() -> None:
+    """End every child of this process, from any thread; those that wait for one find it dead and clean up."""
+    for contained in list(_alive):
+        contained.end()
 
 
 class SharedMemory:
@@ -101,6 +109,7 @@ class Contained:
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 self._inside = os.pidfd_open(pid)
         self._watch = threading.Event()
+        _alive.add(self)
         if launch.scratch is not None:
             threading.Thread(target=self._watch_scratch, args=(scratch_bytes,), daemon=True).start()
 
@@ -130,11 +139,7 @@ class Contained:
         self._watch.set()
         if self._process.returncode is None:
             self._note_peak()
-        if self._inside is not None:  # the end of a namespace's first process is the end of all in it
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._inside, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)  # a supervisor ends all that is below it
+        self.end()
         try:
             if self._inside is not None and not select.select([self._inside], [], [], END_S)[0]:
                 raise SandboxError(f"the processes below pid {self.pid} do not end; is the device stuck?")
@@ -149,10 +154,19 @@ class Contained:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
+            _alive.discard(self)
             if self._inside is not None:
                 os.close(self._inside)
                 self._inside = None
             self._launch.ended.close()
+
+    def end(self) -> None:
+        """Tell it to end, without waiting."""
+        if (inside := self._inside) is not None:  # the end of a namespace's first process is the end of all in it
+            with contextlib.suppress(ProcessLookupError, OSError):
+                signal.pidfd_send_signal(inside, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)  # a supervisor ends all that is below it
 
     def _note_peak(self) -> None:
         # VmHWM counts one process alone; getrusage would mix in what the parent had before exec.

@@ -26,6 +26,7 @@ from typing import Any
 from harness import landlock, seccomp
 from harness.confine import BOOT
 from harness.errors import SandboxError
+from harness.machine import Gpu
 from harness.spec import Limits
 from harness.walls import (
     ETC,
@@ -98,6 +99,7 @@ class Sandbox:
             Landlock alone says what it reads.
         probes: what a child at this level tried -> whether it was stopped.
         missing: better level -> why it cannot be had here.
+        gpu: the only one that children on `cuda` get; None for those that the driver's own environment has.
     """
 
     level: int
@@ -106,6 +108,7 @@ class Sandbox:
     bwrap: str = ""
     probes: dict[str, bool] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    gpu: Gpu | None = None
 
     def __str__(self) -> str:
         return f"L{self.level} ({self.how})"
@@ -123,6 +126,8 @@ class Sandbox:
     def launch(self, policy: Policy, fds: list[int], env: dict[str, str]) -> Launch:
         """Raises SandboxError."""
         launch = Launch([], dict(env))
+        if self.gpu and policy.device == "cuda":
+            launch.env["CUDA_VISIBLE_DEVICES"] = self.gpu.uuid
         try:
             uid = launch.ended.enter_context(free_uid()) if self.own_uid else None
             config: dict[str, Any] = {
@@ -169,7 +174,7 @@ class Sandbox:
         for path in (*ETC, *sys_paths, *python_and_code()):
             if os.path.exists(path):
                 argv += [*parents_of(path, made), "--ro-bind", path, path]
-        for path in device_nodes(policy.device):
+        for path in device_nodes(policy.device, self.gpu.node if self.gpu else ""):
             argv += ["--dev-bind", path, path]
         for path in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
             argv += ["--ro-bind-try", f"/proc/{path}", f"/proc/{path}"]
@@ -207,7 +212,7 @@ class Sandbox:
         config["read"] = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
         config["write"] = [
             str(scratch), "/proc/self", *(f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom")),
-            *device_nodes(policy.device),
+            *device_nodes(policy.device, self.gpu.node if self.gpu else ""),
         ]  # fmt: skip
         if self.own_uid:
             config["write"].append("/dev/shm")  # what it leaves there is found by its uid

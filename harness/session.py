@@ -31,7 +31,7 @@ from harness.wire import Closed, Malformed, TimedOut
 __all__ = ["Event", "Session", "Trained"]
 
 COMPILE_STEPS = 2
-CURVE_POINTS = 200
+CURVE_POINTS = 100
 CPU_SLACK_S = 0.5  # what the measuring of processor time may be off by, where all of it is a fraction of a second
 
 
@@ -70,6 +70,7 @@ class Session:
     budget: to be fixed by the calibration, or a replayed one.
     baseline_cpu_s: processor seconds of the baseline's training, to bound a budget in operations; None for no bound.
     clock: seconds, monotonic; tests pass their own.
+    stop: told the curve and the budget's tokens after each loss; a reason ends the run as `raced`.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Session:
         clock: Callable[[], float] = time.monotonic,
         sandbox: Sandbox | None = None,
         baseline_cpu_s: float | None = None,
+        stop: Callable[[list[list[float]], int], str | None] | None = None,
     ) -> None:
+        self._stop = stop
         self._baseline_cpu_s = baseline_cpu_s
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
@@ -101,7 +104,7 @@ class Session:
         Raises:
             TrialError: the experiment's fault, with its status.
         """
-        fresh(self.spec.device)
+        fresh(self.spec.device, gpu=self.sandbox.gpu)
         memory = SharedMemory(SLOTS * SLOT_BYTES)
         self._ring = Ring(memory)
         policy = Policy.of("harness.trainer", self.folder, self.source, self.spec.device, self._limits)
@@ -343,6 +346,8 @@ class Session:
         elapsed = self._clock() - began
         rate = self.result.tokens / elapsed if elapsed > 0 else None
         self._emit(Event("train", self._progress, loss, rate))
+        if self._stop and (reason := self._stop(curve, self.budget.tokens)):
+            raise TrialError("raced", reason)
 
     def _died(self) -> TrialError:
         code = self._child.wait()

@@ -91,10 +91,11 @@ def parents_of(path: str, made: set[str]) -> list[str]:
     return argv
 
 
-def device_nodes(device: str) -> list[str]:
+def device_nodes(device: str, only: str = "") -> list[str]:
+    """What a child on a device needs of /dev; with `only` that one GPU's file and no other's."""
     if device != "cuda":
         return []
-    nodes = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/nvidia-caps/*")
+    nodes = [only] if only else glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/nvidia-caps/*")
     return sorted(nodes) + [
         p for p in ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools") if os.path.exists(p)
     ]

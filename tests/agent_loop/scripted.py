@@ -54,16 +54,23 @@ def run(job: Job, settings: Settings, on_event: Callable[[Event], None]) -> Outc
 
 
 def drive(
-    repo: Path, tag: str, experiments: int, agent: Agent | None = None, runner: Any = run, noise_seeds: int = 2
+    repo: Path,
+    tag: str,
+    experiments: int,
+    agent: Agent | list[Agent] | None = None,
+    runner: Any = run,
+    slots: int = 1,
+    **options: Any,
 ) -> Night:
     lock = Lock(repo / "runs" / tag / "lock")
     try:
         state = Night(repo / "runs" / tag)
-        options = Options(experiments=experiments, noise_seeds=noise_seeds)
+        chosen = Options(**{"experiments": experiments, "noise_seeds": 2, "patience_s": 0.0, **options})
         console = Console(force_terminal=False, width=160)
-        with View(console) as view:
+        agents = agent if isinstance(agent, list) else [agent or BuiltinAgent(1)]
+        with View(console, state.folder / "night.log") as view:
             night_repo = NightRepo(open_repo(repo), tag, state.folder)
-            Driver(state, night_repo, agent or BuiltinAgent(1), SETTINGS, options, view, runner).run()
+            Driver(state, night_repo, agents, [SETTINGS] * slots, chosen, view, runner).run()
         print_results(state, console)
         return state
     finally:
@@ -91,8 +98,9 @@ def _die_at(count: int) -> None:
     for owner, name in (
         (Chain, "append"),
         (gitrepo.NightRepo, "commit"),
-        (gitrepo.NightRepo, "reset"),
-        (night.Night, "set_in_flight"),
+        (gitrepo.NightRepo, "prepare"),
+        (gitrepo.NightRepo, "set_branch"),
+        (night.Night, "set_flight"),
     ):
         wrap(owner, name)
 

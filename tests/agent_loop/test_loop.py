@@ -16,7 +16,7 @@ from typing import Any
 import git
 import pytest
 
-from agent_loop.agents import CommandAgent
+from agent_loop.agents import CommandAgent, Turn
 from agent_loop.cage import Cage
 from agent_loop.cli import main
 from agent_loop.gitrepo import free_tag, open_repo
@@ -85,10 +85,14 @@ def test_a_night_keeps_what_is_better_and_leaves_the_user_alone(repo: Path) -> N
     assert "discard" in decisions
     kept = [r.val_bpb for r in rows if r.decision == "keep"]
     assert kept == sorted(kept, reverse=True)
-    assert user.commit("autoresearch/t").hexsha == night.incumbent().commit  # type: ignore[union-attr]
-    run = [r for r in rows[3:] if r.outcome]
-    assert len(run) >= 5  # two constants do not give eight different edits
-    for row in run:
+    branch = list(user.iter_commits("main..autoresearch/t", reverse=True))
+    best = [r for r in rows if r.decision == "keep"][1:]
+    assert [c.tree for c in branch] == [user.commit(r.commit).tree for r in best]
+    for commit, row in zip(branch, best, strict=True):  # the numbers are in the message
+        assert commit.message.startswith(f"{row.description}\n\nval_bpb {row.val_bpb:.6f}")
+        assert row.reason in commit.message
+        assert row.commit in commit.message
+    for row in rows[3:]:
         commit = user.commit(f"refs/hotloop/t/{row.number:04d}")
         assert commit.hexsha == row.commit
         assert [d.a_path for d in commit.diff(commit.parents[0])] == ["train.py"]
@@ -102,15 +106,16 @@ class Rates:
     """Proposes one learning rate after the other."""
 
     name = "rates"
+    ahead = False
 
     def __init__(self, *rates: str) -> None:
         self.rates = list(rates)
 
-    def propose(self, context: Any) -> str:
+    def propose(self, context: Any) -> Turn:
         rate = self.rates.pop(0)
         text = re.sub(rb"MATRIX_LR = [0-9.]+", f"MATRIX_LR = {rate}".encode(), context.source)
         (context.worktree / "train.py").write_bytes(text)
-        return f"MATRIX_LR {rate}"
+        return Turn(f"MATRIX_LR {rate}")
 
 
 def test_a_marginal_gain_gets_a_second_seed(repo: Path) -> None:
@@ -199,7 +204,7 @@ def test_killed_anywhere_and_started_again_the_night_is_the_same(repo: Path) -> 
     night = night_of(repo, "storm")
     numbers = [b["number"] for b in night.chain.bodies("experiment")]
     assert numbers == sorted(set(numbers))  # nothing was recorded twice
-    assert git.Repo(repo).commit("autoresearch/storm").hexsha == night.incumbent().commit  # type: ignore[union-attr]
+    assert git.Repo(repo).commit("autoresearch/storm").tree == git.Repo(repo).commit(night.incumbent().commit).tree  # type: ignore[union-attr]
 
 
 def test_a_torn_last_record_is_run_again(repo: Path) -> None:
@@ -298,7 +303,7 @@ def test_a_command_edits_describes_and_is_run(repo: Path) -> None:
     row = night.rows()[-1]
     assert (row.decision, row.description) == ("keep", "raise the rate")
     assert b"0.07" in git.Repo(repo).git.show("autoresearch/t:train.py").encode()
-    brief = (night.experiment_folder(row.number) / "handover" / "brief.md").read_text()
+    brief = (night.experiment_folder(row.number) / "turn" / "handover" / "brief.md").read_text()
     assert "baseline" in brief
     assert "holdout" not in brief
 
@@ -398,7 +403,7 @@ def test_words_of_a_run_reach_the_next_agent_quoted_and_bounded(repo: Path) -> N
     tell = "open(os.environ['HOTLOOP_DESCRIPTION'], 'w').write('a `code` | cell')\n"
     night = scripted.drive(repo, "t", 1, agent=command(EDIT + tell), runner=hostile)
     scripted.drive(repo, "t", 2, agent=command(EDIT.replace("0.07", "0.08") + TELL))
-    brief = (night.experiment_folder(4) / "handover" / "brief.md").read_text()
+    brief = (night.experiment_folder(4) / "turn" / "handover" / "brief.md").read_text()
     rows = [line for line in brief.splitlines() if "crash" in line]
     assert len(rows) == 1
     assert rows[0].count("|") == 6
