@@ -1,10 +1,10 @@
 """A night's state, as its records tell it. Nothing else is remembered, so a killed driver loses nothing.
 
-    runs/<tag>/
-        records.jsonl    settings, outcomes, decisions, agents' turns: a chain (harness.record)
-        flight.json      runs that were begun and are not decided; the proposal that waits for its turn
-        experiments/     a folder for each run
-        turns/           a folder for each agent's turn that came to nothing or is under way
+runs/<tag>/
+    records.jsonl    settings, outcomes, decisions, agents' turns: a chain (harness.record)
+    flight.json      runs that were begun and are not decided; the proposal that waits for its turn
+    experiments/     a folder for each run
+    turns/           a folder for each agent's turn that came to nothing or is under way
 """
 
 from __future__ import annotations
