@@ -18,7 +18,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 from agent_loop.agents import AgentError, Context, Turn, first_line, fresh_handover
 from agent_loop.cage import Cage
@@ -76,8 +75,8 @@ class _Client:
         UsageError: the client is not installed, there is no key, a number makes no sense, the cage has no network.
     """
 
-    name: ClassVar[str]
-    package: ClassVar[str]
+    name = ""
+    package = ""
     ahead = True
 
     def __init__(

@@ -61,20 +61,24 @@ class Service:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "hotloop"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        connection, target, more = self._connection(f"{self._parts.path}{path}")
+        left_s = max(0.1, deadline - time.monotonic())
+        connection, target, more = self._connection(f"{self._parts.path}{path}", min(_CONNECT_S, left_s))
         late = threading.Event()
+        sockets: list[socket.socket] = []  # the connection forgets its own once the answer began
 
         def stop() -> None:
             late.set()
-            with contextlib.suppress(OSError, AttributeError):  # ends a read that each byte would prolong
-                connection.sock.shutdown(socket.SHUT_RDWR)
+            for sock in sockets or [connection.sock]:
+                with contextlib.suppress(OSError, AttributeError):  # ends a read that each byte would prolong
+                    sock.shutdown(socket.SHUT_RDWR)
 
-        watch = threading.Timer(max(0.0, deadline - time.monotonic()), stop)
+        watch = threading.Timer(left_s, stop)
         watch.daemon = True
         watch.start()
         try:
             connection.connect()
-            connection.sock.settimeout(max(0.1, deadline - time.monotonic()))
+            sockets.append(connection.sock)
+            connection.sock.settimeout(left_s)
             connection.request("POST", target, body, headers | more)
             response = connection.getresponse()
             data = response.read(_MOST_BYTES + 1)
@@ -92,16 +96,16 @@ class Service:
             raise AgentError(f"{self.url} answered with more than {_MOST_BYTES >> 20} MiB")
         return Answer(response.status, response.headers, data)
 
-    def _connection(self, path: str) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    def _connection(self, path: str, timeout_s: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
         """Where to connect to, what to ask for there, and headers for a proxy of plain HTTP."""
         parts, host = self._parts, self._parts.hostname or ""
         proxy = None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme)
         secure = parts.scheme == "https"
         make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         if not proxy:
-            return make(host, parts.port, timeout=_CONNECT_S), path, {}
+            return make(host, parts.port, timeout=timeout_s), path, {}
         at = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        connection = make(at.hostname or "", at.port or 80, timeout=_CONNECT_S)
+        connection = make(at.hostname or "", at.port or 80, timeout=timeout_s)
         if secure:
             connection.set_tunnel(host, parts.port, headers=_proxy_login(at))
             return connection, path, {}
