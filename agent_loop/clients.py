@@ -95,7 +95,7 @@ class _Client:
         self.program = os.path.abspath(found)
         self.timeout_s, self.model, self.max_cost_usd, self.state_folder = timeout_s, model, max_cost_usd, state_folder
         self.keys = self._keys()
-        secrets = tuple(path for path in (Path.home() / name for name in _SECRETS) if path.exists())
+        secrets = tuple((Path.home() / name).resolve() for name in _SECRETS if (Path.home() / name).exists())
         self.cage = replace(cage, hidden=(*cage.hidden, *secrets), programs=(*cage.programs, *_folders(self.program)))
 
     def _keys(self) -> dict[str, str]:

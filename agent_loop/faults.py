@@ -17,7 +17,9 @@ _PERMANENT = re.compile(
     re.IGNORECASE,
 )
 _USAGE_LIMIT = re.compile(r"hit your .{0,30}limit|usage limit", re.IGNORECASE)
-_BUSY = re.compile(r"rate.?limit|overloaded|too many requests|at capacity|temporarily", re.IGNORECASE)
+_BUSY = re.compile(
+    r"rate.?limit|overloaded|too many requests|at capacity|temporarily|connection (?:refused|failed)", re.IGNORECASE
+)
 _STATUS = re.compile(r"\bstatus:? (\d{3})\b")
 _AGAIN_IN = re.compile(r"\bagain in (\d+(?:\.\d+)?) ?(ms|s|sec|m|min|h|hour|d|day)", re.IGNORECASE)
 _UNITS_S = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}

@@ -80,8 +80,8 @@ class Service:
             sockets.append(connection.sock)
             connection.sock.settimeout(left_s)
             connection.request("POST", target, body, headers | more)
-            response = connection.getresponse()
-            data = response.read(_MOST_BYTES + 1)
+            with connection.getresponse() as response:
+                data = response.read(_MOST_BYTES + 1)
         except (OSError, http.client.HTTPException, ValueError) as e:
             if late.is_set() or time.monotonic() >= deadline:
                 raise AgentError(f"{self.url} did not answer in time") from None
@@ -90,6 +90,8 @@ class Service:
         finally:
             watch.cancel()
             connection.close()
+            for sock in sockets:
+                sock.close()
         if late.is_set():
             raise AgentError(f"{self.url} did not answer in time")
         if len(data) > _MOST_BYTES:
