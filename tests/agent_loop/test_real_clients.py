@@ -136,6 +136,48 @@ def test_a_service_that_says_no(
     assert (raised.value.retry_after_s > 0) == (not permanent)
 
 
+def test_claude_reads_its_folders_only(context: Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("not for agents")
+    train = str(context.worktree / "train.py")
+    script = (
+        tool_use(1, "Read", file_path=str(tmp_path / "elsewhere")),
+        tool_use(2, "Write", file_path=str(tmp_path / "new"), content="x"),
+        tool_use(3, "Read", file_path=train),
+        tool_use(4, "Edit", file_path=train, old_string="0.04", new_string="0.07"),
+        anthropic(5, {"type": "text", "text": "Description: raise the rate"}, stop="end_turn"),
+    )
+    with serve(*script) as service:
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-dummy")
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
+        assert made(ClaudeAgent, 0).propose(context).description == "raise the rate"  # without a cage: its own walls
+    assert "not for agents" not in json.dumps([body for _, _, body in service.requests])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refusal_of_claude(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(anthropic(1, {"type": "text", "text": "No."}, stop="refusal")) as service:
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-dummy")
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
+        with pytest.raises(AgentError, match="the model refused") as raised:
+            made(ClaudeAgent, 3).propose(context)
+    assert raised.value.cost_usd > 0
+
+
+@pytest.mark.parametrize("kind", [ClaudeAgent, CodexAgent])
+def test_a_service_that_is_not_there(
+    context: Context, monkeypatch: pytest.MonkeyPatch, kind: type[ClaudeAgent] | type[CodexAgent]
+) -> None:
+    with serve(Reply(b"")) as service:
+        pass
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-dummy")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-dummy")
+    monkeypatch.setenv("OPENAI_BASE_URL", service.url + "/v1")
+    with pytest.raises(AgentError, match="[Cc]onnection (refused|failed)") as raised:
+        made(kind, 3).propose(context)
+    assert raised.value.retry_after_s > 0 and not raised.value.permanent
+
+
 def test_claude_says_when_a_limit_ends(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = {
         "anthropic-ratelimit-unified-status": "rejected",
