@@ -18,6 +18,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from agent_loop.agents import AgentError, Context, Turn, first_line, fresh_handover
 from agent_loop.cage import Cage
@@ -145,21 +146,19 @@ class _Client:
             code = process.wait(self.timeout_s)
         output = _end_of(log, before)
         said = self._read(output)
+        spent: dict[str, Any] = {"cost_usd": said.cost_usd, "tokens": said.tokens}
         if code is None:
-            raise AgentError(
-                f"{self.name} took longer than {self.timeout_s:.0f} s", cost_usd=said.cost_usd, tokens=said.tokens
-            )
+            words = f"took longer than {self.timeout_s:.0f} s"
+            if not said.trouble:
+                raise AgentError(f"{self.name} {words}", **spent)
+            raise service_error(self.name, f"{words}; {said.trouble}", after_s=said.after_s, **spent)
         unchanged = read_ordinary(context.worktree / "train.py", MAX_BYTES + 1) == context.source
         if code or (unchanged and said.error):
             words = said.error or f"ended with exit status {code}; {_last_words(output, errors)}; see {log}"
-            raise service_error(
-                self.name, words, status=said.status, after_s=said.after_s, cost_usd=said.cost_usd, tokens=said.tokens
-            )
+            raise service_error(self.name, words, status=said.status, after_s=said.after_s, **spent)
         if unchanged:
             words = printable(said.message) or _last_words(output, errors)
-            raise AgentError(
-                f"{self.name} left train.py as it was; {words}", cost_usd=said.cost_usd, tokens=said.tokens
-            )
+            raise AgentError(f"{self.name} left train.py as it was; {words}", **spent)
         return Turn(first_line(description) or described(said.message), said.cost_usd, said.tokens)
 
 

@@ -22,12 +22,14 @@ class Said:
     """Attributes:
     message: the model's last words.
     error: why the client gave up; empty where it did not, or did not say.
+    trouble: what it was waiting for when its output ended: a service that it would have asked again.
     status: of HTTP, 0 where unknown.
     after_s: how long the service asked to be left alone; 0 where it did not say.
     """
 
     message: str = ""
     error: str = ""
+    trouble: str = ""
     status: int = 0
     after_s: float = 0.0
     cost_usd: float = 0.0
@@ -52,6 +54,10 @@ def from_claude(output: bytes) -> Said:
                 said.after_s = max(0.0, _number(info.get("resetsAt")) - time.time())
         elif kind == "system" and event.get("subtype") == "api_retry":
             said.after_s = max(said.after_s, _number(event.get("retry_delay_ms")) / 1000)
+            status = int(_number(event.get("error_status")))
+            said.trouble = f"the service's last status: {status}" if status else "connection failed"
+        elif kind == "assistant":
+            said.trouble = ""
         elif kind == "result":
             _claude_result(event, said)
     return said
@@ -80,8 +86,11 @@ def from_codex(output: bytes) -> Said:
         kind = event.get("type")
         if kind == "item.completed":
             item = _mapping(event.get("item"))
+            said.trouble = ""
             if item.get("type") == "agent_message":
                 said.message = str(item.get("text") or "")
+        elif kind == "error":
+            said.trouble = str(event.get("message"))
         elif kind == "turn.completed":
             usage = _mapping(event.get("usage"))
             said.tokens += int(_number(usage.get("input_tokens")) + _number(usage.get("output_tokens")))

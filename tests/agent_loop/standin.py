@@ -100,6 +100,18 @@ elif VARIANT == "crash":
     os.abort()
 elif VARIANT == "hang":
     time.sleep(600)
+elif VARIANT == "wait":
+    if CLAUDE:
+        say({"type": "system", "subtype": "api_retry", "attempt": 1, "max_retries": 2, "retry_delay_ms": 90000,
+             "error_status": 529, "error": "overloaded"})  # fmt: skip
+    else:
+        say(
+            {
+                "type": "error",
+                "message": "Reconnecting... 1/2 (exceeded retry limit, last status: 429 Too Many Requests)",
+            }
+        )
+    time.sleep(600)
 elif VARIANT == "huge":
     edit()
     for _ in range(24):

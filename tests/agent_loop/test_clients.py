@@ -189,9 +189,18 @@ def test_a_train_py_that_is_gone_is_for_the_driver_to_judge(installed: Path, con
 def test_a_hang_is_ended(installed: Path, context: Context, name: str) -> None:
     start = time.monotonic()
     error = failure(installed, context, name, "hang", timeout_s=1.0)
-    assert f"{name} took longer than 1 s" in str(error)
+    assert str(error) == f"{name} took longer than 1 s"
+    assert error.retry_after_s == 0
     assert time.monotonic() - start < 10
     assert not list((context.folder / "handover").glob("home-*"))
+
+
+@both
+def test_a_client_that_waits_for_its_service_says_so(installed: Path, context: Context, name: str) -> None:
+    error = failure(installed, context, name, "wait", timeout_s=1.0)
+    words = "took longer than 1 s; the service's last status: 529" if name == "claude" else "429 Too Many Requests"
+    assert words in str(error)
+    assert error.retry_after_s == (90 if name == "claude" else 60)
 
 
 NO = {

@@ -173,7 +173,7 @@ def test_a_service_that_is_not_there(
     monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-dummy")
     monkeypatch.setenv("OPENAI_BASE_URL", service.url + "/v1")
-    with pytest.raises(AgentError, match="[Cc]onnection (refused|failed)") as raised:
+    with pytest.raises(AgentError, match=r"[Cc]onnection (refused|failed)") as raised:
         made(kind, 3).propose(context)
     assert raised.value.retry_after_s > 0 and not raised.value.permanent
 
