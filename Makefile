@@ -1,5 +1,6 @@
 # make run    a short night: baseline and six experiments by the built-in agent (no GPU, no network needed)
 # make test   all tests, two at a time (JOBS=1 for one)
+# make clients   Claude Code and Codex into .clients/, for the tests that drive the real ones (npm; no key needed)
 # make sandbox   installs bubblewrap (as root)
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
@@ -12,7 +13,7 @@ TAG         ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
-.PHONY: run install test lint types bench gate gate-write gpu-check seal sandbox doctor clean
+.PHONY: run install test lint types bench gate gate-write gpu-check seal clients sandbox doctor clean
 
 run: $(VENV)/.installed
 	$(BIN)/hotloop prepare
@@ -57,6 +58,11 @@ gpu-check: $(VENV)/.installed-test
 
 seal: $(VENV)/.installed
 	$(BIN)/hotloop seal
+
+CLIENTS := @anthropic-ai/claude-code@2.1.330 @openai/codex@0.169.0
+
+clients:
+	npm install --no-fund --no-audit --no-save --prefix .clients $(CLIENTS)
 
 sandbox:  # bubblewrap, for the best sandbox; Debian's and Ubuntu's package
 	@command -v bwrap >/dev/null || { apt-get update -qq && apt-get install -y -qq bubblewrap; }

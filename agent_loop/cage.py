@@ -37,12 +37,14 @@ class Cage:
     hidden: folders that the agent must not see: data, runs, git's.
     writable: what it may change besides the worktree: a client's own folder of settings, say.
     network: whether it may reach anything beyond this machine's memory.
+    programs: folders of what it runs, which stay visible where they lie below /tmp.
     """
 
     sandbox: Sandbox
     hidden: tuple[Path, ...]
     writable: tuple[Path, ...] = ()
     network: bool = False
+    programs: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for path in self.writable:
@@ -82,7 +84,8 @@ class Cage:
         size = ["--size", str(_SCRATCH_BYTES)] if has_size(bwrap) else []
         # A private /tmp hides what the user keeps there; what is needed of it comes back.
         args += ["--perms", "1777", *size, "--tmpfs", "/tmp"]
-        for needed in dict.fromkeys((sys.prefix, str(project_root()), os.path.dirname(argv[0]))):
+        needs = (sys.prefix, str(project_root()), os.path.dirname(argv[0]), *map(str, self.programs))
+        for needed in dict.fromkeys(needs):
             if Path(needed).is_relative_to("/tmp"):
                 args += ["--ro-bind", needed, needed]
         for hidden in (*self.hidden, *map(Path, _SERVICES)):

@@ -1,0 +1,120 @@
+"""Edits of train.py that a model asks for in words: an exact piece and what replaces it, or the whole file.
+
+Nothing is run. Each refusal is a sentence for the model to go by.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from agent_loop.source import MAX_BYTES
+
+__all__ = ["Draft", "EditError", "replace_file"]
+
+_BLOCK = re.compile(
+    r"^<{5,9} ?SEARCH[^\n]*\n(?P<old>.*?)^={5,9}[ \t]*\n(?P<new>.*?)^>{5,9} ?REPLACE", re.MULTILINE | re.DOTALL
+)
+_FENCE = re.compile(r"^```(?:python|py)[^\n]*\n(?P<whole>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+class EditError(Exception):
+    """An edit that was not made, and why."""
+
+
+class Draft:
+    """A copy of train.py that edits are made to.
+
+    Raises:
+        EditError: the file is not UTF-8.
+    """
+
+    def __init__(self, source: bytes) -> None:
+        self._source = source
+        try:
+            self.text = source.decode()
+        except UnicodeDecodeError as e:
+            raise EditError(f"train.py is not UTF-8 (byte {e.start})") from None
+
+    @property
+    def data(self) -> bytes:
+        return self.text.encode("utf-8", "surrogatepass")
+
+    @property
+    def changed(self) -> bool:
+        return self.data != self._source
+
+    def edit(self, old: str, new: str) -> None:
+        """Replace the one place where `old` stands. Raises EditError."""
+        if not old:
+            raise EditError("`old` is empty; give the exact text to replace")
+        if old == new:
+            raise EditError("`old` and `new` are the same")
+        count = self.text.count(old)
+        if count > 1:
+            raise EditError(f"`old` stands in {count} places of train.py; add lines around it until it is unique")
+        if count == 0:
+            raise EditError(f"`old` is not in train.py; it must match exactly, blanks included.{self._nearest(old)}")
+        self._take(self.text.replace(old, new))
+
+    def write(self, content: str) -> None:
+        """Replace all of it. Raises EditError."""
+        if "def build_model(" not in content or "def train(" not in content:
+            raise EditError("the whole of train.py must define build_model() and train(); send all of it, or edit")
+        self._take(content)
+
+    def read_answer(self, answer: str) -> bool:
+        """Make the edits of a plain answer: SEARCH/REPLACE blocks, else one fenced whole file.
+
+        All are made or none. False where there is no edit in it. Raises EditError.
+        """
+        before = self.text
+        try:
+            blocks = list(_BLOCK.finditer(answer))
+            for block in blocks:
+                self.edit(block["old"], block["new"])
+            if blocks:
+                return True
+        except EditError:
+            self.text = before
+            raise
+        files = [f["whole"] for f in _FENCE.finditer(answer) if "def build_model(" in f["whole"]]
+        if len(files) > 1:
+            raise EditError("there are several whole files in the answer; send one")
+        if files:
+            self.write(files[0])
+        return bool(files)
+
+    def _take(self, text: str) -> None:
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size > MAX_BYTES:
+            raise EditError(f"train.py would have {size:,} bytes; at most {MAX_BYTES:,} are allowed")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise EditError("the text holds a lone surrogate, which no file can")
+        self.text = text
+
+    def _nearest(self, old: str) -> str:
+        wanted = next((line.strip() for line in old.splitlines() if line.strip()), "")[:200]
+        lines = {line.strip(): line for line in self.text.splitlines()}
+        near = difflib.get_close_matches(wanted, lines, 1, 0.6)
+        return f" The nearest line is {lines[near[0]]!r}." if near else ""
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Make `path` an ordinary file that holds `data`, whatever was there: a link is replaced, not followed.
+
+    Raises:
+        OSError: it is a folder, or cannot be written.
+    """
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".train-")
+    try:
+        with open(fd, "wb") as f:
+            f.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
