@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 import unicodedata
@@ -15,12 +16,16 @@ from dataclasses import dataclass, field
 
 __all__ = ["FONT", "Frame", "Html", "Label", "clip", "h", "join", "place", "svg", "text_width", "ticks"]
 
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 FONT = 11  # of every chart, in its own units; charts are drawn at about the width at which they are shown
 
 _VOID = {"meta", "br", "hr"}
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 # Control characters, lone surrogates, and those that turn the direction of text, which can make code read as another.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 
 
 class Html(str):
@@ -33,7 +38,7 @@ def _clean(text: str) -> str:
     return _UNPRINTABLE.sub("\ufffd", _ANSI.sub("", text.replace("\r\n", "\n")))
 
 
-def h(name: str, *children: object, **attributes: object) -> Html:
+def h(name: str, /, *children: object, **attributes: object) -> Html:
     """An element. Children that are not Html are escaped; None is left out, as is an attribute that is None.
 
     `class_` is `class`, and `stroke_width` is `stroke-width`.
@@ -82,7 +87,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 def decimals(marks: Sequence[float]) -> int:
     """How many decimals tell these apart."""
-    gap = min((b - a for a, b in zip(marks, marks[1:], strict=False)), default=1.0)
+    gap = min((b - a for a, b in itertools.pairwise(marks)), default=1.0)
     return max(0, min(9, -math.floor(math.log10(gap) + 1e-9))) if gap > 0 else 0
 
 
@@ -147,17 +152,17 @@ def text_width(text: str, size: float = FONT) -> float:
 
 @dataclass
 class Label:
-    """What a point may be called: the first of `texts` that finds room. `place` fills in the rest."""
+    """What a point may be called: the first of `texts`, longest first, that finds room. `place` fills in the rest."""
 
     x: float
     y: float
     texts: Sequence[str]
     text: str = ""
     anchor: str = "start"
-    box: tuple[float, float, float, float] = field(default=(0, 0, 0, 0))
+    box: _Box = field(default=(0, 0, 0, 0))
 
 
-def _boxes(label: Label, text: str, gap: float) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
+def _boxes(label: Label, text: str, gap: float) -> Iterator[tuple[str, _Box]]:
     """Where a text may stand: above and below to the right, above and below in the middle, then to the left."""
     wide, tall = text_width(text), FONT + 2.0
     for anchor, x in (("start", label.x + 4), ("middle", label.x - wide / 2), ("end", label.x - 4 - wide)):
@@ -165,20 +170,30 @@ def _boxes(label: Label, text: str, gap: float) -> Iterator[tuple[str, tuple[flo
             yield anchor, (x, y, x + wide, y + tall)
 
 
-def place(labels: Sequence[Label], area: tuple[float, float, float, float], gap: float = 5) -> list[Label]:
-    """Labels that cover neither each other nor a point nor leave the area; those that find no room are left out."""
+def place(labels: Sequence[Label], area: _Box, gap: float = 5) -> list[Label]:
+    """Labels that cover neither each other nor a point nor leave the area; those that find no room are left out.
 
-    def apart(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-        return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-
-    taken = [(p.x - 4, p.y - 4, p.x + 4, p.y + 4) for p in labels]
-    placed = []
-    for label in labels:
-        for text, anchor, box in ((t, a, b) for t in label.texts for a, b in _boxes(label, t, gap)):
-            inside = box[0] >= area[0] and box[1] >= area[1] and box[2] <= area[2] and box[3] <= area[3]
-            if inside and all(apart(box, other) for other in taken):
-                label.text, label.anchor, label.box = text, anchor, box
-                taken.append(box)
-                placed.append(label)
-                break
+    The shortest texts are placed first, and the longer ones where there is still room, so that no long text takes the
+    place of a short one.
+    """
+    points = [(p.x - 4, p.y - 4, p.x + 4, p.y + 4) for p in labels]
+    placed: list[Label] = []
+    for lengthen in (False, True):
+        for label in list(placed) if lengthen else labels:
+            taken = points + [other.box for other in placed if other is not label]
+            for text in label.texts[:-1] if lengthen else label.texts[-1:]:
+                fits = (b for b in _boxes(label, text, gap) if _inside(b[1], area))
+                found = next((b for b in fits if all(_apart(b[1], other) for other in taken)), None)
+                if found:
+                    label.text, (label.anchor, label.box) = text, found
+                    placed += [] if lengthen else [label]
+                    break
     return placed
+
+
+def _inside(box: _Box, area: _Box) -> bool:
+    return box[0] >= area[0] and box[1] >= area[1] and box[2] <= area[2] and box[3] <= area[3]
+
+
+def _apart(a: _Box, b: _Box) -> bool:
+    return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]

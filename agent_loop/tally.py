@@ -148,7 +148,9 @@ class Tally:
     @cached_property
     def began(self) -> datetime.datetime | None:
         """When the first run began, UTC."""
-        return min((end - datetime.timedelta(seconds=t["total_s"]) for _, end, _, _, t in self._runs if end), default=None)
+        return min(
+            (end - datetime.timedelta(seconds=t["total_s"]) for _, end, _, _, t in self._runs if end), default=None
+        )
 
     @cached_property
     def bars(self) -> list[Bar]:
