@@ -17,7 +17,7 @@ from harness.record import FAILURES
 __all__ = ["curves", "drift", "progress", "timeline"]
 
 CURVE_POINTS = 120
-SLOT_HEIGHT = 26
+SLOT_HEIGHT, BAR_HEIGHT = 38, 30
 
 
 def progress(tally: Tally, width: int) -> Html | None:
@@ -49,7 +49,7 @@ def progress(tally: Tally, width: int) -> Html | None:
           cy=round(frame.y(b), 1), r=4, class_="kept")
         for r, b in kept if b <= high
     )  # fmt: skip
-    parts.append(_kept_labels(frame, [(r, b) for r, b in kept if b <= high], width > 600))
+    parts.append(_kept_labels(frame, [p for p in kept if p[1] <= high], [p for p in scored if p[1] <= high]))
     desc = f"{len(scored)} scores, {len(kept)} kept, from {kept[0][1]:.6f} to {kept[-1][1]:.6f}." if kept else ""
     return svg(f"progress{width}", width, frame.height, "Scores of the night, in order", desc, *parts)
 
@@ -60,9 +60,9 @@ def _score_range(scores: Sequence[float], kept: Sequence[float], floor: float) -
     low = ordered[0]
     most = max(kept) if kept else ordered[len(ordered) // 2]
     span = max(most - low, 2 * floor, 1e-4)
-    high = min(ordered[-1], most + 0.6 * span)
-    margin = max(0.12 * span, 1.2 * floor)
-    return low - margin, max(high, most) + margin
+    high = max(b for b in ordered if b <= most + 0.4 * span)
+    margin = max(0.1 * span, 1.2 * floor)
+    return low - margin, high + margin
 
 
 def _band(frame: Frame, line: list[tuple[float, float]], floor: float) -> Html:
@@ -77,14 +77,20 @@ def _band(frame: Frame, line: list[tuple[float, float]], floor: float) -> Html:
     return h("path", d="".join(parts), class_="band")
 
 
-def _kept_labels(frame: Frame, kept: Sequence[tuple[Row, float]], named: bool) -> Html:
+def _kept_labels(frame: Frame, kept: Sequence[tuple[Row, float]], others: Sequence[tuple[Row, float]]) -> Html:
+    """Numbers of the kept ones, with their names where there is room on a wide chart."""
     labels = []
     for row, bpb in kept:
-        words = f"#{row.number} {clip(row.description, 36)}"
-        texts = [words, f"#{row.number}"] if named and row.kind == "experiment" else [f"#{row.number}"]
-        labels.append(Label(frame.x(row.number), frame.y(bpb), texts))
+        name = [f"#{row.number} {clip(row.description, 36)}"] if frame.width > 600 and row.kind == "experiment" else []
+        labels.append(Label(frame.x(row.number), frame.y(bpb), [*name, f"#{row.number}"]))
     area = (frame.left, frame.top, frame.width - 2, frame.height - frame.bottom)
-    placed = place(labels, area)
+    # Nor over the line: points on it, closer to each other than a text is high.
+    avoid = [(frame.x(r.number), frame.y(b)) for r, b in others]
+    for (here, bpb), (then, after) in itertools.pairwise([(r.number, b) for r, b in kept]):
+        (x, y), (x1, y1) = (frame.x(here), frame.y(bpb)), (frame.x(then), frame.y(after))
+        avoid += [(x + i * 9, y) for i in range(int((x1 - x) / 9) + 1)]
+        avoid += [(x1, min(y, y1) + i * 9) for i in range(int(abs(y1 - y) / 9) + 1)]
+    placed = place(labels, area, avoid)
     return join(
         h("text", p.text, x=round({"start": p.box[0], "end": p.box[2]}.get(p.anchor, p.x), 1),
           y=round(p.box[3] - 3, 1), text_anchor=p.anchor, class_="label")
@@ -147,19 +153,19 @@ def timeline(tally: Tally, width: int) -> Html | None:
         mine = [b for b in bars if b.slot == slot]
         top = 16 + slot * SLOT_HEIGHT
         if tally.slots > 1:
-            parts.append(h("text", str(slot), x=4, y=top + 14, class_="name"))
+            parts.append(h("text", str(slot), x=4, y=top + 19, class_="name"))
         if not mine:
             continue
         left, right = frame.x(min(b.begin_s for b in mine)), frame.x(max(b.end_s for b in mine))
-        parts.append(h("rect", x=round(left, 1), y=top, width=round(right - left, 1), height=20, class_="idle"))
+        parts.append(h("rect", x=round(left, 1), y=top, width=round(right - left, 1), height=BAR_HEIGHT, class_="idle"))
         for bar in mine:
             kind = "failed" if bar.decision in FAILURES else bar.decision
-            tall = {"keep": 20, "marginal": 16, "failed": 8}.get(kind, 12)
+            tall = {"keep": BAR_HEIGHT, "marginal": 22, "failed": 10}.get(kind, 16)
             took = bar.end_s - bar.begin_s
             wide = frame.x(bar.end_s) - frame.x(bar.begin_s) - (0.6 if took / span > 0.005 else 0)
             parts.append(
                 h("rect", h("title", f"{clip(bar.name, 60)}: {bar.decision}, {took:.0f} s"),
-                  x=round(frame.x(bar.begin_s), 1), y=top + 20 - tall, height=tall,
+                  x=round(frame.x(bar.begin_s), 1), y=top + BAR_HEIGHT - tall, height=tall,
                   width=round(max(0.8, wide), 1),
                   class_=f"run {kind}")
             )  # fmt: skip
@@ -198,7 +204,7 @@ def curves(rows: Sequence[tuple[str, str, Row]], width: int) -> Html | None:
         return None
     end = max(x for _, _, points in lines for x, _ in points)
     # The first falls of the loss are high and all alike: the axis begins where the runs begin to differ.
-    start = [next((y for x, y in points if x >= 0.08 * end), points[-1][1]) for _, _, points in lines]
+    start = [next((y for x, y in points if x >= 0.2 * end), points[-1][1]) for _, _, points in lines]
     low = min(y for _, _, points in lines for _, y in points)
     high = max(low + 1e-6, min(max(start), low + 3 * (sorted(start)[len(start) // 2] - low or 1.0)))
     room = (high - low) * 0.06

@@ -124,14 +124,14 @@ class Frame:
     def axes(self, x_name: str, y_name: str, x_marks: Sequence[tuple[float, str]] | None = None) -> Html:
         """Grid, figures and names of both axes."""
         parts: list[Html] = []
-        y_marks = ticks(self.y0, self.y1, 5)
+        y_marks = ticks(self.y0, self.y1, 7)
         places = decimals(y_marks)
         for mark in y_marks:
             y = self.y(mark)
             parts.append(h("path", d=f"M{self.left:g} {y:.1f}H{self.width - self.right:g}", class_="grid"))
             parts.append(h("text", f"{mark:.{places}f}", x=self.left - 6, y=round(y + 4, 1), class_="end"))
         if x_marks is None:
-            values = ticks(self.x0, self.x1, max(2, int(self.width / 110)))
+            values = ticks(self.x0, self.x1, max(2, int(self.width / 75)))
             x_marks = [(v, f"{v:g}") for v in values if v == int(v)]
         for value, name in x_marks:
             half = text_width(name) / 2
@@ -163,31 +163,41 @@ class Label:
 
 
 def _boxes(label: Label, text: str, gap: float) -> Iterator[tuple[str, _Box]]:
-    """Where a text may stand: above and below to the right, above and below in the middle, then to the left."""
+    """Where a text may stand: above to the right, below to the left (where a falling line is not), then elsewhere."""
     wide, tall = text_width(text), FONT + 2.0
-    for anchor, x in (("start", label.x + 4), ("middle", label.x - wide / 2), ("end", label.x - 4 - wide)):
-        for y in (label.y - gap - tall, label.y + gap):
-            yield anchor, (x, y, x + wide, y + tall)
+    x = {"start": label.x + 4, "middle": label.x - wide / 2, "end": label.x - 4 - wide}
+    above, below = label.y - gap - tall, label.y + gap
+    places = [("start", above), ("end", below), ("middle", above), ("middle", below), ("start", below), ("end", above)]
+    for anchor, y in places:
+        yield anchor, (x[anchor], y, x[anchor] + wide, y + tall)
 
 
-def place(labels: Sequence[Label], area: _Box, gap: float = 5) -> list[Label]:
-    """Labels that cover neither each other nor a point nor leave the area; those that find no room are left out.
+def place(
+    labels: Sequence[Label], area: _Box, others: Sequence[tuple[float, float]] = (), gap: float = 5
+) -> list[Label]:
+    """Labels that cover neither each other nor a labelled point nor leave the area; some may find no room.
 
-    The shortest texts are placed first, and the longer ones where there is still room, so that no long text takes the
-    place of a short one.
+    The shortest texts are placed first, if need be over `others`, which are points without a label; the longer ones
+    where there is still room and nothing to cover. So no long text takes the place of a short one.
     """
     points = [(p.x - 4, p.y - 4, p.x + 4, p.y + 4) for p in labels]
+    dots = [(x - 3, y - 3, x + 3, y + 3) for x, y in others]
     placed: list[Label] = []
-    for lengthen in (False, True):
-        for label in list(placed) if lengthen else labels:
-            taken = points + [other.box for other in placed if other is not label]
-            for text in label.texts[:-1] if lengthen else label.texts[-1:]:
-                fits = (b for b in _boxes(label, text, gap) if _inside(b[1], area))
-                found = next((b for b in fits if all(_apart(b[1], other) for other in taken)), None)
-                if found:
-                    label.text, (label.anchor, label.box) = text, found
-                    placed += [] if lengthen else [label]
-                    break
+
+    def find(label: Label, texts: Sequence[str], avoid: Sequence[_Box]) -> bool:
+        taken = [*avoid, *points, *(other.box for other in placed if other is not label)]
+        for text in texts:
+            for anchor, box in _boxes(label, text, gap):
+                if _inside(box, area) and all(_apart(box, other) for other in taken):
+                    label.text, label.anchor, label.box = text, anchor, box
+                    return True
+        return False
+
+    for label in labels:
+        if find(label, label.texts[-1:], dots) or find(label, label.texts[-1:], ()):
+            placed.append(label)
+    for label in placed:
+        find(label, label.texts[:-1], dots)
     return placed
 
 

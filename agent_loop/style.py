@@ -15,7 +15,7 @@ body{margin:0 auto;padding:20px 16px 64px;max-width:1040px;background:var(--bg);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 h1{font-size:15px;font-weight:600;margin:0;color:var(--soft)}
-h2{font-size:18px;margin:44px 0 4px;padding-top:14px;border-top:1px solid var(--rule);line-height:1.3}
+h2{font-size:18px;margin:34px 0 4px;padding-top:14px;border-top:1px solid var(--rule);line-height:1.3}
 h3{font-size:15px;margin:20px 0 4px;line-height:1.3}
 p{margin:6px 0;max-width:76ch}
 a{color:var(--blue)}
@@ -37,7 +37,7 @@ figcaption{margin-top:4px;max-width:84ch}
 svg{display:block;width:100%;height:auto}
 .narrow{display:none}
 @media (max-width:700px){.wide{display:none}.narrow{display:block}.score{font-size:27px}
-.facts{grid-template-columns:1fr 1fr}h2{margin-top:34px}}
+.facts{grid-template-columns:1fr 1fr}h2{margin-top:28px}}
 svg text{font-size:11px;fill:var(--soft)}
 svg .mid{text-anchor:middle}svg .end{text-anchor:end}
 svg .label{fill:var(--fg);paint-order:stroke;stroke:var(--bg);stroke-width:3px;stroke-linejoin:round}
@@ -73,6 +73,14 @@ tfoot td{font-weight:600;border-bottom:0}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 .all table{min-width:820px}
 .all td:nth-child(5){min-width:200px}.all td:nth-child(6){min-width:260px;color:var(--soft)}
+.gains td:nth-child(2){min-width:200px;width:64%}.turns td:nth-child(2){min-width:170px}
+@media (max-width:700px){.gains table,.gains tbody,.gains tfoot{display:block}.gains thead{display:none}
+.gains tr{display:grid;grid-template-columns:32px 1fr 1fr 1fr;border-bottom:1px solid var(--rule);padding:8px 0}
+.gains td,.gains td:nth-child(2){border:0;padding:0;min-width:0;width:auto}.gains td:nth-child(1){text-align:left}
+.gains td:nth-child(2){grid-column:2/5}.gains td:nth-child(3){grid-column:2}
+.gains td[data-name]{text-align:left;padding-top:4px;white-space:normal}
+.gains td.none{display:none}
+.gains td[data-name]::before{content:attr(data-name);display:block;font-size:12px;font-weight:400;color:var(--soft)}}
 .tag{white-space:nowrap}
 .keep{color:var(--keep);font-weight:600}.marginal{color:var(--warn)}.failed{color:var(--fail)}.measured{color:var(--blue)}
 .discard{color:var(--soft)}

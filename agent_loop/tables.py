@@ -89,7 +89,7 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
     return [
         ("Experiments", f"{len(tally.experiments)}, {len(tally.kept)} kept"),
         ("Time", f"{duration(tally.span_s)}{several}" if tally.runs else ""),
-        ("Experiments per device-hour", f"{ran / device_h:.1f}" if device_h and ran else ""),
+        ("Per device-hour", f"{ran / device_h:.1f} experiments" if device_h and ran else ""),
         ("Device idle", f"{tally.idle_s / tally.device_s:.1%}".replace("%", " %") if tally.device_s else ""),
         ("Cost", f"${tally.cost_usd:,.2f}" if tally.cost_usd else "not told by the agents"),
         ("Noise floor", f"{floor:.6f} ({tally.night.noise().seeds} seeds)" if floor else "not measured"),
@@ -129,13 +129,13 @@ def gains(tally: Tally, changes: dict[int, Change]) -> Html:
         if mine:
             parts.append(h("h3", f"{group.capitalize()} ({len(mine)})"))
             parts.append(h("p", f"{_MEANINGS[group].capitalize()}.", class_="meta"))
-            parts.append(_scroll(_gain_table(mine, changes, group), f"{group} gains"))
+            parts.append(_scroll(_gain_table(mine, changes, group), f"{group} gains", "gains"))
     return join(parts)
 
 
 def _gain_table(mine: Sequence[Gain], changes: dict[int, Change], group: str) -> Html:
     worth = any(g.worth is not None for g in mine)
-    names = ["val", "holdout", *(["left out"] if worth else [])]
+    names = ["val", "holdout", *(["worth at the end"] if worth else [])]
     head = h("tr", h("th", "#", class_="n"), h("th", "what"), *(h("th", n, class_="n") for n in names))
     rows = []
     for gain in mine:
@@ -147,13 +147,19 @@ def _gain_table(mine: Sequence[Gain], changes: dict[int, Change], group: str) ->
             h("div", clip(gain.why, REASON), class_="meta"),
         ]
         figures = [signed(row.gain), signed(row.holdout_gain), *([signed(gain.worth)] if worth else [])]
-        cells = [h("td", value or "-", class_="n") for value in figures]
+        cells = [
+            h("td", value or "-", class_="n" if value else "n none", data_name=n)
+            for n, value in zip(names, figures, strict=True)
+        ]
         rows.append(h("tr", h("td", row.number, class_="n"), h("td", *what), *cells))
     foot = None
     if len(mine) > 1 and group == "confirmed":
         sums = [_sum(g.row.gain for g in mine), _sum(g.row.holdout_gain for g in mine)]
-        sums += [_sum(g.worth for g in mine)] if worth else []
-        cells = [h("td", signed(s) or "-", class_="n") for s in sums]
+        sums += [_sum(g.worth for g in mine) if all(g.worth is not None for g in mine) else None] if worth else []
+        cells = [
+            h("td", signed(s) or "-", class_="n" if s is not None else "n none", data_name=n)
+            for n, s in zip(names, sums, strict=True)
+        ]
         foot = h("tfoot", h("tr", h("td", ""), h("td", "together"), *cells))
     return h("table", h("thead", head), h("tbody", *rows), foot)
 
@@ -200,7 +206,7 @@ def ledger(tally: Tally) -> Html | None:
         rows.append(h("tr", h("td", phase), *(h("td", c, class_="n") for c in cells), h("td", bar, class_="share")))
     whole = [duration(tally.device_s), "100 %", duration(tally.device_s / tally.runs), ""]
     foot = h("tr", h("td", "all"), *(h("td", w, class_="n") for w in whole))
-    names = [("phase", None), ("device time", "n"), ("share", "n"), ("a run", "n"), ("", None)]
+    names = [("phase", None), ("device time", "n"), ("share", "n"), ("mean of a run", "n"), ("", None)]
     head = h("tr", *(h("th", n, class_=c) for n, c in names))
     words = (
         f"Agents worked for {duration(tally.agent_s)}; devices waited for them for {duration(tally.waited_s)} at most."
@@ -259,7 +265,7 @@ def _turns(tally: Tally) -> Html:
     table = h("table", h("thead", h("tr", *(h("th", n, class_=c) for n, c in names))), h("tbody", *rows))
     more = h("p", f"and {len(counts) - 20} other reasons", class_="meta") if len(counts) > 20 else None
     title = h("h3", f"Agents' turns that gave no experiment: {len(tally.turns)}")
-    return join([title, _scroll(table, "turns that gave nothing"), more])
+    return join([title, _scroll(table, "turns that gave nothing", "turns"), more])
 
 
 # Every run.
@@ -276,8 +282,7 @@ def every_run(tally: Tally) -> Html:
     left = len(tally.rows) - len(rows)
     note = f"All kept ones and the last {LAST_OTHERS} others; {left} earlier ones are left out: hotloop show N."
     summary = h("summary", f"{len(rows)} of {len(tally.rows)} runs, in the order in which they were decided")
-    scroll = h("div", table, class_="scroll all", tabindex=0, role="region", aria_label="every run")
-    fold = h("details", summary, scroll, **({"open": ""} if len(rows) <= OPEN_ROWS else {}))
+    fold = h("details", summary, _scroll(table, "every run", "all"), **({"open": ""} if len(rows) <= OPEN_ROWS else {}))
     return join([h("p", note, class_="soft") if left else None, fold])
 
 
@@ -296,6 +301,6 @@ def _run_row(row: Row) -> Html:
     )
 
 
-def _scroll(table: Html, name: str) -> Html:
+def _scroll(table: Html, name: str, kind: str = "") -> Html:
     """A table that scrolls by itself where it is too wide, and never the page."""
-    return h("div", table, class_="scroll", tabindex=0, role="region", aria_label=name)
+    return h("div", table, class_=f"scroll {kind}".strip(), tabindex=0, role="region", aria_label=name)

@@ -7,6 +7,7 @@ import math
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import git
@@ -36,11 +37,7 @@ class Synthetic:
     """A night being written. `seconds` is the time since it began, at which the next entry is written."""
 
     def __init__(self, folder: Path, monkeypatch: Any, repo: git.Repo | None = None, device: str = "cuda") -> None:
-        class Clock:
-            datetime = _At
-            UTC = datetime.UTC
-
-        monkeypatch.setattr(record, "datetime", Clock)
+        monkeypatch.setattr(record, "datetime", SimpleNamespace(datetime=_At, UTC=datetime.UTC))
         monkeypatch.setattr(record, "os", _Quick())
         self.chain = Chain.open(folder / "records.jsonl")
         self.repo, self.device, self.seconds = repo, device, 0.0
@@ -118,7 +115,9 @@ def repository(folder: Path, text: str) -> git.Repo:
 
 
 def loss_curve(end: float, points: int = 200) -> list[list[float]]:
-    return [[i / points, round(end + 6.0 * math.exp(-i / points * 9) + 0.3 * (1 - i / points), 6)] for i in range(points)]
+    return [
+        [i / points, round(end + 6.0 * math.exp(-i / points * 9) + 0.3 * (1 - i / points), 6)] for i in range(points)
+    ]
 
 
 _EDITS = [
@@ -154,9 +153,9 @@ def realistic(night: Synthetic, count: int = 60, slots: int = 1) -> None:
     for i in range(count):
         slot = i % slots
         idle = rng.expovariate(1 / 12)
-        description = rng.choice(_EDITS) + rng.choice(["", "", " (again)", " together with a longer warm-up, as the curve of #7 suggested"])  # noqa: E501
-        agent = {"agent": rng.choice(["claude", "codex"]), "agent_s": rng.uniform(30, 240), "cost_usd": rng.uniform(0.02, 0.2),
-                 "slot": slot, "idle_s": idle, "floor": floor}  # fmt: skip
+        description = rng.choice(_EDITS) + rng.choice(["", "", " (again)", " together with a longer warm-up, see #7"])
+        agent = {"agent": rng.choice(["claude", "codex"]), "agent_s": rng.uniform(30, 240), "slot": slot,
+                 "cost_usd": rng.uniform(0.02, 0.2), "idle_s": idle, "floor": floor}  # fmt: skip
         luck = rng.random()
         if luck < 0.12:
             at(slot, idle, 41.0)
@@ -205,6 +204,5 @@ def realistic(night: Synthetic, count: int = 60, slots: int = 1) -> None:
             decision = confirm
         if decision == "keep":
             best, best_holdout = val, holdout
-    for i in range(4):
-        night.append("turn", {"agent": "codex", "seconds": 61.0 + i, "cost_usd": 0.03, "tokens": 900,
-                              "reason": "the agent left train.py as it was" if i else "no answer in 900 s"})  # fmt: skip
+    for reason in ("no answer in 900 s", *["the agent left train.py as it was"] * 3):
+        night.append("turn", {"agent": "codex", "seconds": 61.0, "cost_usd": 0.03, "tokens": 900, "reason": reason})
