@@ -143,7 +143,7 @@ def timeline(tally: Tally, width: int) -> Html | None:
     span = tally.span_s or 1.0
     frame = Frame(width, 20 + SLOT_HEIGHT * tally.slots + 34, 0, span, 0, 1, left=24 if tally.slots > 1 else 6, right=6)
     parts: list[object] = []
-    for value, name in _clock(tally.began, span, max(2, int(width / 90))):
+    for value, name in _clock(tally.began, span, max(2, int(width / 60))):
         x = frame.x(value)
         half = text_width(name) / 2
         parts.append(h("path", d=f"M{x:.1f} 14V{frame.height - 30:g}", class_="grid"))

@@ -7,7 +7,7 @@ STYLE = """
 --keep-dot:#1f8a50;--warn:#8a5300;--fail:#ad2f26;--blue:#2a63a8;--violet:#7a4fa3;--dot:#a3a199;--band:#2a63a81c;
 --idle:#ecebe4;--add:#17703f17;--del:#ad2f2614}
 @media (prefers-color-scheme:dark){:root{--bg:#171716;--fg:#e8e7e1;--soft:#a5a39a;--rule:#34332f;--panel:#21201e;
---keep:#63cb8f;--keep-dot:#4fbd7e;--warn:#e3ac52;--fail:#f19184;--blue:#86b6f0;--violet:#c2a0e6;--dot:#6d6b64;
+--keep:#63cb8f;--keep-dot:#4fbd7e;--warn:#e3ac52;--fail:#f19184;--blue:#86b6f0;--violet:#c2a0e6;--dot:#85837b;
 --band:#86b6f024;--idle:#2a2926;--add:#63cb8f1f;--del:#f191841c}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%;scroll-padding-top:12px}
@@ -73,8 +73,10 @@ tfoot td{font-weight:600;border-bottom:0}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 .all table{min-width:820px}
 .all td:nth-child(5){min-width:200px}.all td:nth-child(6){min-width:260px;color:var(--soft)}
+.ledger td:first-child,.ledger th,.turns td:first-child,.turns th{white-space:nowrap}
 .gains td:nth-child(2){min-width:200px;width:64%}.turns td:nth-child(2){min-width:170px}
-@media (max-width:700px){.gains table,.gains tbody,.gains tfoot{display:block}.gains thead{display:none}
+@media (max-width:700px){.share svg{width:60px}
+.gains table,.gains tbody,.gains tfoot{display:block}.gains thead{display:none}
 .gains tr{display:grid;grid-template-columns:32px 1fr 1fr 1fr;border-bottom:1px solid var(--rule);padding:8px 0}
 .gains td,.gains td:nth-child(2){border:0;padding:0;min-width:0;width:auto}.gains td:nth-child(1){text-align:left}
 .gains td:nth-child(2){grid-column:2/5}.gains td:nth-child(3){grid-column:2}

@@ -206,7 +206,7 @@ def ledger(tally: Tally) -> Html | None:
         rows.append(h("tr", h("td", phase), *(h("td", c, class_="n") for c in cells), h("td", bar, class_="share")))
     whole = [duration(tally.device_s), "100 %", duration(tally.device_s / tally.runs), ""]
     foot = h("tr", h("td", "all"), *(h("td", w, class_="n") for w in whole))
-    names = [("phase", None), ("device time", "n"), ("share", "n"), ("mean of a run", "n"), ("", None)]
+    names = [("phase", None), ("device time", "n"), ("share", "n"), ("mean run", "n"), ("", None)]
     head = h("tr", *(h("th", n, class_=c) for n, c in names))
     words = (
         f"Agents worked for {duration(tally.agent_s)}; devices waited for them for {duration(tally.waited_s)} at most."
@@ -215,7 +215,8 @@ def ledger(tally: Tally) -> Html | None:
     if lost > max(60.0, 0.01 * tally.device_s):
         words += f" {duration(lost)} of the span are in no run and no wait: the driver was not running."
     table = h("table", h("thead", head), h("tbody", *rows), h("tfoot", foot))
-    return join([h("h3", "Where the device time went"), _scroll(table, "device time by phase"), h("p", words)])
+    scroll = _scroll(table, "device time by phase", "ledger")
+    return join([h("h3", "Where the device time went"), scroll, h("p", words)])
 
 
 # What failed.
