@@ -366,8 +366,9 @@ def test_it_fits_a_screen_and_the_browser_has_no_complaint(tmp_path: Path, night
 def browse(folder: Path, address: str) -> tuple[str, str]:
     """What a page has become in a browser, and what the browser said."""
     done = subprocess.run(
-        [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder / 'profile'}",
-         "--window-size=1400,1000", "--enable-logging=stderr", "--virtual-time-budget=5000",
+        [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000",
+         "--enable-logging=stderr", "--virtual-time-budget=5000",
          "--blink-settings=preferredColorScheme=1", "--dump-dom", address],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
