@@ -212,7 +212,7 @@ def curves(rows: Sequence[tuple[str, str, Row]], width: int) -> Html | None:
     clip_id = f"area{width}"
     area = h("rect", x=frame.left, y=frame.top, width=width - frame.left - frame.right,
              height=frame.height - frame.top - frame.bottom)  # fmt: skip
-    places = ticks(0, end, max(2, width // 130))
+    places = ticks(0, end, max(4, width // 110))
     parts: list[object] = [
         h("clipPath", area, id=clip_id),
         frame.axes("million tokens", "training loss", [(v, f"{v:g}") for v in places]),
