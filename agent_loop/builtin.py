@@ -175,6 +175,27 @@ class BuiltinAgent:
                 return Turn(", ".join(words))
             if len(picked) == 1:
                 moves.remove(first)
+        return self._further(context, rng)
+
+    @staticmethod
+    def _further(context: Context, rng: random.Random) -> Turn:
+        """Where every single step was tried: several at once, ever more of them."""
+        here = constants(context.source, context.preset)
+        knobs = [k for k in KNOBS if k.name in here]
+        for steps in range(2, 12 if knobs else 0):
+            for _ in range(30):
+                values: dict[str, Number] = {}
+                for knob in rng.choices(knobs, k=steps):
+                    new = knob.step(values.get(knob.name, here[knob.name].value), rng.choice((1, -1)))
+                    if new is not None:
+                        values[knob.name] = new
+                source, words = context.source, []
+                for name, value in values.items():
+                    source = replace_constant(source, constants(source, context.preset)[name], value)
+                    words.append(f"{name} {here[name].value} -> {value}")
+                if words and syntax_hash(source) not in context.seen:
+                    (context.worktree / "train.py").write_bytes(source)
+                    return Turn(", ".join(words))
         raise AgentError("the built-in agent has no constant of train.py left to change", permanent=True)
 
     @staticmethod

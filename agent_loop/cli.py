@@ -1,4 +1,4 @@
-"""The command line: `hotloop prepare|run|loop|report|replay|bench|seal|doctor`.
+"""The command line: `hotloop prepare|run|loop|report|show|diff|best|...`; `hotloop --help` has them all.
 
 Every error that a user can mend is one line on stderr and a non-zero exit status; a traceback is a bug of ours.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,21 +65,36 @@ def _parser() -> argparse.ArgumentParser:
     add_run_arguments(run)
     run.set_defaults(run=_run)
 
-    loop = commands.add_parser("loop", help="a night: experiments by an agent, kept or discarded in git")
-    loop.add_argument("--tag", help="name of the night; an existing one goes on (default: today, such as nov23)")
-    loop.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments (default: never)")
-    loop.add_argument("--hours", type=float, metavar="H", help="start no experiment after H hours")
-    loop.add_argument("--agent", choices=["builtin", "command"], default="builtin")
-    loop.add_argument("--command", metavar="STR", help="for --agent command: the program that edits train.py")
-    loop.add_argument("--agent-timeout", type=float, default=900.0, metavar="S", help="seconds a proposal may take")
-    loop.add_argument("--agent-network", action="store_true", help="the agent may use the network")
-    loop.add_argument("--agent-write", action="append", default=[], metavar="PATH", help="it may change PATH as well")
-    loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
-    loop.add_argument("--min-gain", type=float, metavar="BPB", help="noise floor, instead of the measured one")
-    loop.add_argument("--no-second-seed", action="store_true", help="discard marginal gains, instead of trying again")
-    loop.add_argument("--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise")
+    loop = commands.add_parser("loop", help="a night: experiments by agents, kept or discarded in git")
+    _add_loop_arguments(loop)
     add_run_arguments(loop)
     loop.set_defaults(run=_loop)
+
+    noise = commands.add_parser("noise", help="measure the noise floor: train.py under several seeds")
+    noise.add_argument("--tag", help="a night, whose floor gets more seeds (default: a new one)")
+    noise.add_argument("--seeds", type=int, default=3, metavar="N", help="further seeds of the baseline (default: 3)")
+    noise.add_argument("--seed", type=int, default=1)
+    add_run_arguments(noise)
+    noise.set_defaults(run=_noise)
+
+    ablate = commands.add_parser("ablate", help="leave one out: what is each kept gain worth at the end?")
+    ablate.add_argument("--tag", help="default: the newest night")
+    add_run_arguments(ablate)
+    ablate.set_defaults(run=_ablate)
+
+    for name, words, number in (
+        ("show", "all of one experiment", "its number"),
+        ("diff", "what an experiment changed", "its number"),
+        ("best", "the best so far, and how it got there", ""),
+        ("checkout", "a branch of your own at an experiment", "its number (default: the best)"),
+    ):
+        look = commands.add_parser(name, help=words)
+        if number:
+            look.add_argument("experiment", type=int, help=number, nargs="?" if name == "checkout" else None)
+        if name == "diff":
+            look.add_argument("other", type=int, nargs="?", help="compare with this one instead of what it was made from")
+        look.add_argument("--tag", help="default: the newest night")
+        look.set_defaults(run=_look, name=name)
 
     report = commands.add_parser("report", help="results.tsv, progress.png and the table of a night")
     report.add_argument("--tag", help="default: the newest night")
@@ -114,6 +129,43 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine has, and what is wrong with it")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
+    from agent_loop.roster import AGENTS
+
+    loop.add_argument("--tag", help="name of the night; an existing one goes on (default: today, such as nov23)")
+    loop.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments (default: never)")
+    loop.add_argument("--hours", type=float, metavar="H", help="start no experiment after H hours")
+    loop.add_argument("--max-cost", type=float, metavar="USD", help="ask no paid agent once they have cost this much")
+    loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
+    loop.add_argument("--gpus", metavar="0,1", help="run side by side on these GPUs, as nvidia-smi numbers them")
+    agents = loop.add_argument_group("agents")
+    agents.add_argument(
+        "--agent", default="builtin", metavar="NAMES", help=f"of {', '.join(AGENTS)}; several, separated by commas, are "
+        "asked in that order while those before are left alone after a failure"
+    )  # fmt: skip
+    agents.add_argument("--no-fallback", action="store_true", help="let the built-in agent not take over at last")
+    agents.add_argument("--command", metavar="STR", help="for command: the program that edits train.py")
+    agents.add_argument("--model", help="for claude, codex and api: the model's name")
+    agents.add_argument("--api-url", metavar="URL", help="for api: such as http://localhost:8000/v1")
+    agents.add_argument("--agent-timeout", type=float, default=900.0, metavar="S", help="seconds a proposal may take")
+    agents.add_argument("--agent-max-cost", type=float, metavar="USD", help="that one proposal may cost")
+    agents.add_argument("--agent-network", action="store_true", help="for command: it may use the network")
+    agents.add_argument("--agent-write", action="append", default=[], metavar="PATH", help="it may change PATH as well")
+    decisions = loop.add_argument_group("decisions")
+    decisions.add_argument("--min-gain", type=float, metavar="BPB", help="noise floor, instead of the measured one")
+    decisions.add_argument("--no-second-seed", action="store_true", help="discard marginal gains, instead of trying again")
+    decisions.add_argument("--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise")
+    decisions.add_argument("--race", action="store_true", help="stop runs early that cannot win any more")
+    decisions.add_argument(
+        "--preflight", choices=["auto", "always", "never"], default="auto",
+        help="check an edit on the CPU before it gets GPU time (auto: where there is a GPU)",
+    )  # fmt: skip
+    keeping = loop.add_argument_group("keeping on")
+    keeping.add_argument("--notify", metavar="CMD", help="run CMD with a message: something kept, trouble, the end")
+    keeping.add_argument("--patience", type=float, default=3600.0, metavar="S", help="seconds to wait out a full disk etc.")
+    keeping.add_argument("--no-watchdog", action="store_true", help="do not start the driver again when it dies")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -180,94 +232,83 @@ def _newest_tag(runs: Path) -> str:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from agent_loop.night import Night
-    from agent_loop.report import print_results, write_progress, write_tsv
+    from agent_loop.looking import night_named
+    from agent_loop.report import draw, print_results, write_tsv
 
-    tag = args.tag or _newest_tag(Path("runs"))
-    folder = Path("runs") / tag
-    if not (folder / "records.jsonl").exists():
-        raise UsageError(f"there is no night called {tag} under {Path('runs').resolve()}")
-    night = Night(folder)
+    night = night_named(args.tag or _newest_tag(Path("runs")))
     write_tsv(night)
-    write_progress(night)
+    draw(str(night.folder), str(Path.cwd()))
     print_results(night, _console())
     return 0
 
 
-def _loop(args: argparse.Namespace) -> int:
-    from git.exc import GitError
+def _look(args: argparse.Namespace) -> int:
+    from agent_loop import looking
 
-    from agent_loop.agents import Agent, CommandAgent
-    from agent_loop.builtin import BuiltinAgent
-    from agent_loop.cage import Cage
-    from agent_loop.gitrepo import NightRepo, free_tag, open_repo
-    from agent_loop.live import View
-    from agent_loop.loop import Driver, Options
+    args.tag = args.tag or _newest_tag(Path("runs"))
+    commands = {
+        "show": looking.show_command,
+        "diff": looking.diff_command,
+        "best": looking.best_command,
+        "checkout": looking.checkout_command,
+    }
+    return commands[args.name](args)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from agent_loop.ablate import ablate
+    from agent_loop.gitrepo import NightRepo, open_repo
+    from agent_loop.looking import night_named
     from agent_loop.night import Night
-    from agent_loop.report import print_results
+    from agent_loop.report import draw
     from harness.record import Lock
-    from harness.signing import key_path
-    from harness.single import budget_from, sandbox_warning, settings_of
-    from prepare import default_data_dir
+    from harness.single import budget_from, settings_of
 
-    for name in ("experiments", "hours", "noise_seeds", "min_gain"):
-        value = getattr(args, name)
-        if value is not None and value < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-    repo = open_repo(Path.cwd())
+    folder = night_named(args.tag or _newest_tag(Path("runs"))).folder
     settings = settings_of(args)
-    if args.agent == "command" and not args.command:
-        raise UsageError("--agent command needs --command 'PROGRAM ARGUMENTS'")
-    if args.command and args.agent != "command":
-        raise UsageError("--command goes with --agent command")
-    command = args.agent == "command"
-    runs = Path(repo.working_tree_dir or ".") / "runs"
-    data = default_data_dir("x", 1, 1).parent
-    hidden = (settings.dataset.path, data, runs, Path(repo.common_dir), key_path().parent)
-    cage = Cage(
-        settings.sandbox, tuple(dict.fromkeys(p.resolve() for p in hidden)), tuple(map(Path, args.agent_write)),
-        args.agent_network,
-    )  # fmt: skip
-    agent: Agent = CommandAgent(args.command, args.agent_timeout, cage) if command else BuiltinAgent(args.seed)
-    tag = args.tag or free_tag(repo, runs, datetime.date.today().strftime("%b%d").lower())
-    if tag in ("single", ".", "..") or "/" in tag:
-        raise UsageError(f"{tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'")
-    preset = settings.preset
-    options = Options(
-        seed=args.seed,
-        experiments=args.experiments,
-        hours=args.hours,
-        budget=budget_from(args),
-        least_gain=args.min_gain,
-        noise_seeds=preset.noise_seeds if args.noise_seeds is None else args.noise_seeds,
-        second_seed=not args.no_second_seed,
-    )
-    signal.signal(signal.SIGTERM, _interrupt)
-    lock = Lock(runs / tag / "lock")
-    console = _console()
-    try:
-        night = Night(runs / tag)
-        rule = options.budget or preset.budget
-        with View(console) as view:
-            view.header(
-                [
-                    f"hotloop  night {tag}, branch autoresearch/{tag}, agent {agent.name}, seed {args.seed}",
-                    f"         preset {preset.name} on {settings.device}, {settings.threads} threads, budget "
-                    f"{rule.amount:g} {rule.kind}, data {settings.dataset.path}",
-                    f"         sandbox {settings.sandbox}",
-                ]
-            )
-            if warning := sandbox_warning(settings):
-                view.note(f"WARNING: {warning}")
-            try:
-                Driver(night, NightRepo(repo, tag, runs / tag), agent, settings, options, view).run()
-            except GitError as e:
-                words = " ".join(str(getattr(e, "stderr", "") or e).split())[:300]
-                raise HotloopError(f"git failed ({words}); mend it and start the same command again") from None
-        print_results(night, console)
-    finally:
-        lock.release()
+    repo = open_repo(Path.cwd())
+    with Lock(folder / "lock"):
+        night = Night(folder)
+        for body in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
+            print(f"#{body['number']:<4} {body['verdict']:<10} {body['reason']}", flush=True)
+    draw(str(folder), str(Path.cwd()))
+    print(f"all: {folder / 'report.html'}")
     return 0
+
+
+def _noise(args: argparse.Namespace) -> int:
+    if args.seeds < 1:
+        raise UsageError(f"--seeds must be at least 1, not {args.seeds}")
+    given = _parser().parse_args(["loop"])
+    for name, value in vars(args).items():
+        setattr(given, name, value)
+    given.experiments, given.noise_seeds, given.no_watchdog = 0, args.seeds, True
+    status = _loop(given)
+    from agent_loop.looking import night_named
+
+    noise = night_named(given.tag).noise()
+    print(f"noise floor: {noise.floor_bpb:.6f} bits per byte, from {noise.seeds} runs (2 sqrt(2) standard deviations)")
+    return status
+
+
+def _loop(args: argparse.Namespace) -> int:
+    from agent_loop.evening import start
+    from agent_loop.watchdog import CRASHED, UNDER_WATCH, watch
+
+    evening = start(args)  # every wrong flag ends here
+    if args.no_watchdog or UNDER_WATCH in os.environ:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return evening.drive(_console())
+        except (HotloopError, OSError, KeyboardInterrupt):
+            raise
+        except Exception:
+            if UNDER_WATCH not in os.environ:
+                raise
+            traceback.print_exc()
+            return CRASHED
+    again = [sys.executable, "-m", "agent_loop", *sys.argv[1:], *([] if args.tag else ["--tag", evening.tag])]
+    return watch(again, evening.folder)
 
 
 def _interrupt(*_: object) -> None:

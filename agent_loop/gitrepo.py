@@ -103,15 +103,19 @@ class NightRepo:
 
     def start(self) -> str:
         """Make the branch at HEAD if it is new; returns its commit. The worktree is made by `reset`."""
-        try:
-            self.repo.git.check_ref_format("--branch", self.branch)
-        except git.GitCommandError:
-            raise UsageError(f"{self.tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'") from None
+        self.check_name()
         for lock in self._own_locks():  # of a git that was killed; ours is the only driver
             lock.unlink(missing_ok=True)
         if self.branch not in {h.name for h in self.repo.heads}:
             self.repo.git.branch(self.branch, "HEAD")
         return self.head()
+
+    def check_name(self) -> None:
+        """Raises UsageError for a tag that git takes for no branch."""
+        try:
+            self.repo.git.check_ref_format("--branch", self.branch)
+        except git.GitCommandError:
+            raise UsageError(f"{self.tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'") from None
 
     def _own_locks(self) -> Iterator[Path]:
         yield self._common / "refs" / "heads" / f"{self.branch}.lock"

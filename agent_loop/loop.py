@@ -152,6 +152,8 @@ class Driver:
             self._patiently(self._begin_turn)
             busy = any(s.run for s in self.slots) or self._turn
             if not busy and self._over():
+                if best := self.night.incumbent():  # what the worktree shows in the morning
+                    self.repo.prepare(best.commit)
                 return
             if not busy and self.rota.wait_s() is None and not self._next_is_known():
                 raise HotloopError(

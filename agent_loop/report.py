@@ -100,8 +100,14 @@ def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int,
 
 def draw(folder: str, repo: str) -> None:
     """All that is drawn, from records that may be written at the same time. Runs in a process of its own."""
+    from git import Repo
+
+    from agent_loop.page import write_page
+
     night = Night.reading(Path(folder))
     write_progress(night)
+    with Repo(repo) as opened:
+        write_page(night, opened)
 
 
 def print_results(night: Night, console: Console) -> None:
@@ -124,6 +130,6 @@ def print_results(night: Night, console: Console) -> None:
         share = (kept[0] - kept[-1]) / kept[0]
         console.print(f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f} ({share:.2%} better than the baseline)")
     console.print(f"branch  autoresearch/{night.folder.name}", highlight=False)
-    for name in ("results.tsv", "progress.png", "records.jsonl"):
+    for name in ("results.tsv", "progress.png", "report.html", "records.jsonl"):
         if (night.folder / name).exists():
             console.print(f"        {night.folder / name}", highlight=False, soft_wrap=True)

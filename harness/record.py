@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from harness.errors import DiskFullError, LockedError, RecordError
 from harness.signing import Signer, load_signer, verified
@@ -299,3 +299,9 @@ class Lock:
 
     def release(self) -> None:
         os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_loop.agents import Context, Tried
+from agent_loop.agents import AgentError, Context, Tried
 from agent_loop.builtin import KNOBS, BuiltinAgent, constants, replace_constant
 from agent_loop.source import ProposalError, check_source, code_lines, syntax_hash
 
@@ -52,31 +52,36 @@ def test_one_literal_is_replaced_and_nothing_else_moves() -> None:
 
 
 def test_a_proposal_is_a_function_of_seed_number_and_history(tmp_path: Path) -> None:
-    descriptions = [BuiltinAgent(7).propose(context(tmp_path)) for _ in range(3)]
+    descriptions = [BuiltinAgent(7).propose(context(tmp_path)).description for _ in range(3)]
     edited = (tmp_path / "train.py").read_bytes()
     assert len(set(descriptions)) == 1
     check_source(edited)
     assert syntax_hash(edited) != syntax_hash(SOURCE)
-    others = {BuiltinAgent(seed).propose(context(tmp_path)) for seed in range(20)}
+    others = {BuiltinAgent(seed).propose(context(tmp_path)).description for seed in range(20)}
     assert len(others) > 3
 
 
-def test_nothing_is_proposed_twice_until_nothing_is_left(tmp_path: Path) -> None:
-    seen = {syntax_hash(SOURCE)}
-    for _ in range(8):  # four constants, up and down
-        BuiltinAgent(1).propose(context(tmp_path, seen=frozenset(seen)))
+def test_nothing_is_proposed_twice_and_single_steps_come_first(tmp_path: Path) -> None:
+    seen, said = {syntax_hash(SOURCE)}, []
+    for _ in range(60):
+        said.append(BuiltinAgent(1).propose(context(tmp_path, seen=frozenset(seen))).description)
         new = syntax_hash((tmp_path / "train.py").read_bytes())
         assert new not in seen
         seen.add(new)
-    with pytest.raises(ProposalError, match="no constant") as e:
-        BuiltinAgent(1).propose(context(tmp_path, seen=frozenset(seen)))
-    assert e.value.status == "crash"
+    assert all("," not in words for words in said[:8])  # four constants, up and down
+    assert any("," in words for words in said[8:])
+
+
+def test_without_a_constant_the_agent_has_nothing_to_give(tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="no constant") as e:
+        BuiltinAgent(1).propose(context(tmp_path, source=b"x = 1\n"))
+    assert e.value.permanent
 
 
 def test_what_was_kept_is_tried_further_and_what_was_discarded_avoided(tmp_path: Path) -> None:
     def share(decision: str) -> float:
         history = [Tried(1, decision, "", "MATRIX_LR 0.026 -> 0.04", 1.0)] * 2
-        proposals = [BuiltinAgent(s).propose(context(tmp_path, history=history)) for s in range(150)]
+        proposals = [BuiltinAgent(s).propose(context(tmp_path, history=history)).description for s in range(150)]
         return sum(p == "MATRIX_LR 0.04 -> 0.06" for p in proposals) / len(proposals)
 
     assert share("keep") > 3 * share("discard")

@@ -1,0 +1,181 @@
+"""From the flags of `hotloop loop` to a driver that can start: everything that a user can have wrong is found here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import git
+from git.exc import GitError
+from rich.console import Console
+
+from agent_loop.agents import Agent
+from agent_loop.background import Notifier, Reporter
+from agent_loop.cage import Cage
+from agent_loop.gitrepo import NightRepo, free_tag, open_repo
+from agent_loop.live import View
+from agent_loop.loop import Driver, Options
+from agent_loop.night import Night
+from agent_loop.report import print_results
+from agent_loop.roster import make_agent
+from agent_loop.source import ProposalError
+from harness.errors import HotloopError, UsageError
+from harness.experiment import Settings
+from harness.machine import gpus_at
+from harness.preflight import preflight
+from harness.record import Lock
+from harness.signing import key_path
+from harness.single import budget_from, sandbox_warning, settings_of
+from prepare import default_data_dir
+
+__all__ = ["Evening", "start"]
+
+
+@dataclass
+class Evening:
+    """A night that can begin. `notify` is the user's command, empty for none."""
+
+    tag: str
+    folder: Path
+    repo: git.Repo
+    agents: list[Agent]
+    slots: list[Settings]
+    options: Options
+    notify: str
+
+    def drive(self, console: Console) -> int:
+        """Raises HotloopError."""
+        lock = Lock(self.folder / "lock")
+        try:
+            night = Night(self.folder)
+            with View(console, self.folder / "night.log") as view:
+                view.header(self._header())
+                for line in self._warnings():
+                    view.note(f"WARNING: {line}")
+                notifier = Notifier(self.notify, self.tag, view.note) if self.notify else None
+                reporter = Reporter(self.folder, Path(self.repo.working_tree_dir or "."))
+                night_repo = NightRepo(self.repo, self.tag, self.folder)
+                driver = Driver(
+                    night, night_repo, self.agents, self.slots, self.options, view, notifier=notifier, reporter=reporter
+                )
+                try:
+                    driver.run()
+                except GitError as e:
+                    words = " ".join(str(getattr(e, "stderr", "") or e).split())[:300]
+                    raise HotloopError(f"git failed ({words}); mend it and start the same command again") from None
+            print_results(night, console)
+        finally:
+            lock.release()
+        return 0
+
+    def _header(self) -> list[str]:
+        settings, options = self.slots[0], self.options
+        rule = options.budget or settings.preset.budget
+        names = ", then ".join(a.name for a in self.agents)
+        side = f", {len(self.slots)} GPUs side by side" if len(self.slots) > 1 else ""
+        return [
+            f"hotloop  night {self.tag}, branch autoresearch/{self.tag}, agent {names}, seed {options.seed}",
+            f"         preset {settings.preset.name} on {settings.device}{side}, {settings.threads} threads, budget "
+            f"{rule.amount:g} {rule.kind}, data {settings.dataset.path}",
+            f"         sandbox {settings.sandbox}",
+        ]
+
+    def _warnings(self) -> list[str]:
+        found = [sandbox_warning(self.slots[0])]
+        if any(a.name == "builtin" for a in self.agents[:-1]):
+            found.append("the built-in agent always has something to propose, so those after it are never asked")
+        return [w for w in found if w]
+
+
+def start(args: argparse.Namespace) -> Evening:
+    """Raises UsageError, DataError, DeviceError or SandboxError, each with what to do."""
+    for name in ("experiments", "hours", "noise_seeds", "min_gain", "max_cost", "agent_max_cost", "patience"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {value}")
+    repo = open_repo(Path.cwd())
+    settings = settings_of(args)
+    runs = Path(repo.working_tree_dir or ".") / "runs"
+    agents = _agents(args, settings, repo, runs)
+    tag = args.tag = args.tag or free_tag(repo, runs, datetime.date.today().strftime("%b%d").lower())
+    if tag in ("single", ".", "..") or "/" in tag:
+        raise UsageError(f"{tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'")
+    NightRepo(repo, tag, runs / tag).check_name()
+    if args.notify:
+        Notifier(args.notify, tag, lambda _: None)
+    preset = settings.preset
+    options = Options(
+        seed=args.seed,
+        experiments=args.experiments,
+        hours=args.hours,
+        max_cost_usd=args.max_cost,
+        budget=budget_from(args),
+        least_gain=args.min_gain,
+        noise_seeds=preset.noise_seeds if args.noise_seeds is None else args.noise_seeds,
+        second_seed=not args.no_second_seed,
+        race=args.race,
+        patience_s=args.patience,
+        preflight=_preflight(settings) if _wants_preflight(args.preflight, settings) else None,
+    )
+    return Evening(tag, runs / tag, repo, agents, _slots(args.gpus, settings), options, args.notify or "")
+
+
+def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: Path) -> list[Agent]:
+    names = [n.strip() for n in args.agent.split(",") if n.strip()]
+    if args.command and "command" not in names:
+        raise UsageError("--command goes with --agent command")
+    if len(set(names)) < len(names) or not names:
+        raise UsageError(f"--agent {args.agent!r}: each agent once, separated by commas")
+    if "builtin" not in names and not args.no_fallback:
+        names.append("builtin")
+    data = default_data_dir("x", 1, 1).parent
+    hidden = (settings.dataset.path, data, runs, Path(repo.common_dir), key_path().parent)
+    cage = Cage(
+        settings.sandbox, tuple(dict.fromkeys(p.resolve() for p in hidden)), tuple(map(Path, args.agent_write)),
+        args.agent_network,
+    )  # fmt: skip
+    networked = dataclasses.replace(cage, network=True)
+    return [
+        make_agent(
+            name, command=args.command, timeout_s=args.agent_timeout, cage=cage, networked_cage=networked,
+            seed=args.seed, model=args.model, api_url=args.api_url, max_cost_usd=args.agent_max_cost,
+            state_folder=None,
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def _slots(gpus: str | None, settings: Settings) -> list[Settings]:
+    if gpus is None:
+        return [settings]
+    if settings.device != "cuda":
+        raise UsageError(f"--gpus {gpus} needs GPUs, and this night runs on {settings.device}")
+    try:
+        indices = [int(word) for word in gpus.split(",")]
+    except ValueError:
+        raise UsageError(f"--gpus {gpus!r} is not a list of numbers, such as 0,1") from None
+    if len(set(indices)) < len(indices):
+        raise UsageError(f"--gpus {gpus} names one twice")
+    sandboxes = [dataclasses.replace(settings.sandbox, gpu=gpu) for gpu in gpus_at(indices)]
+    return [dataclasses.replace(settings, sandbox=s) for s in sandboxes]
+
+
+def _wants_preflight(asked: str, settings: Settings) -> bool:
+    """On a CPU the run itself begins with the same check, as fast."""
+    return asked == "always" or (asked == "auto" and settings.device == "cuda")
+
+
+def _preflight(settings: Settings) -> Callable[[bytes, Path], None]:
+    def check(source: bytes, folder: Path) -> None:
+        dataset = settings.dataset
+        found = preflight(
+            source, settings.preset, dataset.vocab_size, dataset.seq_len, settings.threads, settings.sandbox, folder
+        )
+        if found.status == "crash":
+            raise ProposalError("crash", f"pre-flight: {found.reason}")
+
+    return check
