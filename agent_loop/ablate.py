@@ -109,9 +109,7 @@ def _without(
 def _known_score(night: Night, source: bytes, repo: NightRepo) -> float | None:
     """Of a train.py that was run already, as the last kept one's parent was."""
     digest = syntax_hash(source)
-    if digest in night.seen:
-        for row in night.rows():
-            if row.outcome and row.kind in ("baseline", "experiment") and row.val_bpb is not None:
-                if syntax_hash(repo.source(row.commit)) == digest:
-                    return night.score_of(row.commit, night.seed)
-    return None
+    scored = [r.commit for r in night.rows() if r.kind in ("baseline", "experiment") and r.val_bpb is not None]
+    same = (c for c in scored if digest in night.seen and syntax_hash(repo.source(c)) == digest)
+    commit = next(same, None)
+    return None if commit is None else night.score_of(commit, night.seed)

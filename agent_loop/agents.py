@@ -120,6 +120,8 @@ class CommandAgent:
         self.cage = cage
         if not self.argv:
             raise UsageError("--agent command needs --command 'PROGRAM ARGUMENTS'")
+        if shutil.which(self.argv[0]) is None:
+            raise UsageError(f"the agent {self.argv[0]!r} cannot be started: no such program; see --command")
         if timeout_s <= 0:
             raise UsageError(f"--agent-timeout must be positive, not {timeout_s}")
 

@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         if number:
             look.add_argument("experiment", type=int, help=number, nargs="?" if name == "checkout" else None)
         if name == "diff":
-            look.add_argument("other", type=int, nargs="?", help="compare with this one instead of what it was made from")
+            look.add_argument(
+                "other", type=int, nargs="?", help="compare with this one instead of what it was made from"
+            )
         look.add_argument("--tag", help="default: the newest night")
         look.set_defaults(run=_look, name=name)
 
@@ -142,8 +144,8 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     loop.add_argument("--gpus", metavar="0,1", help="run side by side on these GPUs, as nvidia-smi numbers them")
     agents = loop.add_argument_group("agents")
     agents.add_argument(
-        "--agent", default="builtin", metavar="NAMES", help=f"of {', '.join(AGENTS)}; several, separated by commas, are "
-        "asked in that order while those before are left alone after a failure"
+        "--agent", default="builtin", metavar="NAMES", help=f"of {', '.join(AGENTS)}; several, separated by commas, "
+        "are asked in that order while those before are left alone after a failure"
     )  # fmt: skip
     agents.add_argument("--no-fallback", action="store_true", help="let the built-in agent not take over at last")
     agents.add_argument("--command", metavar="STR", help="for command: the program that edits train.py")
@@ -155,8 +157,12 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     agents.add_argument("--agent-write", action="append", default=[], metavar="PATH", help="it may change PATH as well")
     decisions = loop.add_argument_group("decisions")
     decisions.add_argument("--min-gain", type=float, metavar="BPB", help="noise floor, instead of the measured one")
-    decisions.add_argument("--no-second-seed", action="store_true", help="discard marginal gains, instead of trying again")
-    decisions.add_argument("--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise")
+    decisions.add_argument(
+        "--no-second-seed", action="store_true", help="discard marginal gains, instead of trying again"
+    )
+    decisions.add_argument(
+        "--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise"
+    )
     decisions.add_argument("--race", action="store_true", help="stop runs early that cannot win any more")
     decisions.add_argument(
         "--preflight", choices=["auto", "always", "never"], default="auto",
@@ -164,7 +170,9 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     keeping = loop.add_argument_group("keeping on")
     keeping.add_argument("--notify", metavar="CMD", help="run CMD with a message: something kept, trouble, the end")
-    keeping.add_argument("--patience", type=float, default=3600.0, metavar="S", help="seconds to wait out a full disk etc.")
+    keeping.add_argument(
+        "--patience", type=float, default=3600.0, metavar="S", help="seconds to wait out a full disk etc."
+    )
     keeping.add_argument("--no-watchdog", action="store_true", help="do not start the driver again when it dies")
 
 

@@ -61,9 +61,13 @@ def show_command(args: argparse.Namespace) -> int:
             ("sandbox", f"L{o.sandbox.get('level', 0)}, seed {o.seed}, {o.device}"),
         ]
         if o.curve:
-            facts.append(("loss", f"{sparkline([p[1] for p in o.curve], 40)} {o.curve[0][1]:.3f} to {o.curve[-1][1]:.3f}"))
+            facts.append(
+                ("loss", f"{sparkline([p[1] for p in o.curve], 40)} {o.curve[0][1]:.3f} to {o.curve[-1][1]:.3f}")
+            )
         if o.audit:
-            facts.append(("audit", ", ".join(f"{k} {v:.4g}" for k, v in o.audit.items() if isinstance(v, (int, float)))))
+            facts.append(
+                ("audit", ", ".join(f"{k} {v:.4g}" for k, v in o.audit.items() if isinstance(v, (int, float))))
+            )
     folder = night.experiment_folder(row.number)
     if folder.exists():
         facts.append(("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}"))
@@ -104,7 +108,10 @@ def best_command(args: argparse.Namespace) -> int:
         gain = f"{before - bpb:+.6f}" if before is not None and bpb is not None else ""
         print(f"{row.number:>5}  {bpb:.6f}  {gain:>9}  {row.commit[:7]}  {row.description}")
         before = bpb
-    print(f"best: experiment {best.number}, branch {branch_of(args.tag)}; its train.py: git show {best.commit[:7]}:train.py")
+    print(
+        f"best: experiment {best.number}, branch {branch_of(args.tag)}; "
+        f"its train.py: git show {best.commit[:7]}:train.py"
+    )
     return 0
 
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import prepare as prep
-from agent_loop.agents import Context
+from agent_loop.agents import Context, Turn
 from agent_loop.gitrepo import NightRepo, open_repo
 from agent_loop.live import View
 from agent_loop.loop import Driver, Options
@@ -124,10 +124,12 @@ class Scripted:
     def __init__(self, sources: dict[str, bytes]) -> None:
         self.sources = list(sources.items())
 
-    def propose(self, context: Context) -> str:
+    ahead = False
+
+    def propose(self, context: Context) -> Turn:
         name, source = self.sources[context.number - 1]
         (context.worktree / "train.py").write_bytes(source)
-        return name
+        return Turn(name)
 
 
 def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) -> None:
@@ -153,7 +155,7 @@ def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) ->
     agent = Scripted({name: source for name, (_, source) in tries.items()})
     options = Options(experiments=len(tries), budget=BudgetRule("flops", 3e8))
     with View(Console(width=160)) as view:
-        Driver(night, NightRepo(open_repo(tmp_path), "t", night.folder), agent, settings, options, view).run()
+        Driver(night, NightRepo(open_repo(tmp_path), "t", night.folder), [agent], [settings], options, view).run()
     rows = night.rows()
     assert [(r.description, r.decision) for r in rows[1:]] == [(k, want) for k, (want, _) in tries.items()]
     assert all(r.reason for r in rows)

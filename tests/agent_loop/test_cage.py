@@ -12,6 +12,7 @@ import git
 import pytest
 
 from agent_loop.agents import CommandAgent
+from agent_loop.builtin import BuiltinAgent
 from agent_loop.cage import Cage, everything_but
 from harness.errors import SandboxError, UsageError
 from harness.sandbox import best
@@ -87,7 +88,7 @@ def test_an_agent_may_change_train_py_and_nothing_else(repo: Path, places: dict[
         with pytest.raises(BlockingIOError):
             listener.accept()
     row = night.rows()[-1]
-    log = (night.experiment_folder(row.number) / "agent.log").read_text()
+    log = (night.experiment_folder(row.number) / "turn" / "agent.log").read_text()
     assert (row.decision, row.description) == ("keep", "raise the rate"), (row, log)
     refused = [line.split()[1] for line in log.splitlines() if line.startswith("REFUSED")]
     if "checkout" in refused:  # else it wrote to a private /tmp: the file itself is looked at below
@@ -115,17 +116,17 @@ def _reads(path: Path) -> bytes:
 def test_the_network_is_there_when_it_is_asked_for(repo: Path, places: dict[str, str], level: int) -> None:  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as listener:
         code = f"import socket; socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), timeout=5).close()"
-        scripted.drive(repo, "t", 1, agent=agent(level, code, places, network=True))
+        scripted.drive(repo, "t", 1, agent=[agent(level, code, places, network=True), BuiltinAgent(1)])
         listener.settimeout(5)
         listener.accept()[0].close()
 
 
 def test_in_the_best_cage_other_files_of_the_worktree_are_read_only(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
     code = "open('other.py', 'a')"
-    night = scripted.drive(repo, "t", 1, agent=agent(3, code, places))
-    row = night.rows()[-1]
-    assert row.decision == "crash"
-    assert "Read-only file system" in (night.experiment_folder(row.number) / "agent.log").read_text()
+    night = scripted.drive(repo, "t", 1, agent=[agent(3, code, places), BuiltinAgent(1)])
+    assert "exit status 1" in night.turns()[0]["reason"]
+    logs = [p.read_text() for p in (night.folder / "turns").glob("*/agent.log")]
+    assert len(logs) == 1 and "Read-only file system" in logs[0]
 
 
 def test_a_folder_that_would_open_the_cage_is_refused(tmp_path: Path) -> None:
@@ -138,10 +139,12 @@ def test_a_folder_that_would_open_the_cage_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_not_there_is_a_line(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
-    made = agent(0, "", places)
-    made.argv = ["no-such-program"]
     with pytest.raises(UsageError, match="no such program; see --command"):
-        scripted.drive(repo, "t", 1, agent=made)
+        CommandAgent("no-such-program --flag", 30.0, Cage(best(0), ()))
+    made = agent(0, "", places)
+    made.argv = ["gone-since"]
+    night = scripted.drive(repo, "t", 1, agent=[made, BuiltinAgent(1)])
+    assert "no such program" in night.turns()[0]["reason"]
 
 
 def test_everything_but_leaves_out_what_is_hidden_and_nothing_else(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from agent_loop.decide import decide, decide_confirmed
+from agent_loop.source import Size, size_of
 from harness.record import Outcome
 from harness.score import Noise, Score
 
 NOISE = Noise(0.01, 3)
+SIZE = Size(100, 1000)
 
 
 def outcome(bpb: float | None, status: str = "ok") -> Outcome:
@@ -32,19 +34,19 @@ def outcome(bpb: float | None, status: str = "ok") -> Outcome:
     ],
 )
 def test_with_an_incumbent_of_2_and_100_lines(bpb: float, lines: int, decision: str, words: str) -> None:
-    made = decide(outcome(bpb), lines, Score(2.0), 100, NOISE)
+    made = decide(outcome(bpb), Size(lines, 10 * lines), Score(2.0), SIZE, NOISE)
     assert (made.decision, words in made.reason) == (decision, True), made
 
 
 def test_the_first_score_is_the_baseline() -> None:
-    assert decide(outcome(2.0), 100, None, 0, Noise(0.0, 0)).decision == "keep"
+    assert decide(outcome(2.0), SIZE, None, SIZE, Noise(0.0, 0)).decision == "keep"
 
 
 @pytest.mark.parametrize(
     ("bpb", "decision"), [(1.980, "keep"), (1.994, "marginal"), (1.9951, "discard"), (2.001, "discard")]
 )
 def test_a_gain_of_more_than_half_the_floor_is_marginal_where_it_may_be_tried_again(bpb: float, decision: str) -> None:
-    made = decide(outcome(bpb), 100, Score(2.0), 100, NOISE, second_seed=True)
+    made = decide(outcome(bpb), SIZE, Score(2.0), SIZE, NOISE, second_seed=True)
     assert made.decision == decision, made
     assert ("a second seed will tell" in made.reason) == (decision == "marginal")
 
@@ -78,9 +80,29 @@ def test_noise_is_pooled_over_groups_of_seeds() -> None:
 
 @pytest.mark.parametrize("status", ["crash", "invalid", "overtime", "timeout", "oom", "nan"])
 def test_a_failure_is_its_status(status: str) -> None:
-    made = decide(outcome(None, status), 1, Score(2.0), 100, NOISE)
+    made = decide(outcome(None, status), Size(1, 1), Score(2.0), SIZE, NOISE)
     assert (made.decision, made.reason) == (status, "because")
 
 
 def test_without_measured_noise_any_gain_counts() -> None:
-    assert decide(outcome(1.9999), 100, Score(2.0), 100, Noise(0.0, 1)).decision == "keep"
+    assert decide(outcome(1.9999), SIZE, Score(2.0), SIZE, Noise(0.0, 1)).decision == "keep"
+
+
+def test_simpler_is_fewer_lines_and_less_syntax() -> None:
+    one_line, short = size_of(b"x = 1; y = 2\n"), size_of(b"x = 1\ny = 2\n")
+    assert one_line.lines < short.lines
+    assert not one_line.simpler_than(short)  # two statements on one line
+    assert not size_of(b"x = 256\ny = 2\n").simpler_than(size_of(b"x = 2**8\ny = 2\n"))  # a number written otherwise
+    assert size_of(b"x = 1\n").simpler_than(short)
+
+
+def test_what_was_better_than_its_parent_is_tried_again_on_top_of_what_was_kept_meanwhile() -> None:
+    made = decide(outcome(1.99), SIZE, Score(1.97), SIZE, NOISE, second_seed=True, parent=Score(2.0))
+    assert (made.decision, made.again) == ("discard", True)
+    assert "better than what it was made from by 0.010000" in made.reason
+    best_of_both = decide(outcome(1.95), SIZE, Score(1.97), SIZE, NOISE, parent=Score(2.0))
+    assert (best_of_both.decision, best_of_both.again) == ("keep", False)
+    worse = decide(outcome(2.01), SIZE, Score(1.97), SIZE, NOISE, parent=Score(2.0))
+    assert (worse.decision, worse.again) == ("discard", False)
+    confirmed = decide_confirmed(outcome(1.99), [0.01, 0.01], NOISE, parent_is_incumbent=False)
+    assert (confirmed.decision, confirmed.again) == ("discard", True)

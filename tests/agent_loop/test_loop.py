@@ -99,7 +99,6 @@ def test_a_night_keeps_what_is_better_and_leaves_the_user_alone(repo: Path) -> N
         assert [d.a_path for d in commit.diff(commit.parents[0])] == ["train.py"]
     weights = {r.number for r in rows if (night.experiment_folder(r.number) / "weights.safetensors").exists()}
     assert weights == {r.number for r in rows if r.decision == "keep"}
-    assert (night.folder / "progress.png").read_bytes()[:4] == b"\x89PNG"
     user.close()
 
 
@@ -350,7 +349,7 @@ def test_what_an_agent_does_wrong_is_told_and_another_takes_over(
     user.close()
     worktree = git.Git(repo / "runs" / "t" / "worktree")
     assert worktree.execute(["git", "rev-parse", "--abbrev-ref", "HEAD"]) == "autoresearch/t"
-    assert worktree.execute(["git", "status", "--porcelain"]) in ("", " M train.py", "M train.py")
+    assert worktree.execute(["git", "status", "--porcelain"]) == ""
 
 
 @pytest.mark.parametrize("way", ["os.unlink('.git')", "open('.git', 'w').write('gitdir: ../../../.git')"])
@@ -408,12 +407,11 @@ def test_words_of_a_run_reach_the_next_agent_quoted_and_bounded(repo: Path) -> N
     night = scripted.drive(repo, "t", 1, agent=command(EDIT + tell), runner=hostile)
     scripted.drive(repo, "t", 2, agent=command(EDIT.replace("0.07", "0.08") + TELL))
     brief = (night.experiment_folder(4) / "turn" / "handover" / "brief.md").read_text()
-    rows = [line for line in brief.splitlines() if "crash" in line]
-    assert len(rows) == 1
-    assert rows[0].count("|") == 6
-    assert rows[0].count("`") == 4
+    row, failure = [line for line in brief.splitlines() if "crash" in line]
+    assert (row.count("|"), row.count("`")) == (8, 4)
+    assert (failure.count("|"), failure.count("`")) == (0, 4)
     assert not any(line.startswith("# New") for line in brief.splitlines())
-    assert max(len(line) for line in brief.splitlines()) < 400
+    assert max(len(line) for line in brief.splitlines()) < 420
 
 
 def test_without_anybody_to_take_over_a_night_ends_with_a_line(repo: Path) -> None:
