@@ -138,7 +138,7 @@ def replace_constant(source: bytes, constant: Constant, value: Number) -> bytes:
     return b"\n".join(lines)
 
 
-_CHANGE = re.compile(r"([A-Z][A-Z0-9_]*) (\S+) -> (\S+)")
+_CHANGE = re.compile(r"([A-Z][A-Z0-9_]*) ([^\s,]+) -> ([^\s,]+)")
 
 
 class BuiltinAgent:

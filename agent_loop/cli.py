@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return prepare.main(argv[1:])
         args = _parser().parse_args(argv)
+        args.argv = argv
         status: int = args.run(args)
         return status
     except HotloopError as e:
@@ -302,6 +303,7 @@ def _noise(args: argparse.Namespace) -> int:
 def _loop(args: argparse.Namespace) -> int:
     from agent_loop.evening import start
     from agent_loop.watchdog import CRASHED, UNDER_WATCH, watch
+    from harness.walls import project_root
 
     evening = start(args)  # every wrong flag ends here
     if args.no_watchdog or UNDER_WATCH in os.environ:
@@ -315,8 +317,9 @@ def _loop(args: argparse.Namespace) -> int:
                 raise
             traceback.print_exc()
             return CRASHED
-    again = [sys.executable, "-m", "agent_loop", *sys.argv[1:], *([] if args.tag else ["--tag", evening.tag])]
-    return watch(again, evening.folder)
+    code = f"import sys; sys.path.insert(0, {str(project_root())!r}); from agent_loop.cli import main; sys.exit(main())"
+    named = [] if "--tag" in args.argv else ["--tag", evening.tag]
+    return watch([sys.executable, "-c", code, *args.argv, *named], evening.folder)
 
 
 def _interrupt(*_: object) -> None:

@@ -59,7 +59,7 @@ class Rota:
         """Leave it alone for twice as long as the last time, and for what its service asks; returns the seconds."""
         state = self._of(agent)
         state.failures += 1
-        wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** (state.failures - 1))
+        wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(30, state.failures - 1))
         wait = float("inf") if error.permanent else max(wait, error.retry_after_s)
         state.until = self._clock() + wait
         return wait

@@ -60,18 +60,20 @@ def drive(
     agent: Agent | list[Agent] | None = None,
     runner: Any = run,
     slots: int = 1,
+    quiet: bool = False,
     **options: Any,
 ) -> Night:
     lock = Lock(repo / "runs" / tag / "lock")
     try:
         state = Night(repo / "runs" / tag)
         chosen = Options(**{"experiments": experiments, "noise_seeds": 2, "patience_s": 0.0, **options})
-        console = Console(force_terminal=False, width=160)
+        console = Console(force_terminal=False, width=160, quiet=quiet)
         agents = agent if isinstance(agent, list) else [agent or BuiltinAgent(1)]
         with View(console, state.folder / "night.log") as view:
             night_repo = NightRepo(open_repo(repo), tag, state.folder)
             Driver(state, night_repo, agents, [SETTINGS] * slots, chosen, view, runner).run()
-        print_results(state, console)
+        if not quiet:
+            print_results(state, console)
         return state
     finally:
         lock.release()

@@ -115,3 +115,10 @@ def test_lines_of_code_count_no_blank_comment_or_docstring() -> None:
 def test_what_cannot_run_is_refused(source: bytes, words: str) -> None:
     with pytest.raises(ProposalError, match=words):
         check_source(source)
+
+
+def test_a_history_with_two_changes_at_once_is_read(tmp_path: Path) -> None:
+    history = [Tried(1, "keep", "", "MATRIX_LR 0.026 -> 0.04, WARMDOWN_RATIO 0.35 -> 0.5", 1.0)]
+    weights = BuiltinAgent._weights(context(tmp_path, history=history))
+    for name in ("MATRIX_LR", "WARMDOWN_RATIO"):
+        assert weights[name, 1] > 10 * weights[name, -1]
