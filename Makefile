@@ -3,6 +3,7 @@
 # make clients   Claude Code and Codex into .clients/, for the tests that drive the real ones (npm; no key needed)
 # make sandbox   installs bubblewrap (as root)
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
+# make soak   300 experiments under faults of every kind, driver killed again and again (no GPU, minutes)
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
 # make gpu-check   everything that needs a GPU, in ten minutes (DATA=folder of rows of 2048 tokens, else stdlib's text)
 
@@ -13,7 +14,7 @@ TAG         ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
-.PHONY: run install test lint types bench gate gate-write gpu-check seal clients sandbox doctor clean
+.PHONY: run install test lint types bench gate gate-write gpu-check soak seal clients sandbox doctor clean
 
 run: $(VENV)/.installed
 	$(BIN)/hotloop prepare
@@ -46,6 +47,9 @@ types: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py --benchmark-only -o addopts=--import-mode=importlib
+
+soak: $(VENV)/.installed-test
+	SOAK=300 $(BIN)/python -m pytest -q -s tests/agent_loop/test_soak.py
 
 gate: $(VENV)/.installed
 	$(BIN)/hotloop bench gate

@@ -46,10 +46,9 @@ class Reporter:
 
     def finish(self, wait_s: float = 120.0) -> str:
         """Draw a last time; why that failed, or nothing."""
-        if self._process:
-            self._ended(wait_s)
+        problem = self._ended(wait_s) if self._process else ""
         if not self._wanted:
-            return ""
+            return problem
         self._start()
         return self._ended(wait_s)
 

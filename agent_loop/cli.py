@@ -305,6 +305,7 @@ def _loop(args: argparse.Namespace) -> int:
     from agent_loop.watchdog import CRASHED, UNDER_WATCH, watch
     from harness.walls import project_root
 
+    named = bool(args.tag)
     evening = start(args)  # every wrong flag ends here
     if args.no_watchdog or UNDER_WATCH in os.environ:
         signal.signal(signal.SIGTERM, _interrupt)
@@ -318,8 +319,8 @@ def _loop(args: argparse.Namespace) -> int:
             traceback.print_exc()
             return CRASHED
     code = f"import sys; sys.path.insert(0, {str(project_root())!r}); from agent_loop.cli import main; sys.exit(main())"
-    named = [] if "--tag" in args.argv else ["--tag", evening.tag]
-    return watch([sys.executable, "-c", code, *args.argv, *named], evening.folder)
+    tag = [] if named else ["--tag", evening.tag]
+    return watch([sys.executable, "-c", code, *args.argv, *tag], evening.folder)
 
 
 def _interrupt(*_: object) -> None:

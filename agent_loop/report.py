@@ -129,6 +129,12 @@ def print_results(night: Night, console: Console) -> None:
     if len(kept) > 1:
         share = (kept[0] - kept[-1]) / kept[0]
         console.print(f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f} ({share:.2%} better than the baseline)")
+    raced = [r for r in night.rows() if r.decision == "raced"]
+    if raced:
+        from agent_loop.race import false_stops, lessons
+
+        rate = false_stops(lessons(night, night.noise().floor_bpb))
+        console.print(f"racing: stopped {len(raced)}; {rate}", highlight=False, soft_wrap=True)
     console.print(f"branch  autoresearch/{night.folder.name}", highlight=False)
     for name in ("results.tsv", "progress.png", "report.html", "records.jsonl"):
         if (night.folder / name).exists():

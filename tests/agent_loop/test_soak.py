@@ -1,0 +1,165 @@
+"""A long night whose agents fail, whose disk fills and whose driver is killed is the night that it would have been.
+
+SOAK=300 for the whole of it (make soak); tests take a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import git
+import pytest
+
+from agent_loop.brief import MAX_TOKENS, most_tokens, write_brief
+from agent_loop.night import Night
+from agent_loop.verify import checks
+
+SCRIPT = Path(__file__).with_name("soak.py")
+TRAIN = SCRIPT.parents[2] / "train.py"
+EXPERIMENTS = int(os.environ.get("SOAK", "60"))
+
+
+def new_repo(path: Path) -> Path:
+    path.mkdir()
+    (path / "train.py").write_bytes(TRAIN.read_bytes())
+    (path / "other.py").write_text("x = 1\n")
+    (path / ".gitignore").write_text("runs/\n")
+    made = git.Repo.init(path, initial_branch="main")
+    made.git.add("-A")
+    made.git.execute(["git", "-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qm", "start"])
+    made.close()
+    return path
+
+
+def start(repo: Path, tag: str, faults: str, scratch: Path) -> subprocess.Popen[str]:
+    scratch.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(repo), tag, str(EXPERIMENTS), faults], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(scratch)}, start_new_session=True,
+    )  # fmt: skip
+
+
+def what_happened(repo: Path, tag: str) -> list[tuple[object, ...]]:
+    night = Night.reading(repo / "runs" / tag)
+    return [(r.number, r.kind, r.decision, r.reason, r.description, r.val_bpb) for r in night.rows()]
+
+
+def strike(repo: Path, tag: str, rng: random.Random) -> None:
+    """What a dying machine leaves: half a record, a lock of a git that is gone."""
+    records = repo / "runs" / tag / "records.jsonl"
+    if rng.random() < 0.5 and records.exists() and records.stat().st_size > 2000:
+        os.truncate(records, records.stat().st_size - rng.randrange(1, 200))
+    if rng.random() < 0.5:
+        for lock in (f".git/refs/heads/autoresearch/{tag}.lock", f".git/refs/hotloop/{tag}/0003.lock"):
+            with contextlib.suppress(FileNotFoundError):
+                (repo / lock).touch()
+    if rng.random() < 0.3 and (repo / "runs" / tag / "flight.json").exists():
+        (repo / "runs" / tag / "flight.tmp").write_text("{half a fi")
+
+
+@pytest.mark.timeout(900)
+def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path) -> None:
+    calm, storm = new_repo(tmp_path / "calm"), new_repo(tmp_path / "storm")
+    with start(calm, "t", "none", tmp_path / "tmp1") as process:
+        facts = json.loads(process.communicate()[1].splitlines()[-1])
+        assert process.returncode == 0
+    kills, rng = 0, random.Random(5)
+    while True:
+        with start(storm, "t", "faults", tmp_path / "tmp2") as process:
+            try:
+                _, err = process.communicate(timeout=rng.uniform(1.0, 2.5) if kills < EXPERIMENTS // 5 else None)
+                assert process.returncode == 0, err
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        kills += 1
+        strike(storm, "t", rng)
+    assert kills >= 3
+    assert what_happened(storm, "t") == what_happened(calm, "t")
+    night = Night.reading(storm / "runs" / "t")
+    assert night.experiments == EXPERIMENTS
+    reasons = {t["reason"].split(":")[0].split("'")[0] for t in night.turns()}
+    assert len(reasons) >= 4, reasons  # agents did fail in many ways
+    with git.Repo(storm) as repo:
+        found = {name: good for name, good, _ in checks(storm / "runs" / "t", repo, None)}
+        assert found["chain"] and found["decisions"] and found["branch"]
+        assert repo.git.status("--porcelain") == ""
+        assert len(repo.git.worktree("list").splitlines()) == 2
+    _nothing_is_left(tmp_path, storm, night)
+    cost = f"{facts['driver_s']:.3f} s an experiment, {facts['memory_mb']:.0f} MB, {facts['descriptors']} descriptors"
+    turns = len(night.turns())
+    print(f"\n{EXPERIMENTS} experiments, {kills} kills, {turns} turns that failed; driver {cost} (CPU figures)")
+    assert facts["driver_s"] < 0.3 * (4 if "PYTEST_XDIST_WORKER" in os.environ else 1)  # beside other tests
+    assert facts["descriptors"] < 20
+    assert facts["memory_mb"] < 200
+    brief = write_brief(night, "laptop")
+    assert most_tokens(brief) <= MAX_TOKENS
+
+
+def _nothing_is_left(tmp_path: Path, repo: Path, night: Night) -> None:
+    alive = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(tmp_path).encode() in entry.read_bytes() and entry.parent.name != str(os.getpid()):
+                alive.append(entry.read_bytes())
+    assert not alive
+    assert not os.listdir(tmp_path / "tmp1")  # killed ones may leave what they were using, calm ones not
+    kept = {r.number for r in night.rows() if r.decision in ("keep", "marginal")}
+    weights = {int(p.parent.name) for p in (repo / "runs" / "t" / "experiments").glob("*/weights.safetensors")}
+    assert weights <= kept
+    assert not list((repo / ".git").rglob("*.lock"))
+
+
+def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path) -> None:
+    """10,000 of them: reading, checking and understanding them takes less than two seconds of processor time."""
+    import harness.record
+    from harness.record import GENESIS, Outcome, canonical
+
+    def outcome(number: int) -> Outcome:
+        curve = [[round(i / 150, 6), round(7.0 - i / 40 + number % 7 / 1e5, 6)] for i in range(150)]
+        return Outcome(
+            number, "t", "experiment" if number else "baseline", f"{number:040x}", "0" * 40,
+            f"MATRIX_LR 0.04 -> {number}", 1, "laptop", "cpu", "a" * 64, status="ok", val_bpb=2.0 - number * 1e-6,
+            holdout_bpb=2.0, curve=curve, tokens=10**6, environment={"packages": {k: "b" * 64 for k in "abcdef"}},
+            sandbox={"probes": {f"p{i}": True for i in range(16)}},
+        )  # fmt: skip
+
+    lines, prev = [], GENESIS
+    for number in range(10_000):
+        o = outcome(number)
+        decision = {
+            "number": number, "kind": o.kind, "commit": o.commit, "description": o.description, "gain": None,
+            "decision": "discard" if number % 100 else "keep", "reason": "because of the numbers", "noise_bpb": 0.01,
+            "syntax": f"{number:064x}",
+        }  # fmt: skip
+        for kind, body in (("experiment", o.as_dict()), ("decision", decision)):
+            entry = {"seq": len(lines), "time": "2026-01-01T00:00:00+00:00", "kind": kind, "body": body, "prev": prev}
+            entry["hash"] = prev = harness.record._digest(entry)
+            lines.append(canonical(entry) + b"\n")
+    folder = tmp_path / "t"
+    folder.mkdir()
+    (folder / "records.jsonl").write_bytes(b"".join(lines))
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parents[2])!r}); from pathlib import Path\n"
+        "from agent_loop.night import Night; import time, agent_loop.loop\n"
+        f"night = Night(Path({str(folder)!r})); assert night.next_number == 10_000\n"
+        "night.waiting(), night.to_try_again()\n"
+        "print(time.process_time())"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = float(done.stdout)
+    print(f"\n{(folder / 'records.jsonl').stat().st_size >> 20} MiB of records: {seconds:.2f} s of the processor, "
+          f"{time.monotonic() - began:.2f} s")  # fmt: skip
+    assert seconds < 3.0  # 2 alone; another test may run beside
+    night = Night.reading(folder)
+    assert most_tokens(write_brief(night, "laptop")) <= MAX_TOKENS
