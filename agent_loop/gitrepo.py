@@ -12,7 +12,6 @@ import io
 import os
 import shutil
 import stat
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 import git
 from gitdb.base import IStream
 
-from agent_loop.source import MAX_BYTES, ProposalError
+from agent_loop.source import MAX_BYTES, ProposalError, merge
 from harness.errors import UsageError
 from harness.single import read_train_source
 
@@ -161,12 +160,7 @@ class NightRepo:
 
     def merged(self, base: str, ours: str, theirs: bytes) -> bytes | None:
         """train.py with both what `ours` and what `theirs` changed since `base`; None where they change the same."""
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder) / name for name in ("ours", "base", "theirs")]
-            for path, source in zip(paths, (self.source(ours), self.source(base), theirs), strict=True):
-                path.write_bytes(source)
-            done = subprocess.run(["git", "merge-file", "-p", *map(str, paths)], capture_output=True)
-        return done.stdout if done.returncode == 0 else None
+        return merge(self.source(base), self.source(ours), theirs)
 
     def proposed(self, commit: str) -> bytes:
         """The train.py that an agent left in the worktree, which had `commit` checked out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import hashlib
 import io
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from harness.errors import HotloopError
 from harness.lint import MAX_BYTES, problem
 
-__all__ = ["MAX_BYTES", "ProposalError", "Size", "check_source", "code_lines", "size_of", "syntax_hash"]
+__all__ = ["MAX_BYTES", "ProposalError", "Size", "check_source", "code_lines", "merge", "size_of", "syntax_hash"]
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,35 @@ def code_lines(source: bytes) -> int:
             lines.update(range(token.start[0], token.end[0] + 1))
         statement_starts = False
     return len(lines)
+
+
+def merge(base: bytes, ours: bytes, theirs: bytes) -> bytes | None:
+    """Three-way merge by lines; None where both change the same line, or insert at the same place.
+
+    Git's own merge also refuses changes of neighbouring lines. Most constants of train.py are neighbours, and what
+    comes out is checked and run like any other edit.
+    """
+    lines = base.splitlines(keepends=True)
+    edits = [*_edits(lines, ours), *(e for e in _edits(lines, theirs) if e not in _edits(lines, ours))]
+    edits.sort(key=lambda e: e[:2])
+    merged: list[bytes] = []
+    at = 0
+    for i, (begin, end, new) in enumerate(edits):
+        if begin < at or (i and edits[i - 1][:2] == (begin, end)):
+            return None
+        merged += [*lines[at:begin], *new]
+        at = end
+    return b"".join(merged + lines[at:])
+
+
+def _edits(base: list[bytes], other: bytes) -> list[tuple[int, int, list[bytes]]]:
+    """The lines [begin, end) of `base` that are others in `other`, with what they become."""
+    new = other.splitlines(keepends=True)
+    codes = difflib.SequenceMatcher(None, base, new, autojunk=False).get_opcodes()
+    edits = []
+    for tag, i1, i2, j1, j2 in codes:
+        if tag == "replace" and i2 - i1 == j2 - j1:  # line by line, so that neighbours stay apart
+            edits += [(i1 + k, i1 + k + 1, [new[j1 + k]]) for k in range(i2 - i1)]
+        elif tag != "equal":
+            edits.append((i1, i2, new[j1:j2]))
+    return edits

@@ -9,7 +9,7 @@ import pytest
 
 from agent_loop.agents import AgentError, Context, Tried
 from agent_loop.builtin import KNOBS, BuiltinAgent, constants, replace_constant
-from agent_loop.source import ProposalError, check_source, code_lines, syntax_hash
+from agent_loop.source import ProposalError, check_source, code_lines, merge, syntax_hash
 
 SOURCE = b'''"""A train.py."""
 MATRIX_LR = 0.04  # muon
@@ -122,3 +122,23 @@ def test_a_history_with_two_changes_at_once_is_read(tmp_path: Path) -> None:
     weights = BuiltinAgent._weights(context(tmp_path, history=history))
     for name in ("MATRIX_LR", "WARMDOWN_RATIO"):
         assert weights[name, 1] > 10 * weights[name, -1]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "both"),
+    [
+        (b"A\nb\nc\nd\n", b"a\nB\nc\nd\n", b"A\nB\nc\nd\n"),  # neighbours
+        (b"A\nb\nc\nd\n", b"a\nb\nc\nD\n", b"A\nb\nc\nD\n"),
+        (b"A\nb\nc\nd\n", b"A\nb\nc\nD\n", b"A\nb\nc\nD\n"),  # the same change twice
+        (b"b\nc\nd\n", b"a\nb\nx\nc\nd\n", b"b\nx\nc\nd\n"),
+        (b"a\nb\nc\nd\n", b"a\nb\nc\nd\ne\n", b"a\nb\nc\nd\ne\n"),
+        (b"A\nb\nc\nd\n", b"X\nb\nc\nd\n", None),
+        (b"a\nb\nx\nc\nd\n", b"a\nb\ny\nc\nd\n", None),
+        (b"a\nd\n", b"a\nb\nC\nd\n", None),
+    ],
+)
+def test_two_edits_of_one_file_are_put_together_where_they_change_different_lines(
+    ours: bytes, theirs: bytes, both: bytes | None
+) -> None:
+    assert merge(b"a\nb\nc\nd\n", ours, theirs) == both
+    assert merge(b"a\nb\nc\nd\n", theirs, ours) == both
