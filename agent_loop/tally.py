@@ -241,9 +241,11 @@ class Tally:
 
 def _checked(gain: Gain, check: dict[str, Any]) -> Gain:
     verdict, worth = check.get("verdict"), check.get("worth")
+    # One run that still points the same way takes back nothing that two seeds have confirmed.
+    told = verdict in GROUPS and not (verdict == "marginal" and gain.group == "confirmed")
     return Gain(
         gain.row,
-        str(verdict) if verdict in GROUPS else gain.group,
+        str(verdict) if told else gain.group,
         f"left out at the end: {check.get('reason', '')}",
         float(worth) if isinstance(worth, int | float) else None,
     )

@@ -199,12 +199,16 @@ def test_gains_are_told_apart(night: Synthetic) -> None:
     lucky = night.run("experiment", "keep", 0.92, "lucky", gain=0.024)
     unknown = night.run("experiment", "keep", 0.91, "before noise", gain=0.01, floor=0.0)
     waits = night.run("experiment", "marginal", 0.905, "waits", gain=0.005)
-    for number, verdict, worth in ((lucky, "retracted", -0.001), (clear, "confirmed", 0.044)):
+    for number, verdict, worth in (
+        (lucky, "retracted", -0.001),
+        (clear, "confirmed", 0.044),
+        (good, "marginal", 0.006),
+    ):
         night.append("leave-one-out", {"number": number, "commit": "x", "run": {}, "val_bpb": 0.9, "worth": worth,
                                        "noise_bpb": 0.01, "verdict": verdict, "reason": "it was left out"})  # fmt: skip
     found = {g.row.number: (g.group, g.worth) for g in Tally(state_of(night)).gains}
     assert found == {
-        clear: ("confirmed", 0.044), simpler: ("marginal", None), good: ("confirmed", None), bad: ("retracted", None),
+        clear: ("confirmed", 0.044), simpler: ("marginal", None), good: ("confirmed", 0.006), bad: ("retracted", None),
         lucky: ("retracted", -0.001), unknown: ("marginal", None), waits: ("marginal", None),
     }  # fmt: skip
     text = page_of(night).text
