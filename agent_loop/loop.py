@@ -150,11 +150,10 @@ class Driver:
             self._beat()
             self._patiently(self._begin_runs)
             self._patiently(self._begin_turn)
-            busy = any(s.run for s in self.slots) or self._turn
-            if not busy and self._over():
-                if best := self.night.incumbent():  # what the worktree shows in the morning
-                    self.repo.prepare(best.commit)
+            busy = any(s.run for s in self.slots)
+            if not busy and self._over():  # also where an agent is still thinking of what would never run
                 return
+            busy = busy or self._turn is not None
             if not busy and self.rota.wait_s() is None and not self._next_is_known():
                 raise HotloopError(
                     f"no agent has anything left to propose ({self.rota.names}); give another one and start the same "
@@ -170,6 +169,9 @@ class Driver:
         deadline = time.monotonic() + 30.0
         for thread in (t for t in threading.enumerate() if t.name.startswith("hotloop-")):
             thread.join(max(0.0, deadline - time.monotonic()))
+        if best := self.night.incumbent():  # what the worktree shows in the morning
+            with contextlib.suppress(GitError, OSError):
+                self.repo.prepare(best.commit)
         if self.reporter and (problem := self.reporter.finish()):
             self.view.note(f"no report was drawn ({problem}); later: hotloop report")
         if self.notifier:
@@ -393,7 +395,7 @@ class Driver:
         """Written here, while nothing is appended; a refusal is put in later, by the turn's own thread."""
         arguments = (self.night, self.settings.preset.name, list(self.flight.runs))
         ready = write_brief(*arguments, least_gain=self.options.least_gain)
-        mark = "%REFUSED%"
+        mark = "%" * 400  # as long as what takes its place
         with_refusal = write_brief(*arguments, refused=mark, least_gain=self.options.least_gain)
         return lambda refused: with_refusal.replace(quoted(mark, 400), quoted(refused, 400)) if refused else ready
 

@@ -56,7 +56,7 @@ def run(job: Job, settings: Settings, on_event: Callable[[Event], None]) -> Outc
 def drive(
     repo: Path,
     tag: str,
-    experiments: int,
+    experiments: int | None,
     agent: Agent | list[Agent] | None = None,
     runner: Any = run,
     slots: int = 1,

@@ -173,6 +173,18 @@ def _short_pause(self: Any, since: float | None = None, pause_s: float = 0.05) -
     self.since, self.pause_s = since, pause_s
 
 
+def test_the_night_does_not_wait_for_an_agent_whose_edit_would_never_run(repo: Path) -> None:  # noqa: F811
+    from agent_loop.agents import CommandAgent
+    from agent_loop.cage import Cage
+    from harness.sandbox import best
+
+    agent = CommandAgent("sleep 100", 100.0, Cage(best(0), ()))
+    began = time.monotonic()
+    scripted.drive(repo, "t", None, agent=agent, hours=1.5 / 3600)
+    assert time.monotonic() - began < 10.0
+    assert not [t for t in threading.enumerate() if t.name.startswith("hotloop-")]
+
+
 def test_what_waiting_cannot_mend_ends_the_night_at_once(repo: Path) -> None:  # noqa: F811
     def broken(job: Any, settings: Any, on_event: Any) -> Any:
         raise UsageError("no such thing")
