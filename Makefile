@@ -14,7 +14,7 @@ TAG         ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
-.PHONY: run install test lint types bench gate gate-write gpu-check soak seal clients sandbox doctor clean
+.PHONY: run install test lint types bench gate gate-write gpu-check soak seal clients sandbox browser doctor clean
 
 run: $(VENV)/.installed
 	$(BIN)/hotloop prepare
@@ -70,6 +70,9 @@ clients:
 
 sandbox:  # bubblewrap, for the best sandbox; Debian's and Ubuntu's package
 	@command -v bwrap >/dev/null || { apt-get update -qq && apt-get install -y -qq bubblewrap; }
+
+browser:  # Chromium, for the tests of report.html; Debian's package
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
 
 doctor: $(VENV)/.installed
 	$(BIN)/hotloop doctor
