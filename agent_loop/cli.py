@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
     noise = commands.add_parser("noise", help="measure the noise floor: train.py under several seeds")
     noise.add_argument("--tag", help="a night, whose floor gets more seeds (default: a new one)")
-    noise.add_argument("--seeds", type=int, default=3, metavar="N", help="further seeds of the baseline (default: 3)")
+    noise.add_argument("--seeds", type=int, default=3, metavar="N", help="further seeds (default: 3)")
     noise.add_argument("--seed", type=int, default=1)
     add_run_arguments(noise)
     noise.set_defaults(run=_noise)
@@ -286,15 +286,20 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _noise(args: argparse.Namespace) -> int:
+    from agent_loop.looking import night_named
+
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, not {args.seeds}")
     given = _parser().parse_args(["loop"])
     for name, value in vars(args).items():
         setattr(given, name, value)
     given.experiments, given.noise_seeds, given.no_watchdog = 0, args.seeds, True
+    if args.tag and (Path("runs") / args.tag / "records.jsonl").exists():
+        night = night_named(args.tag)
+        baseline = night.rows()[0].commit if night.rows() else ""
+        given.noise_seeds += sum(r.kind == "repeat" and r.commit == baseline for r in night.rows())
+        given.seed = night.seed
     status = _loop(given)
-    from agent_loop.looking import night_named
-
     noise = night_named(given.tag).noise()
     print(f"noise floor: {noise.floor_bpb:.6f} bits per byte, from {noise.seeds} runs (2 sqrt(2) standard deviations)")
     return status

@@ -490,7 +490,6 @@ class Driver:
             "data": self.settings.dataset.digest,
             "budget": [rule.kind, rule.amount],
             "seed": self.seed,
-            "noise_seeds": self.options.noise_seeds,
             "sandbox": self.settings.sandbox.level,
         }
 

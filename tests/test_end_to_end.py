@@ -167,6 +167,20 @@ def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) ->
     made.close()
 
 
+def test_noise_is_measured_on_as_many_seeds_as_are_asked_for(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_text(TINY)
+    made = git.Repo.init(tmp_path, initial_branch="main")
+    made.git.add("train.py")
+    made.git.execute(["git", "-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qm", "start"])
+    made.close()
+    first = hotloop(tmp_path, "noise", "--tag", "n", "--seeds", "1", *SMALL, "--data", str(data))
+    assert first.returncode == 0, first.stderr
+    assert "bits per byte, from 2 runs" in first.stdout
+    more = hotloop(tmp_path, "noise", "--tag", "n", "--seeds", "1", *SMALL, "--data", str(data))
+    assert "bits per byte, from 3 runs" in more.stdout, more.stderr
+    refused(hotloop(tmp_path, "noise", "--seeds", "0", *SMALL, "--data", str(data)), 2, "--seeds must be at least 1")
+
+
 def _is_verified(tmp_path: Path, night: Night, repo: git.Repo, data: Path) -> None:
     """`hotloop verify` holds for a real night and finds each thing that was changed."""
 

@@ -270,8 +270,10 @@ def test_ctrl_c_ends_cleanly_and_the_night_goes_on(repo: Path) -> None:
 
 def test_a_night_resumed_with_other_settings_is_refused(repo: Path) -> None:
     scripted.drive(repo, "t", 1)
-    with pytest.raises(UsageError, match="noise_seeds = 2, not 1"):
-        scripted.drive(repo, "t", 2, noise_seeds=1)
+    with pytest.raises(UsageError, match="seed = 1, not 2"):
+        scripted.drive(repo, "t", 2, seed=2)
+    night = scripted.drive(repo, "t", 1, noise_seeds=3)  # more seeds change no score
+    assert [r.outcome.seed for r in night.rows() if r.kind == "repeat" and r.outcome][:3] == [2, 3, 4]
 
 
 def test_a_baseline_that_fails_ends_the_night(repo: Path) -> None:
