@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 
 from harness import gpu, landlock, lint, machine, sandbox, seccomp
 from harness.errors import DeviceError, SandboxError, TrialError
+from harness.machine import Gpu, gpus_at
 from harness.probe import MUST
 from harness.probe_cuda import probe_cuda
 from harness.process import Child
 from harness.sandbox import Policy, Sandbox, best, exposed
 from harness.session import Session, Trained
-from harness.walls import project_root
+from harness.walls import device_nodes, project_root
 from harness.wire import Closed
 
 ROOT = project_root()
@@ -248,8 +250,8 @@ def test_all_free_memory_of_a_gpu_is_cleared_and_given_back() -> None:
 
 def test_a_gpu_that_somebody_else_uses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[int] = []
-    monkeypatch.setattr(gpu, "clear", lambda: cleared.append(1))
-    monkeypatch.setattr(gpu, "others", lambda: ["4242 python"])
+    monkeypatch.setattr(gpu, "clear", lambda _: cleared.append(1))
+    monkeypatch.setattr(gpu, "others", lambda _: ["4242 python"])
     gpu.fresh("cpu")
     with pytest.raises(DeviceError, match="4242 python"):
         gpu.fresh("cuda", wait_s=0.0)
@@ -311,3 +313,48 @@ def test_whatever_a_trainer_says_is_a_status_or_a_sane_number(message: dict[str,
         except TrialError as e:
             assert e.status in ("invalid", "nan")
             assert len(e.reason) < 200
+
+
+# ---- one of several GPUs
+
+SMI = """#!/bin/sh
+case "$1" in
+  --query-gpu=index*) printf '0, GPU-aa, 00000000:0F:00.0\n1, GPU-bb, 00000000:1F:00.0\n' ;;
+  --query-compute*) printf 'GPU-bb, 4242, python\n' ;;
+esac
+"""
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvidia-smi that tells of two GPUs, one of them in use, and the driver's own files."""
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for bus, minor in (("0000:0f:00.0", 3), ("0000:1f:00.0", 1)):
+        (tmp_path / "gpus" / bus).mkdir(parents=True)
+        (tmp_path / "gpus" / bus / "information").write_text(f"Model:  H100\nDevice Minor:  {minor}\n")
+    return tmp_path / "gpus"
+
+
+def test_a_child_of_one_gpu_gets_that_one_and_no_other(two_gpus: Path, tmp_path: Path) -> None:
+    first, second = gpus_at([0, 1], two_gpus)
+    assert (first, second) == (Gpu(0, "GPU-aa", "/dev/nvidia3"), Gpu(1, "GPU-bb", "/dev/nvidia1"))
+    assert gpus_at([1], tmp_path / "nowhere") == [Gpu(1, "GPU-bb", "")]
+    with pytest.raises(DeviceError, match="there is no GPU 7; nvidia-smi shows 0, 1"):
+        gpus_at([7], two_gpus)
+    nodes = device_nodes("cuda", first.node)
+    assert nodes[0] == "/dev/nvidia3" and not any(n in nodes for n in ("/dev/nvidia0", "/dev/nvidia1"))
+    walls = dataclasses.replace(Sandbox(0), gpu=second)
+    for device, visible in (("cuda", "GPU-bb"), ("cpu", None)):
+        launch = walls.launch(Policy("harness.probe", tmp_path / "run", device=device), [], {})
+        assert launch.env.get("CUDA_VISIBLE_DEVICES") == visible
+        launch.started.close()
+        launch.ended.close()
+
+
+def test_who_computes_is_asked_of_that_gpu_alone(two_gpus: Path) -> None:
+    first, second = gpus_at([0, 1], two_gpus)
+    assert gpu.others(first) == []
+    assert gpu.others(second) == ["4242 python"]
+    assert gpu.others() == ["4242 python"]
