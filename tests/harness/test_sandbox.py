@@ -255,7 +255,7 @@ def test_a_gpu_that_somebody_else_uses_is_an_error(monkeypatch: pytest.MonkeyPat
     gpu.fresh("cpu")
     with pytest.raises(DeviceError, match="4242 python"):
         gpu.fresh("cuda", wait_s=0.0)
-    monkeypatch.setattr(gpu, "others", list)
+    monkeypatch.setattr(gpu, "others", lambda _: [])
     gpu.fresh("cuda")
     assert cleared == [1]
 
@@ -301,7 +301,7 @@ def test_whatever_a_trainer_says_is_a_status_or_a_sane_number(message: dict[str,
     session.spec = Spec("laptop", "cpu", 1, 64, 256)
     session.preset, session.result = PRESETS["laptop"], Trained()
     session._limits, session._emit, session._progress = session.preset.limits, lambda _: None, 0.5
-    session._clock = time.monotonic
+    session._clock, session._stop = time.monotonic, None
     for call in (
         lambda: session._shape(message),
         lambda: session._log(message, 0.0),
