@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from agent_loop.agents import AgentError, Context, Turn
+from agent_loop.builtin import BuiltinAgent
 from agent_loop.cage import Cage
 from agent_loop.clients import ClaudeAgent, CodexAgent, described
 from agent_loop.faults import retry_after_s, service_error
@@ -21,6 +23,7 @@ from agent_loop.roster import AGENTS, make_agent
 from agent_loop.transcript import Said, from_claude, from_codex
 from harness.errors import SandboxError, UsageError
 from harness.sandbox import best
+from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
 
 SOURCE = "MATRIX_LR = 0.04\n\n\ndef build_model(spec): ...\n\n\ndef train(run): ...\n"
 STANDIN = Path(__file__).with_name("standin.py").read_text()
@@ -378,3 +381,28 @@ def test_waits_have_a_bound() -> None:
     assert retry_after_s("1e9") == 8 * 86400
     assert retry_after_s("nan") == 0
     assert retry_after_s("-3") == 0
+
+
+# ---- whole nights
+
+
+@pytest.mark.parametrize("level", [3, 1])
+@both
+def test_a_night_by_a_client_is_in_its_records(installed: Path, repo: Path, name: str, level: int) -> None:  # noqa: F811
+    """The driver, git and the cage are real, with the night's own folders hidden as the command line hides them."""
+    (installed / "variant").write_text("edit")
+    hidden = (repo / "runs", repo / ".git")
+    walls = dataclasses.replace(cage(level), hidden=tuple(p.resolve() for p in hidden))
+    night = scripted.drive(repo, "t", 1, agent=[KINDS[name](30.0, walls), BuiltinAgent(1)])
+    row = night.rows()[-1]
+    assert (row.agent, row.description, row.decision) == (name, "raise the rate", "keep"), night.turns()
+    assert row.cost_usd == (0.007 if name == "claude" else 0.0)
+    assert "Best val_bpb 1.100000" in (night.experiment_folder(3) / "turn/handover/prompt.md").read_text()
+
+
+def test_a_client_at_its_limit_is_left_alone_and_another_goes_on(installed: Path, repo: Path) -> None:  # noqa: F811
+    (installed / "variant").write_text("usage limit")
+    agents = [ClaudeAgent(30.0, cage()), BuiltinAgent(1)]
+    night = scripted.drive(repo, "t", 3, agent=agents)
+    assert [t["agent"] for t in night.turns()] == ["claude"]  # asked once, and not before its limit ends
+    assert [r.agent for r in night.rows() if r.kind == "experiment"] == ["builtin"] * 3
