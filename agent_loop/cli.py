@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         look.add_argument("--tag", help="default: the newest night")
         look.set_defaults(run=_look, name=name)
 
-    report = commands.add_parser("report", help="results.tsv, progress.png and the table of a night")
+    report = commands.add_parser("report", help="report.html, results.tsv, progress.png and the table of a night")
     report.add_argument("--tag", help="default: the newest night")
     report.set_defaults(run=_report)
 
