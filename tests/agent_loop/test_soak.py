@@ -160,6 +160,6 @@ def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path) -> None:
     seconds = float(done.stdout)
     print(f"\n{(folder / 'records.jsonl').stat().st_size >> 20} MiB of records: {seconds:.2f} s of the processor, "
           f"{time.monotonic() - began:.2f} s")  # fmt: skip
-    assert seconds < 3.0  # 2 alone; another test may run beside
+    assert seconds < (5.0 if "PYTEST_XDIST_WORKER" in os.environ else 2.5)  # others may run beside
     night = Night.reading(folder)
     assert most_tokens(write_brief(night, "laptop")) <= MAX_TOKENS
