@@ -269,7 +269,7 @@ class Driver:
         p = proposal
         return self._enter(Run(
             number, "experiment", commit, incumbent.commit, words, self.seed, p.agent, p.again_of, p.agent_s,
-            p.cost_usd, p.tokens,
+            p.cost_usd,
         ))  # fmt: skip
 
     @staticmethod

@@ -22,7 +22,7 @@ from harness.errors import UsageError
 from harness.record import Chain, Outcome
 from harness.score import Noise, Score
 
-__all__ = ["Flight", "Night", "Proposal", "Row", "Run"]
+__all__ = ["Flight", "Night", "Proposal", "Row", "Run", "write_whole"]
 
 
 _EXTRA = ("agent", "agent_s", "cost_usd", "again", "again_of", "slot", "idle_s")
@@ -58,7 +58,7 @@ class Run:
     Attributes:
         kind: `baseline`, `repeat`, `experiment` or `confirm`.
         parent: the incumbent that it was made from; empty for a baseline.
-        agent, agent_s, cost_usd, tokens, again_of: of the proposal.
+        agent, agent_s, cost_usd, again_of: of the proposal.
     """
 
     number: int
@@ -71,7 +71,6 @@ class Run:
     again_of: int | None = None
     agent_s: float = 0.0
     cost_usd: float = 0.0
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,13 @@ class Row:
         return self.outcome.val_bpb if self.outcome else None
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file by one that is whole, or leave it as it is. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
 @dataclass
 class Flight:
     """What is under way, on disk as one file: written whole or not at all."""
@@ -120,9 +126,8 @@ class Flight:
 
     def save(self, path: Path) -> None:
         proposals = [asdict(p) | {"source": base64.b85encode(p.source).decode()} for p in self.proposals]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"runs": [asdict(r) for r in self.runs], "proposals": proposals}))
-        os.replace(temporary, path)
+        body = {"runs": [asdict(r) for r in self.runs], "proposals": proposals}
+        write_whole(path, json.dumps(body).encode())
 
     @classmethod
     def load(cls, path: Path) -> Flight:
@@ -274,7 +279,7 @@ class Night:
     def cost_usd(self) -> float:
         """Of all turns that were recorded, whatever became of them."""
         self._sync()
-        return sum(r.cost_usd for r in self._rows) + sum(float(t["cost_usd"]) for t in self._turns)
+        return sum(r.cost_usd for r in self._rows) + sum(float(t.get("cost_usd") or 0.0) for t in self._turns)
 
     def was_run(self, commit: str, seed: int) -> bool:
         self._sync()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import git
 
 from agent_loop import charts, diffs, tables
 from agent_loop.markup import Html, h, join
-from agent_loop.night import Night, Row
+from agent_loop.night import Night, Row, write_whole
 from agent_loop.style import STYLE
 from agent_loop.tally import Tally
 
@@ -32,9 +31,7 @@ LAST_CURVES = 4
 def write_page(night: Night, repo: git.Repo | None) -> Path:
     """Write `runs/<tag>/report.html`, whole or not at all. Without a repository there are no diffs."""
     path = night.folder / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(page(night, repo).encode())
-    os.replace(temporary, path)
+    write_whole(path, page(night, repo).encode())
     return path
 
 

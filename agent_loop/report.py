@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from agent_loop.night import Night, Row
+from agent_loop.night import Night, Row, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["COLOURS", "draw", "print_results", "tsv_text", "write_progress", "write_tsv"]
 
 COLOURS = {"keep": "green", "discard": "bright_black", "measured": "cyan", "marginal": "yellow"}
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def tsv_text(night: Night) -> str:
@@ -38,7 +32,7 @@ def tsv_text(night: Night) -> str:
 
 def write_tsv(night: Night) -> Path:
     path = night.folder / "results.tsv"
-    _replace(path, tsv_text(night).encode())
+    write_whole(path, tsv_text(night).encode())
     return path
 
 

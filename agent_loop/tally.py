@@ -194,7 +194,7 @@ class Tally:
 
     @property
     def cost_usd(self) -> float:
-        return sum(r.cost_usd for r in self.rows) + sum(float(t.get("cost_usd") or 0.0) for t in self.turns)
+        return self.night.cost_usd
 
     @property
     def ledger(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import sys
@@ -16,13 +15,7 @@ from agent_loop.builtin import BuiltinAgent
 from agent_loop.cage import Cage, everything_but
 from harness.errors import SandboxError, UsageError
 from harness.sandbox import best
-from tests.agent_loop.test_loop import SOURCE, repo  # noqa: F401 - a fixture
-
-_spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
-assert _spec is not None
-assert _spec.loader is not None
-scripted = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(scripted)
+from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
 
 TRIES = """
 import os, socket, time

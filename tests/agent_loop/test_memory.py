@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import subprocess
@@ -19,13 +18,7 @@ from agent_loop.night import Night, Run
 from agent_loop.race import CHECKPOINTS, Lesson, Rate, deficit, false_stops, lessons, spared, stopper, thresholds
 from harness.errors import UsageError
 from harness.record import Chain, Outcome
-from tests.agent_loop.test_loop import Rates, cli, refused, repo  # noqa: F401 - a fixture
-
-_spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
-assert _spec is not None
-assert _spec.loader is not None
-scripted = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(scripted)
+from tests.agent_loop.test_loop import Rates, cli, refused, repo, scripted  # noqa: F401 - a fixture
 
 
 def long_night(folder: Path, count: int, words: str = "MATRIX_LR 0.04 -> 0.06") -> Night:

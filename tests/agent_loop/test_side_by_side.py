@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -24,13 +23,7 @@ from agent_loop.verify import checks
 from agent_loop.watchdog import CRASHED, watch
 from harness.errors import DeviceError, HotloopError, UsageError
 from harness.record import Lock
-from tests.agent_loop.test_loop import night_of, repo, table  # noqa: F401 - a fixture
-
-_spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
-assert _spec is not None
-assert _spec.loader is not None
-scripted = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(scripted)
+from tests.agent_loop.test_loop import night_of, repo, scripted, table  # noqa: F401 - a fixture
 
 
 class Edits:

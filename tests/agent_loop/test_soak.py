@@ -62,7 +62,7 @@ def strike(repo: Path, tag: str, rng: random.Random) -> None:
             with contextlib.suppress(FileNotFoundError):
                 (repo / lock).touch()
     if rng.random() < 0.3 and (repo / "runs" / tag / "flight.json").exists():
-        (repo / "runs" / tag / "flight.tmp").write_text("{half a fi")
+        (repo / "runs" / tag / "flight.json.tmp").write_text("{half a fi")
 
 
 @pytest.mark.timeout(900)
