@@ -352,6 +352,7 @@ OPERATORS = {
                 "baseline": {"B": 128, "T": 2048, "H": 4, "G": 4, "K": 128, "W": 1024},
                 "baseline full": {"B": 128, "T": 2048, "H": 4, "G": 4, "K": 128, "W": 2048},
                 "odd": {"B": 3, "T": 37, "H": 4, "G": 2, "K": 64, "W": 5},
+                "8k": {"B": 16, "T": 8192, "H": 4, "G": 4, "K": 128, "W": 8192},
                 "long": {"B": 8, "T": 16384, "H": 4, "G": 4, "K": 128, "W": 16384},
                 "tiny": {"B": 1, "T": 1, "H": 1, "G": 1, "K": 16, "W": 1},
             },
@@ -372,6 +373,8 @@ OPERATORS = {
                 lambda s: 4.0 * s["B"] * s["H"] * s["K"] * _visible(s),
                 lambda s: 10.0 * s["B"] * s["H"] * s["K"] * _visible(s),
             ),
+            module="kernels.flash",
+            torch_ops=("attention", "attention_backward"),
         ),
     )
 }

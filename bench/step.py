@@ -84,7 +84,7 @@ def step_of(path: Path, preset: str) -> tuple[Callable[[], Any], int]:
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     read_train_source(path)
-    implementations()  # decided now, so that torch.compile finds constants
+    implementations()  # packages are tried before anything is compiled
     try:
         load_train_module(str(path)).train(_Run(spec))
     except _Captured as e:

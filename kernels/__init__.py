@@ -3,17 +3,19 @@
 Shapes: B batch, T time, D model, H heads, K head dim, V vocab, M = B*T. Each function here has a reference of the same
 name and signature in `kernels.reference`, which is its specification and what runs where no faster implementation can.
 Which one runs is chosen by capability and shown by `implementations()`; `HOTLOOP_KERNELS` asks for others (see
-`kernels.dispatch`), and what is asked for and cannot run is an error.
+`kernels.dispatch`), and `HOTLOOP_ATTENTION` for one of attention's many (see `kernels.attend`). What is asked for
+and cannot run is an error.
 """
 
 from __future__ import annotations
 
 from kernels.adamw import adamw_
+from kernels.attend import attention, document_offsets
 from kernels.dispatch import KernelError, implementations
 from kernels.linear_cross_entropy import softcap_linear_cross_entropy
 from kernels.mlp import mlp_relu2
 from kernels.qkv import qkv_rope_norm
-from kernels.reference import apply_rope_norm, attention, rms_norm
+from kernels.reference import apply_rope_norm, rms_norm
 from kernels.residual_norm import residual_rms_norm
 from kernels.softcap_cross_entropy import softcap_cross_entropy_
 from kernels.token_embedding import TokenOrder, embedding, token_order
@@ -24,6 +26,7 @@ __all__ = [
     "adamw_",
     "apply_rope_norm",
     "attention",
+    "document_offsets",
     "embedding",
     "implementations",
     "mlp_relu2",

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from kernels import tuning
 
-__all__ = ["DEFAULTS", "HAVE_TRITON", "TRITON_OPERATORS", "CompileCase", "KernelError", "choose", "implementations"]
+__all__ = [
+    "DEFAULTS",
+    "HAVE_TRITON",
+    "TRITON_OPERATORS",
+    "CompileCase",
+    "KernelError",
+    "choose",
+    "describe",
+    "implementations",
+]
 
 # Importing Triton takes a third of a second, in every process of every experiment, so a torch without CUDA goes without
 # unless kernels are asked for.
@@ -26,12 +36,14 @@ HAVE_TRITON = WANT_TRITON and importlib.util.find_spec("triton") is not None
 
 # Operations that have a Triton kernel; the others have only their reference so far.
 TRITON_OPERATORS = (
-    "adamw_", "embedding", "mlp_relu2", "qkv_rope_norm", "residual_rms_norm", "softcap_cross_entropy_",
+    "adamw_", "attention", "embedding", "mlp_relu2", "qkv_rope_norm", "residual_rms_norm", "softcap_cross_entropy_",
     "softcap_linear_cross_entropy",
 )  # fmt: skip
 # No kernel is a default before it was measured to win end to end on a GPU (docs/performance.md).
 DEFAULTS: frozenset[str] = frozenset()
-REFERENCE_OPERATORS = ("apply_rope_norm", "attention", "rms_norm")
+REFERENCE_OPERATORS = ("apply_rope_norm", "rms_norm")
+# Operators that choose among more than their kernel and their reference: name -> what runs on a device type.
+describe: dict[str, Callable[[str], str]] = {}
 
 
 class KernelError(RuntimeError):
@@ -101,6 +113,7 @@ def _capable(device: str) -> tuple[bool, str]:
     return False, f"{device} tensors; kernels need CUDA, or TRITON_INTERPRET=1 to be tried without"
 
 
+@torch.compiler.assume_constant_result  # it is decided once a process; a graph needs no guard for it
 def choose(operator: str, device: str) -> bool:
     """True where the Triton kernel of `operator` runs on tensors of this device type.
 
@@ -116,7 +129,9 @@ def implementations() -> dict[str, str]:
     can, why = _decide(device)
     table = dict.fromkeys(REFERENCE_OPERATORS, "reference: no kernel yet")
     for name in TRITON_OPERATORS:
-        if can and name in wanted():
+        if name in describe:
+            table[name] = describe[name](device)
+        elif can and name in wanted():
             table[name] = f"triton: {why}"
         elif can:
             table[name] = f"reference: {'asked for' if ASKED != 'auto' else 'its kernel is not a default'}"

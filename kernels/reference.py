@@ -118,26 +118,32 @@ def adamw_(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list
         p.sub_((lr / c1) * (m / ((v / c2).sqrt() + eps)))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention with a sliding window: query i sees keys j with i - window <= j <= i.
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Causal attention with a sliding window: query i sees keys j of its document with i - window <= j <= i.
 
     Args:
         q: [B, T, H, K].
         k, v: [B, T, G, K], G dividing H (grouped heads).
-        window: keys before the query's own that it sees; T or more is full attention.
+        window: keys before the query's own that it sees; T - 1 or more is full attention.
+        cu_seqlens: integers [N + 1]: where documents begin in the B T tokens of all rows, rising from 0 to B T; None
+            for one document a row.
 
     Returns:
         [B, T, H, K].
     """
-    t, heads = q.size(1), q.size(2)
+    b, t, heads = q.shape[:3]
     grouped = k.size(2) != heads
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window >= t - 1:
+    if window >= t - 1 and cu_seqlens is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
         i = torch.arange(t, device=q.device)
         distance = i[:, None] - i[None, :]
         mask = (distance >= 0) & (distance <= window)
+        if cu_seqlens is not None:
+            token = torch.arange(b * t, device=q.device)
+            document = torch.searchsorted(cu_seqlens.long(), token, right=True).view(b, 1, t)
+            mask = mask & (document[..., :, None] == document[..., None, :])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return y.transpose(1, 2)
 

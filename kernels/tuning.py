@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["FOLDER", "config", "file_name", "notice", "of_all_gpus", "shipped", "trial"]
+__all__ = ["FOLDER", "config", "file_name", "measured", "notice", "of_all_gpus", "shipped", "trial"]
 
 FOLDER = Path(__file__).with_name("tuned")
 
@@ -68,6 +68,12 @@ def config(kernel: str, key: str) -> dict[str, int] | None:
         return _trial[kernel]
     found = _here()[0]
     return None if found is None else found["configs"].get(kernel, {}).get(key)
+
+
+def measured(operator: str) -> dict[str, Any]:
+    """What was measured of an operator beside its configurations (which backend is fastest); empty for nothing."""
+    found = _here()[0]
+    return {} if found is None else found.get("measured", {}).get(operator, {})  # type: ignore[no-any-return]
 
 
 _trial: dict[str, dict[str, int]] = {}

@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
-    kernels.implementations()  # decided now, so that torch.compile finds constants
+    kernels.implementations()  # packages are tried before anything is compiled
     return load_train_module(str(project_root() / "train.py"))
 
 

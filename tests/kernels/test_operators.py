@@ -120,7 +120,8 @@ for shape, sizes in {sizes}.items():
         args = op.make(sizes, dtype, torch.device("cpu"))
         for variant in ("", *op.variants):
             # The interpreter multiplies the bits of bfloat16 in tl.dot; an fp16 sum of exp(15) is out of its range.
-            if (variant == "exp" and dtype != torch.float32) or (op.name == "mlp_relu2" and dtype == torch.bfloat16):
+            products = op.name in ("mlp_relu2", "attention") and dtype == torch.bfloat16
+            if products or (variant == "exp" and dtype != torch.float32):
                 continue
             for errors in check(op, args, op.bind(kernels, variant), loose=loose):
                 assert errors.fine, (shape, dtype, variant, errors)
@@ -141,6 +142,9 @@ h, g = randn(2, 6, 16), torch.randn(2, 6, 16)
 qkv, cos, sin, ve, gate = randn(2, 5, 8, 16), torch.randn(5, 8), torch.randn(5, 8), randn(2, 5, 2, 16), randn(2, 5, 2)
 dq, dkv = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16)
 lam, mu = torch.tensor(0.9, requires_grad=True), torch.tensor(0.2, requires_grad=True)
+aq, ak, do = randn(2, 6, 4, 16), randn(2, 6, 2, 16), torch.randn(2, 6, 4, 16)
+from kernels.attend import _bounds
+cuts = _bounds(torch.tensor([0, 2, 12]), 2, 6)
 lists = [[torch.rand(5), torch.rand(3, 3).bfloat16()] for _ in range(4)]
 samples = {
     "softcap_linear_cross_entropy": [(x, w, t, 15.0, "inplace"), (x, w, t, 15.0, "exp"), (x, w, t, None, "inplace")],
@@ -161,6 +165,11 @@ samples = {
     "mlp_relu2": [(x, w, randn(9, 33))],
     "mlp_relu2_dpre": [(torch.randn(12, 9), torch.randn(9, 33), torch.rand(12, 33))],
     "adamw_": [(*lists, torch.rand(2, 6))],
+    "attention": [(aq, ak, ak, 3, "triton", None, None, None), (aq, ak, ak, 9, "triton", *cuts)],
+    "attention_backward": [
+        (do, aq.detach(), ak.detach(), ak.detach(), do, torch.rand(2, 4, 6), w, "triton", *c)
+        for w, c in ((3, (None, None, None)), (9, cuts))
+    ],
 }
 for name in sorted(registered):
     for sample in samples[name]:
