@@ -174,10 +174,11 @@ def test_operator(
         "operator": name, "shape": shape, "pass": way, "implementation": implementation, "dtype": str(DTYPE)[6:],
         "median_us": round(median * 1e6, 2), "p20_us": round(p20 * 1e6, 2), "p80_us": round(p80 * 1e6, 2),
         "reference_us": round(base_s * 1e6, 2), "ratio": round(base_s / median, 4),
-        "roofline": round(floor / median, 4), "right": right,
+        "roofline": round(floor / median, 4), "tflops": round(op.flops[way](op.shapes[shape]) / median / 1e12, 2),
+        "right": right,
     }  # fmt: skip
     if way == op.passes[-1]:
-        runs = options.repeats or REPEATS
+        runs = (options.repeats if shape.startswith("baseline") else 0) or REPEATS
         different = bitwise_repeats(op, copies[0], function, runs)
         benchmark.extra_info |= {"runs": runs, "runs_with_other_bits": different}
         assert not implementation.startswith("hotloop") or different == 0, f"{different} of {runs} runs gave other bits"

@@ -33,6 +33,13 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     )
     check.set_defaults(run=_check)
 
+    attention = parts.add_parser(
+        "attention", help="every attention backend that is here; kernels/tuned keeps their order"
+    )
+    attention.add_argument("--shape", action="append", default=[], metavar="CLASS", help="only this; may be repeated")
+    attention.add_argument("--out", type=Path, default=Path("attention.json"), metavar="FILE")
+    attention.set_defaults(run=_attention)
+
     compare = parts.add_parser(
         "compare", help="fail when a kernel got worse; BASE `committed` is the newest result here"
     )
@@ -93,6 +100,12 @@ def _run(args: argparse.Namespace) -> int:
     if code:
         print(f"hotloop: some failed and were not timed; see {log}", file=sys.stderr)
     return 1 if code else 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from bench.attention import main as attention
+
+    return attention(args.out, args.shape)
 
 
 def _check(args: argparse.Namespace) -> int:

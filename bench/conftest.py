@@ -13,7 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shape", action="append", default=[], help="only this shape class; may be given again")
     group.addoption("--rounds", type=int, default=0, help="timed rounds (default: 30 on a GPU, 3 on a CPU)")
     group.addoption("--deadline", type=float, default=0.0, help="start no benchmark after so many seconds")
-    group.addoption("--repeats", type=int, default=0, help="runs compared to the bit (default: 100 on a GPU, 3 else)")
+    group.addoption(
+        "--repeats",
+        type=int,
+        default=0,
+        help="runs at the baseline that are compared to the bit (default: 100; 3 on a CPU)",
+    )
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -6,12 +6,17 @@ installed and fails to import, or gives a wrong answer, is reported with its rea
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import kernels
+from kernels import attend
+from kernels.attention_backends import BACKENDS
 
 __all__ = ["PEERS", "available"]
 
@@ -51,37 +56,12 @@ def _quack_rms_norm() -> Function:
     return run
 
 
-def _sdpa(backend: str) -> Callable[[], Function]:
+def _attention(backend: str) -> Callable[[], Function]:
     def load() -> Function:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        chosen = getattr(SDPBackend, backend)
-
-        def run(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-            if window < q.size(1) - 1:
-                raise NotImplementedError("full windows only")
-            with sdpa_kernel(chosen):
-                out = torch.nn.functional.scaled_dot_product_attention(
-                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                    is_causal=True, enable_gqa=k.size(2) != q.size(2),
-                )  # fmt: skip
-            return out.transpose(1, 2)
-
-        return run
-
-    return load
-
-
-def _flash(module: str, name: str) -> Callable[[], Function]:
-    def load() -> Function:
-        function = getattr(importlib.import_module(module), name)
-
-        def run(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-            out = function(q, k, v, causal=True, window_size=(min(window, q.size(1)), 0))
-            first: Tensor = out[0] if isinstance(out, tuple) else out
-            return first
-
-        return run
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if why := attend.backends(device)[1].get(backend):
+            raise kernels.KernelError(why)
+        return functools.partial(kernels.attention, backend=backend)
 
     return load
 
@@ -90,13 +70,7 @@ def _flash(module: str, name: str) -> Callable[[], Function]:
 PEERS: dict[str, dict[str, tuple[str, Callable[[], Function]]]] = {
     "softcap_linear_cross_entropy": {"liger": ("liger_kernel", _liger_linear_cross_entropy)},
     "rms_norm": {"liger": ("liger_kernel", _liger_rms_norm), "quack": ("quack", _quack_rms_norm)},
-    "attention": {
-        "torch-flash2": ("torch", _sdpa("FLASH_ATTENTION")),
-        "cudnn": ("torch", _sdpa("CUDNN_ATTENTION")),
-        "flash3": ("flash_attn_interface", _flash("flash_attn_interface", "flash_attn_func")),
-        "flash4": ("flash_attn.cute", _flash("flash_attn.cute", "flash_attn_func")),
-        "flash2": ("flash_attn.flash_attn_interface", _flash("flash_attn", "flash_attn_func")),
-    },
+    "attention": {name: ("torch", _attention(name)) for name in BACKENDS if name != "triton"},
 }
 
 
@@ -115,6 +89,8 @@ def available(operator: str) -> tuple[dict[str, Function], dict[str, str]]:
             continue
         try:
             loaded[name] = load()
+        except kernels.KernelError as e:
+            missing[name] = str(e)
         except Exception as e:
             missing[name] = f"fails to load: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
     return loaded, missing

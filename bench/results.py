@@ -36,6 +36,7 @@ class Row:
     ratio: float
     roofline: float
     right: bool
+    tflops: float = 0.0
     runs: int = 0
     runs_with_other_bits: int = 0
 
@@ -165,17 +166,19 @@ def markdown(result: Result) -> str:
         f"{m['copy_bytes_per_s'] / 1e12:.2f} TB/s, products {m['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s.",
         "",
         "Times are device times, medians of interleaved rounds; `x` is the compiled reference's time over this one's "
-        "in the same rounds; `roofline` is the time of the bytes and operations at those ceilings over this one's.",
+        "in the same rounds; `roofline` is the time of the bytes and operations at those ceilings over this one's; "
+        "TFLOP/s count the operations of matrix products that are not masked.",
         "",
-        "| operator | shape | pass | implementation | median us (p20-p80) | x | roofline | other bits |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "| operator | shape | pass | implementation | median us (p20-p80) | x | roofline | TFLOP/s | other bits |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for r in result.rows:
         ratio = f"{r.ratio:.2f}" if r.ratio else "reference does not fit"
         bits = f"{r.runs_with_other_bits} of {r.runs}" if r.runs else ""
         lines.append(
             f"| {r.operator} | {r.shape} | {r.way} | {r.implementation} "
-            f"| {r.median_us:.1f} ({r.p20_us:.1f}-{r.p80_us:.1f}) | {ratio} | {r.roofline:.0%} | {bits} |"
+            f"| {r.median_us:.1f} ({r.p20_us:.1f}-{r.p80_us:.1f}) | {ratio} | {r.roofline:.0%} "
+            f"| {f'{r.tflops:.0f}' if r.tflops else ''} | {bits} |"
         )
     for name, text in result.extra.get("pages", {}).items():
         lines += ["", f"## {name}", "", text.rstrip()]

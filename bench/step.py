@@ -29,13 +29,14 @@ from harness.single import read_train_source
 from harness.spec import PRESETS, Spec
 from harness.trainer import load_train_module
 from harness.walls import project_root
+from kernels import attend
 from kernels.dispatch import TRITON_OPERATORS, implementations
 
 __all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step", "step_of", "switches", "time_step"]
 
 # Device kernels (or CPU operators) by name; the first pattern that matches.
 GROUPS = (
-    ("attention", r"flash|fmha|attention|sdpa|softmax"),
+    ("attention", r"flash|fmha|attention|sdpa|flex|softmax"),
     ("loss", r"softcap|cross_entropy|nll_loss|log_softmax|logsumexp"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm)|_mm_|splitK"),
     ("embedding", r"embedding|index_put|indexing_backward|radix|aten::index"),
@@ -183,24 +184,28 @@ def _floor_ns(name: str) -> float:
 
 
 def switches(train: Path, preset: str, say: Callable[[str], None] = print) -> int:
-    """Tokens a second of a whole step with no kernel of ours, with each alone, and with all: which deserve to be
-    defaults.
+    """Tokens a second of a whole step with no kernel of ours, with each alone, with all, and with each attention
+    backend: which deserve to be defaults.
 
     Each setting runs in a process of its own, the setting without kernels first and last, so that drift shows.
     """
-    rates: list[tuple[str, float]] = []
+    rates: list[float] = []
     code = "import sys; from bench.cli import main; sys.exit(main())"
-    for setting in ("reference", *TRITON_OPERATORS, "triton", "reference"):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = [{"HOTLOOP_KERNELS": name} for name in ("reference", *TRITON_OPERATORS, "triton")]
+    settings += [{"HOTLOOP_KERNELS": "reference", "HOTLOOP_ATTENTION": name} for name in attend.backends(device)[0]]
+    settings.append(settings[0])
+    for setting in settings:
+        name = " ".join(setting.values())
         command = [sys.executable, "-c", code, "step", "--time", "--train", str(train), "--preset", preset]
-        env = os.environ | {"HOTLOOP_KERNELS": setting}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=project_root())
+        done = subprocess.run(command, env=os.environ | setting, capture_output=True, text=True, cwd=project_root())
         if done.returncode:
-            say(f"{setting}: failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}")
+            say(f"{name}: failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}")
             continue
         found = json.loads(done.stdout.splitlines()[-1])
-        rates.append((setting, found["tokens"] / found["step_s"]))
-        say(f"{setting:<32} {rates[-1][1]:>14,.0f} tokens/s  {rates[-1][1] / rates[0][1]:.3f}x")
-    return 0 if len(rates) == len(TRITON_OPERATORS) + 3 else 1
+        rates.append(found["tokens"] / found["step_s"])
+        say(f"{name:<32} {rates[-1]:>14,.0f} tokens/s  {rates[-1] / rates[0]:.3f}x")
+    return 0 if len(rates) == len(settings) else 1
 
 
 def main(train: Path, preset: str) -> tuple[dict[str, Any], str]:

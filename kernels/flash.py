@@ -30,7 +30,17 @@ if HAVE_TRITON:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["HEAD_DIMS", "KERNELS", "backward", "compile_cases", "default_config", "forward", "search_space"]
+__all__ = [
+    "HEAD_DIMS",
+    "KERNELS",
+    "backward",
+    "compile_cases",
+    "config_key",
+    "default_config",
+    "forward",
+    "kind_of",
+    "search_space",
+]
 
 HEAD_DIMS = (16, 32, 64, 128)
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
@@ -53,13 +63,20 @@ def config_key(head_dim: int, banded: bool, grouped: bool) -> str:
 
 
 def launch_config(kernel: str, head_dim: int, key: str, dtype: torch.dtype, t: int) -> dict[str, int]:
-    """As tuned on this GPU, else by architecture. Rows of numbers (lse) need a multiple of 16 bytes for descriptors."""
+    """As tuned on this GPU, else by architecture."""
+    kind, tuned = kind_of(dtype, t), tuning.config(kernel, key)
+    fits = tuned and kind != "fp32" and (kind != "ampere" or not tuned["TMA"])
+    return tuned if tuned and fits else default_config(kernel, head_dim, key, kind)
+
+
+def kind_of(dtype: torch.dtype, t: int) -> str:
+    """Which of `default_config`'s kinds serves rows of `t` tokens on this device. Rows of numbers (lse) need a multiple
+    of 16 bytes for descriptors.
+    """
     if dtype == torch.float32:
-        return default_config(kernel, head_dim, key, "fp32")
+        return "fp32"
     capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    kind = {9: "hopper", 10: "blackwell"}.get(capability, "ampere") if t % 4 == 0 else "ampere"
-    tuned = tuning.config(kernel, key)
-    return tuned if tuned and (kind != "ampere" or not tuned["TMA"]) else default_config(kernel, head_dim, key, kind)
+    return {9: "hopper", 10: "blackwell"}.get(capability, "ampere") if t % 4 == 0 else "ampere"
 
 
 def default_config(kernel: str, head_dim: int, key: str, kind: str) -> dict[str, int]:
@@ -444,7 +461,7 @@ def _scalars(x: Tensor, rows: int, tma: int) -> Any:
 def _plan(kernel: str, q: Tensor, groups: int, window: int) -> tuple[dict[str, int], int, int]:
     """(the launch's constants and options, programs for each multiprocessor, window no wider than the row)."""
     t, heads, head_dim = q.shape[1:]
-    key = config_key(head_dim, window < t - 1, groups != heads)
+    key = config_key(head_dim, window < t - 1, kernel == "attention_dkdv" and groups != heads)
     config = dict(launch_config(kernel, head_dim, key, q.dtype, t))
     return config, config.pop("PROGRAMS"), min(window, t)
 

@@ -94,6 +94,8 @@ def test_compare_exits_by_its_verdict_and_prints_a_table(tmp_path: Path, capsys:
         (["check"], "nvidia-smi shows none"),
         (["tune"], "nvidia-smi shows none"),
         (["tune", "--operator", "fast"], "no kernel is called fast"),
+        (["attention"], "nvidia-smi shows none"),
+        (["attention", "--shape", "wide"], "attention has no shape 'wide'; the table has baseline"),
         (["step", "--train", "none.py"], "none.py cannot be read"),
     ],
 )
