@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,8 @@ from bench.operators import OPERATORS
 from harness.spec import PRESETS, Spec
 from harness.trainer import load_train_module
 from harness.walls import project_root
+from kernels import attend, reference
+from kernels.attention_backends import BACKENDS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = torch.device("cuda")
@@ -57,6 +60,30 @@ def test_a_kernel_of_ours_runs_and_repeats_to_the_bit(name: str) -> None:
         pytest.skip("HOTLOOP_KERNELS=triton asks for it, as make gpu-check does")
     args = op.make(op.shapes["odd"], torch.bfloat16, CUDA)
     assert bitwise_repeats(op, args, op.bind(kernels), 50) == 0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_attention_backend_is_right_and_compiles(name: str) -> None:
+    """Whole rows and packed documents, both windows and head dimensions, grouped heads, against fp64."""
+    if why := attend.backends("cuda")[1].get(name):
+        pytest.skip(why)
+    compiled = torch.compile(kernels.attention, fullgraph=True, dynamic=False)
+    torch.manual_seed(0)
+    for head_dim, window, documents in itertools.product((64, 128), (100, 512), (False, True)):
+        backend = BACKENDS[name]
+        if backend.missing(banded=window < 511) or backend.refusal(torch.bfloat16, head_dim, documents):
+            continue
+        q, k, v, do = (torch.randn(2, 512, h, head_dim, device=CUDA).bfloat16() for h in (4, 2, 2, 4))
+        cuts = torch.tensor([0, 30, 30, 201, 600, 1024], device=CUDA) if documents else None
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        true = reference.attention(wide[0], wide[1], wide[2], window, cuts)
+        truth = [true, *torch.autograd.grad(true, wide, do.double())]
+        for function in (kernels.attention, compiled):
+            given = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = function(*given, window, cuts, backend=name)
+            for mine, want in zip([out, *torch.autograd.grad(out, given, do)], truth, strict=True):
+                error = float((mine.double() - want).norm() / want.norm())
+                assert error < 8e-3, (head_dim, window, documents, function is compiled, error)
 
 
 def test_the_models_loss_compiles_whole_and_agrees_with_eager(train: ModuleType) -> None:
