@@ -12,7 +12,6 @@ scalars, relu^2 and sliding windows, trained by Muon and AdamW. Shapes: B batch,
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -93,11 +92,10 @@ class Attention(nn.Module):
         self.gate = nn.Linear(hp.GATE_CHANNELS, self.heads, bias=False) if gated else None
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
-        qkv = F.linear(x, torch.cat((self.q.weight, self.k.weight, self.v.weight)))
+        weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
         gate = None if self.gate is None else self.gate(x[..., : self.gate_channels])  # [B, T, H], 0 at the start
         ve = None if ve is None else ve.unflatten(-1, (self.heads, -1))
-        qkv = qkv.unflatten(-1, (3 * self.heads, -1))  # [B, T, 3 H, K]
-        q, k, v = kernels.qkv_rope_norm(qkv, cos, sin, self.heads, ve, gate)
+        q, k, v = kernels.linear_qkv_rope_norm(x, weight, cos, sin, self.heads, ve, gate)  # [B, T, H, K] each
         return self.proj(kernels.attention(q, k, v, window).flatten(2))
 
 

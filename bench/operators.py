@@ -242,6 +242,38 @@ OPERATORS = {
             torch_ops=("qkv_rope_norm", "qkv_rope_norm_backward"),
         ),
         Operator(
+            name="linear_qkv_rope_norm",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
+                _randn((s["H"] + 2 * s["G"]) * s["K"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
+                *_rope(s["T"], s["K"], dtype, device),
+                s["H"],
+                _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
+                _randn(s["B"], s["T"], s["G"], dtype=dtype, device=device),
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "H": 4, "G": 4, "K": 128},
+                "odd": {"B": 3, "T": 37, "D": 200, "H": 3, "G": 1, "K": 64},
+                "long": {"B": 4, "T": 65536, "D": 512, "H": 4, "G": 4, "K": 128},
+                "tiny": {"B": 1, "T": 1, "D": 16, "H": 1, "G": 1, "K": 16},
+            },
+            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds the product and after each operation")},
+            gradients=(0, 1, 5, 6),
+            rows=(0, 5, 6),
+            # x and ve in, q, k, v out. Then the three gradients, q, k and ve in, those of the product and ve out; the
+            # former twice more and x in, dx out.
+            bytes=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * (s["D"] + s["K"] * (s["H"] + 3 * s["G"])),
+                lambda s: 2.0 * s["B"] * s["T"] * (2 * s["D"] + s["K"] * (5 * s["H"] + 11 * s["G"])),
+            ),
+            flops=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["K"] * (s["H"] + 2 * s["G"]),
+                lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["K"] * (s["H"] + 2 * s["G"]),
+            ),
+            module="kernels.linear_qkv",
+            torch_ops=("linear_qkv_rope_norm", "linear_qkv_rope_norm_backward"),
+        ),
+        Operator(
             name="adamw_",
             make=lambda s, dtype, device: [
                 _randn(s["M"], dtype=dtype, device=device),

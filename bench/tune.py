@@ -26,7 +26,7 @@ from bench import device as dev
 from bench.accuracy import fresh, outputs, upstream
 from bench.operators import OPERATORS
 from harness.errors import UsageError
-from kernels import flash, mlp, qkv, residual_norm, token_embedding, tuning
+from kernels import flash, linear_qkv, mlp, qkv, residual_norm, token_embedding, tuning
 from kernels import linear_cross_entropy as lce
 from kernels import softcap_cross_entropy as ce
 
@@ -115,6 +115,9 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
         "residual_rms_norm", "residual_norm", residual_norm, "", lambda s: (f"D={s['D']}", s["D"])
     ),
     "qkv_rope_norm": lambda: _operator("qkv_rope_norm", "qkv_rope_norm", qkv, "", lambda s: (f"K={s['K']}", s["K"])),
+    "linear_qkv": lambda: _operator(
+        "linear_qkv_rope_norm", "linear_qkv", linear_qkv, "", lambda s: (f"K={s['K']}", s["K"])
+    ),
     "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit", False)),
     "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
     "attention_forward": lambda: _attention("attention_forward"),

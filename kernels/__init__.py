@@ -13,6 +13,7 @@ from kernels.adamw import adamw_
 from kernels.attend import attention, document_offsets
 from kernels.dispatch import KernelError, implementations
 from kernels.linear_cross_entropy import softcap_linear_cross_entropy
+from kernels.linear_qkv import linear_qkv_rope_norm
 from kernels.mlp import mlp_relu2
 from kernels.qkv import qkv_rope_norm
 from kernels.reference import apply_rope_norm, rms_norm
@@ -29,6 +30,7 @@ __all__ = [
     "document_offsets",
     "embedding",
     "implementations",
+    "linear_qkv_rope_norm",
     "mlp_relu2",
     "qkv_rope_norm",
     "residual_rms_norm",

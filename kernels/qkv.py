@@ -100,10 +100,13 @@ if HAVE_TRITON:
 
     @triton.jit
     def _qkv_backward_kernel(
-        x_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, dve_ptr, dgate_ptr, M, T, eps,
-        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, ROWS: tl.constexpr,
+        x_ptr, q_ptr, k_ptr, r_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, dve_ptr,
+        dgate_ptr, M, T, eps,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, SAVED: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        """Gradients of q, k, v -> those of x [M, H + 2G, K], ve [M, G, K], gate [M, G]."""
+        """Gradients of q, k, v -> those of x [M, H + 2G, K], ve [M, G, K], gate [M, G]. SAVED: by q [M, H, K], k [M, G,
+        K] and the reciprocal roots fp32 [M, H + G] of the forward pass, instead of by x.
+        """
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         head = tl.program_id(1)
         inside = row < M
@@ -111,15 +114,25 @@ if HAVE_TRITON:
         wide = row.to(tl.int64)
         at = (wide * (H + 2 * G) + head) * K + half
         if head < H + G:
-            y1, y2, cos, sin = _rotated(x_ptr, cos_ptr, sin_ptr, row, at, inside, T, K)
             p_in = dq_ptr + (wide * H + head) * K + half
+            p_out = q_ptr + (wide * H + head) * K + half
             if head >= H:
                 p_in = dk_ptr + (wide * G + head - H) * K + half
+                p_out = k_ptr + (wide * G + head - H) * K + half
             h1 = tl.load(p_in, mask=inside, other=0.0).to(tl.float32)
             h2 = tl.load(p_in + K // 2, mask=inside, other=0.0).to(tl.float32)
-            r = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / K + eps)[:, None]
-            n1 = y1 * r
-            n2 = y2 * r
+            if SAVED:
+                n1 = tl.load(p_out, mask=inside, other=0.0).to(tl.float32)
+                n2 = tl.load(p_out + K // 2, mask=inside, other=0.0).to(tl.float32)
+                r = tl.load(r_ptr + wide * (H + G) + head, mask=inside, other=0.0)
+                angle = (row % T) * (K // 2) + half
+                cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+                sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+            else:
+                y1, y2, cos, sin = _rotated(x_ptr, cos_ptr, sin_ptr, row, at, inside, T, K)
+                r = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / K + eps)[:, None]
+                n1 = y1 * r
+                n2 = y2 * r
             mean = ((tl.sum(h1 * n1, 1) + tl.sum(h2 * n2, 1)) / K)[:, None]
             d1 = r * (h1 - n1 * mean)
             d2 = r * (h2 - n2 * mean)
@@ -143,20 +156,24 @@ if HAVE_TRITON:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels for heads of 64 and 128, with and without value embeddings."""
+    """Both kernels for heads of 64 and 128, with and without value embeddings; the backward one in both its ways."""
     cases = []
+    gradients = ("dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr", "dve_ptr", "dgate_ptr")
     for head_dim in (64, 128):
         tuned = tuning.of_all_gpus("qkv_rope_norm", f"K={head_dim}")
         for config in [default_config(head_dim), *tuned]:
             for ve in (True, False):
                 for way, function, more in (
                     ("forward", _qkv_forward_kernel, ("q_ptr", "k_ptr", "v_ptr")),
-                    ("backward", _qkv_backward_kernel,
-                     ("dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr", "dve_ptr", "dgate_ptr")),
-                ):  # fmt: skip
+                    ("backward", _qkv_backward_kernel, gradients),
+                    ("backward saved", _qkv_backward_kernel, gradients),
+                ):
                     names = ("x_ptr", "cos_ptr", "sin_ptr", "ve_ptr", "gate_ptr", *more)
                     signature = dict.fromkeys(names, "*bf16") | {"M": "i32", "T": "i32", "eps": "fp32"}
                     constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve, "ROWS": config["ROWS"]}
+                    if way != "forward":
+                        signature |= {"q_ptr": "*bf16", "k_ptr": "*bf16", "r_ptr": "*fp32"}
+                        constants["SAVED"] = way == "backward saved"
                     options = {"num_warps": config["num_warps"]}
                     key = f"{way} K={head_dim}{' ve' if ve else ''} ROWS={config['ROWS']} warps={config['num_warps']}"
                     cases.append(CompileCase(key, function, signature, constants, options))
@@ -193,24 +210,38 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, ve: Any, gate: Any, heads: int) -> 
 def _backward_op(
     qkv: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, all_heads, k = qkv.shape
-    dqkv = torch.empty_like(qkv)
-    dve = torch.empty_like(ve) if ve is not None else qkv.new_empty(0)
-    dgate = torch.empty_like(gate) if gate is not None else qkv.new_empty(0)
-    if b * t:
-        config = launch_config(k)
-        _qkv_backward_kernel[(-(-b * t // config["ROWS"]), all_heads)](
-            qkv, cos, sin, ve if ve is not None else qkv, gate if gate is not None else qkv, dq, dk, dv, dqkv,
-            dve if ve is not None else qkv, dgate if gate is not None else qkv, b * t, t, reference.NORM_EPS,
-            H=dq.shape[2], G=dk.shape[2], K=k, VE=ve is not None, **config,
-        )  # fmt: skip
-    return dqkv, dve, dgate
+    return launch_backward(qkv, None, cos, sin, ve, gate, dq, dk, dv)
 
 
 @_backward_op.register_fake
-def _(qkv: Tensor, cos: Any, sin: Any, ve: Any, gate: Any, dq: Any, dk: Any, dv: Any) -> tuple[Tensor, ...]:
-    dve = torch.empty_like(ve) if ve is not None else qkv.new_empty(0)
-    return torch.empty_like(qkv), dve, torch.empty_like(gate) if gate is not None else qkv.new_empty(0)
+def _(
+    qkv: Tensor, cos: Any, sin: Any, ve: Any, gate: Any, dq: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(dq, dk, ve, gate)
+
+
+def empty_gradients(dq: Tensor, dk: Tensor, ve: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the product [B, T, H + 2G, K], ve and gate."""
+    b, t, heads, k = dq.shape
+    dve, dgate = (dq.new_empty(0) if x is None else torch.empty_like(x) for x in (ve, gate))
+    return dq.new_empty(b, t, heads + 2 * dk.shape[2], k), dve, dgate
+
+
+def launch_backward(
+    qkv: Tensor | None, saved: tuple[Tensor, Tensor, Tensor] | None, cos: Tensor, sin: Tensor, ve: Tensor | None,
+    gate: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """By qkv [B, T, H + 2G, K], or by what was `saved` instead: q, k, and the reciprocal roots fp32 [B, T, H + G]."""
+    b, t, heads, k = dq.shape
+    dqkv, dve, dgate = empty_gradients(dq, dk, ve, gate)
+    if b * t:
+        config = launch_config(k)
+        _qkv_backward_kernel[(-(-b * t // config["ROWS"]), dqkv.shape[2])](
+            dqkv if qkv is None else qkv, *(saved or (dq, dk, dq)), cos, sin, dq if ve is None else ve,
+            dq if gate is None else gate, dq, dk, dv, dqkv, dve, dgate, b * t, t, reference.NORM_EPS,
+            H=heads, G=dk.shape[2], K=k, VE=ve is not None, SAVED=saved is not None, **config,
+        )  # fmt: skip
+    return dqkv, dve, dgate
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -252,18 +283,28 @@ def qkv_rope_norm(
     if not choose("qkv_rope_norm", qkv.device.type):
         return reference.qkv_rope_norm(qkv, cos, sin, heads, ve, gate)
     b, t, all_heads, k = qkv.shape
-    if qkv.dtype not in DTYPES or k not in HEAD_DIMS or all_heads <= heads or (all_heads - heads) % 2:
+    if qkv.dtype not in DTYPES or k not in HEAD_DIMS:
         raise KernelError(
             f"qkv_rope_norm serves bfloat16, float16 and float32 [B, T, H + 2G, K] with K one of {HEAD_DIMS}, not "
-            f"{qkv.dtype} {list(qkv.shape)} with H = {heads}"
+            f"{qkv.dtype} {list(qkv.shape)}"
         )
-    g = (all_heads - heads) // 2
-    for name, given, wanted in (("ve", ve, (b, t, g, k)), ("gate", gate, (b, t, g))):
-        if given is not None and (tuple(given.shape) != wanted or given.dtype != qkv.dtype):
-            raise KernelError(f"{name} must be {qkv.dtype} {list(wanted)}, not {given.dtype} {list(given.shape)}")
-    if tuple(cos.shape) != (t, k // 2) or cos.shape != sin.shape:
-        raise KernelError(f"cos and sin must be [{t}, {k // 2}], not {list(cos.shape)} and {list(sin.shape)}")
+    check(b, t, all_heads, k, qkv.dtype, cos, sin, heads, ve, gate)
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     ve, gate = (x if x is None else x.contiguous() for x in (ve, gate))
     found: tuple[Tensor, Tensor, Tensor] = _forward_op(qkv, cos, sin, ve, gate, heads)
     return found
+
+
+def check(
+    b: int, t: int, all_heads: int, k: int, dtype: torch.dtype, cos: Tensor, sin: Tensor, heads: int,
+    ve: Tensor | None, gate: Tensor | None,
+) -> None:  # fmt: skip
+    """Raises KernelError for what does not fit a product of `all_heads` heads."""
+    g = (all_heads - heads) // 2
+    if heads < 1 or g < 1 or heads + 2 * g != all_heads:
+        raise KernelError(f"{all_heads} heads are no H + 2G with H = {heads}")
+    for name, given, wanted in (("ve", ve, (b, t, g, k)), ("gate", gate, (b, t, g))):
+        if given is not None and (tuple(given.shape) != wanted or given.dtype != dtype):
+            raise KernelError(f"{name} must be {dtype} {list(wanted)}, not {given.dtype} {list(given.shape)}")
+    if tuple(cos.shape) != (t, k // 2) or cos.shape != sin.shape:
+        raise KernelError(f"cos and sin must be [{t}, {k // 2}], not {list(cos.shape)} and {list(sin.shape)}")

@@ -14,6 +14,7 @@ __all__ = [
     "apply_rope_norm",
     "attention",
     "embedding",
+    "linear_qkv_rope_norm",
     "mlp_relu2",
     "qkv_rope_norm",
     "residual_rms_norm",
@@ -88,6 +89,19 @@ def qkv_rope_norm(
     if ve is not None and gate is not None:
         v = v + (2 * torch.sigmoid(gate))[..., None] * ve
     return apply_rope_norm(q, cos, sin), apply_rope_norm(k, cos, sin), v
+
+
+def linear_qkv_rope_norm(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    ve: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qkv_rope_norm` of x W^T. x [B, T, D], weight [(H + 2G) K, D], the rest as there."""
+    return qkv_rope_norm(F.linear(x, weight).unflatten(-1, (-1, 2 * cos.size(-1))), cos, sin, heads, ve, gate)
 
 
 def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:

@@ -131,6 +131,12 @@ refused("H = 3", kernels.qkv_rope_norm, qkv, cos, cos, 3)
 refused("cos and sin must be [5, 8], not [4, 8]", kernels.qkv_rope_norm, qkv, cos[:4], cos[:4], 2)
 refused("come together", kernels.qkv_rope_norm, qkv, cos, cos, 2, torch.randn(2, 5, 2, 16))
 refused("gate must be", kernels.qkv_rope_norm, qkv, cos, cos, 2, torch.randn(2, 5, 2, 16), torch.randn(2, 5, 3))
+w = torch.randn(96, 8)
+refused("needs x [B, T, D] and weight [(H + 2G) 16, D], not [2, 5, 8] and [96, 9]",
+        kernels.linear_qkv_rope_norm, x, torch.randn(96, 9), cos, cos, 2)
+refused("6 heads are no H + 2G with H = 3", kernels.linear_qkv_rope_norm, x, w, cos, cos, 3)
+refused("not torch.float32 and torch.float16", kernels.linear_qkv_rope_norm, x, w.half(), cos, cos, 2)
+refused("come together", kernels.linear_qkv_rope_norm, x, w, cos, cos, 2, torch.randn(2, 5, 2, 16))
 refused("int64 tokens", kernels.embedding, torch.zeros(3).int(), torch.randn(4, 4))
 order = kernels.token_order(torch.zeros(3).long(), 4)
 refused("not of 2 and 4", kernels.embedding, torch.zeros(2).long(), torch.randn(4, 4), order)
@@ -213,10 +219,37 @@ assert len(names) == 6, names
     )
 
 
+def test_every_tile_of_the_qkv_projection_computes_the_same_by_descriptors_and_by_pointers() -> None:
+    """Sizes that no tile divides, an odd number of heads, documents of one token, more heads than a tile has."""
+    run("""
+import dataclasses
+from bench.accuracy import check
+from bench.operators import OPERATORS
+from kernels import linear_qkv
+op = OPERATORS["linear_qkv_rope_norm"]
+tried = 0
+for sizes in (
+    dict(B=3, T=37, D=200, H=3, G=1, K=64),
+    dict(B=1, T=33, D=48, H=4, G=4, K=16),
+    dict(B=2, T=1, D=16, H=2, G=1, K=128),
+):
+    for rows, heads, depth, tma in ((16, 1, 32, 0), (16, 2, 16, 1), (64, 1, 64, 1), (32, 2, 32, 0)):
+        config = dict(ROWS=rows, HEADS=heads, DEPTH=depth, GROUP=2, TMA=tma, num_warps=4, num_stages=1)
+        linear_qkv.launch_config = lambda *args: config
+        args = op.make(sizes, torch.float32, torch.device("cpu"))
+        for given in (args, [*args[:5], None, None]):
+            variant = op if given is args else dataclasses.replace(op, gradients=(0, 1), rows=(0,))
+            for errors in check(variant, given, op.bind(kernels)):
+                assert errors.fine, (sizes, config, errors)
+                tried += 1
+assert tried == 3 * 4 * (3 + 4 + 3 + 2), tried
+""")
+
+
 def test_the_residual_stream_stays_bfloat16_under_autocast() -> None:
     """As on a GPU: tables in bf16, matrices in fp32, autocast. No operator may widen what it passes on.
 
-    All kernels but the MLP's: the interpreter multiplies the bits of bfloat16 in tl.dot.
+    All kernels without a product: the interpreter multiplies the bits of bfloat16 in tl.dot.
     """
     run(
         MODEL
@@ -225,7 +258,7 @@ for table in (model.wte, *model.value_embeds.values()):
     table.bfloat16()
 model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
 seen = set()
-for name in ("embedding", "residual_rms_norm", "qkv_rope_norm", "attention", "mlp_relu2"):
+for name in ("embedding", "residual_rms_norm", "linear_qkv_rope_norm", "attention", "mlp_relu2"):
     def watched(*args, f=getattr(kernels, name), name=name):
         out = f(*args)
         seen.update((name, o.dtype) for o in (out if isinstance(out, tuple) else (out,)))

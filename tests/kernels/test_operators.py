@@ -120,7 +120,7 @@ for shape, sizes in {sizes}.items():
         args = op.make(sizes, dtype, torch.device("cpu"))
         for variant in ("", *op.variants):
             # The interpreter multiplies the bits of bfloat16 in tl.dot; an fp16 sum of exp(15) is out of its range.
-            products = op.name in ("mlp_relu2", "attention") and dtype == torch.bfloat16
+            products = op.name in ("mlp_relu2", "attention", "linear_qkv_rope_norm") and dtype == torch.bfloat16
             if products or (variant == "exp" and dtype != torch.float32):
                 continue
             for errors in check(op, args, op.bind(kernels, variant), loose=loose):
@@ -162,6 +162,13 @@ samples = {
         tuple(None if v is None else v.detach() for v in s)
         for s in ((qkv, cos, sin, ve, gate, dq, dkv, dkv), (qkv, cos, sin, None, None, dq, dkv, dkv))
     ],
+    "linear_qkv_rope_norm": [
+        (randn(2, 5, 9), randn(128, 9), cos, sin, ve, gate, 4), (randn(2, 5, 9), randn(128, 9), cos, sin, None, None, 6)
+    ],
+    "linear_qkv_rope_norm_backward": [
+        (torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16), torch.rand(2, 5, 6), cos, sin, ve.detach(), gate.detach(),
+         dq, dkv, dkv),
+    ],
     "mlp_relu2": [(x, w, randn(9, 33))],
     "mlp_relu2_dpre": [(torch.randn(12, 9), torch.randn(9, 33), torch.rand(12, 33))],
     "adamw_": [(*lists, torch.rand(2, 6))],
@@ -194,6 +201,8 @@ class All(nn.Module):
         x, h = kernels.residual_rms_norm(x, None, x0, self.lam[0], self.lam[1])
         qkv = (h @ self.qkv.T).unflatten(-1, (6, 16))
         q, k, v = kernels.qkv_rope_norm(qkv, cos, sin, 2, ve, h[..., :2])
+        again = kernels.linear_qkv_rope_norm(h, self.qkv, cos, sin, 2, ve, h[..., :2])
+        q, k, v = q + again[0], k + again[1], v + again[2]
         q = kernels.apply_rope_norm(q, cos, sin)
         x, h = kernels.residual_rms_norm(x, kernels.attention(q, k, v, 3).sum(2))
         x = x + kernels.mlp_relu2(h, self.up, self.up)

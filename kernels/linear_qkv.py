@@ -1,0 +1,295 @@
+"""The QKV projection with all that follows up to attention in its epilogue: `kernels.qkv` with nothing in between.
+
+    s = x W^T, head by head;  q, k: out = rotate(s) / sqrt(mean(rotate(s)^2) + 2^-23);  v: out = s + 2 sigmoid(gate) ve
+
+A tile is one or two whole heads wide, so norm and rotation stay inside of it and s is never written. The backward pass
+needs no s either: with n = q or k as attention took them and r the reciprocal root, saved in fp32, dy = r (h - n mean(h
+n)), ds = rotate^-1(dy), by the kernel of `kernels.qkv`; then dx = ds W and dW = ds^T x are the vendor library's.
+
+Bytes, elements of b bytes, M tokens, width D, N = (H + 2G) K: forward read x and ve, write q, k, v: M (D + G K + N) b.
+Backward read the three gradients, q, k and ve, write ds and dve: M (2 N + (H + G) K + 2 G K) b; then ds twice and x,
+write dx: M (2 N + 2 D) b. Weights, r and gates come on top. Operations: 2 M D N forward, twice that backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import qkv, reference, tuning
+from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from kernels.product import operand
+
+if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+
+    from kernels.product import load_tile, tile_order
+
+__all__ = ["compile_cases", "default_config", "linear_qkv_rope_norm", "search_space"]
+
+HEAD_DIMS = (16, 32, 64, 128)
+
+
+def launch_config(head_dim: int, dtype: torch.dtype, width: int) -> dict[str, int]:
+    """As tuned on this GPU, else by architecture. Rows of x and W need a multiple of 16 bytes for descriptors."""
+    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    modern = capability >= 9 and dtype != torch.float32 and width % 8 == 0
+    tuned = tuning.config("linear_qkv", f"K={head_dim}")
+    fits = tuned and dtype != torch.float32 and (modern or not tuned["TMA"])
+    return tuned if tuned and fits else default_config(head_dim, modern)
+
+
+def default_config(head_dim: int, modern: bool = True) -> dict[str, int]:
+    """Two heads a tile by descriptors on Hopper and later; else one of 128, or two smaller ones, by pointers."""
+    heads = 2 if modern or head_dim <= 64 else 1
+    return {
+        "ROWS": 128, "HEADS": heads, "DEPTH": 64 if modern else 32, "GROUP": 16, "TMA": int(modern),
+        "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def search_space(head_dim: int) -> list[dict[str, int]]:
+    """Configurations worth timing on Hopper."""
+    return [
+        {
+            "ROWS": rows, "HEADS": heads, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
+            "num_stages": stages,
+        }
+        for rows, heads, warps in ((128, 2, 8), (128, 1, 8), (128, 1, 4), (64, 2, 4), (256, 1, 8))
+        for depth, stages in ((64, 3), (64, 4), (32, 4), (128, 2))
+        for group in (8, 16)
+        for tma in (1, 0)
+    ]  # fmt: skip
+
+
+# ---- kernel -----------------------------------------------------------------------------------------------------
+
+if HAVE_TRITON:
+
+    @triton.jit
+    def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """[ROWS, COLUMNS] -> its left and its right half; in registers, as the accumulator lies."""
+        return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+    @triton.jit
+    def _finish(
+        s, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """One head of the product, fp32 [ROWS, K], to its place in q, k or v."""
+        a, b = _halves(s, ROWS, K)
+        half = tl.arange(0, K // 2)[None, :]
+        wide = row.to(tl.int64)[:, None]
+        inside = (row < M)[:, None]
+        if head < H + G:
+            angle = (row % T)[:, None] * (K // 2) + half
+            cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+            y1 = a * cos + b * sin
+            y2 = b * cos - a * sin
+            r = tl.rsqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / K + eps)[:, None]
+            p_out = q_ptr + (wide * H + head) * K + half
+            if head >= H:
+                p_out = k_ptr + (wide * G + head - H) * K + half
+            tl.store(r_ptr + wide * (H + G) + head, r, mask=inside)
+            tl.store(p_out, (y1 * r).to(q_ptr.dtype.element_ty), mask=inside)
+            tl.store(p_out + K // 2, (y2 * r).to(q_ptr.dtype.element_ty), mask=inside)
+        elif head < H + 2 * G:  # a tile may reach past the last head
+            own = wide * G + head - H - G
+            if VE:
+                gate = 2.0 * tl.sigmoid(tl.load(gate_ptr + own, mask=inside, other=0.0).to(tl.float32))
+                a += gate * tl.load(ve_ptr + own * K + half, mask=inside, other=0.0).to(tl.float32)
+                b += gate * tl.load(ve_ptr + own * K + half + K // 2, mask=inside, other=0.0).to(tl.float32)
+            tl.store(v_ptr + own * K + half, a.to(v_ptr.dtype.element_ty), mask=inside)
+            tl.store(v_ptr + own * K + half + K // 2, b.to(v_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _linear_qkv_kernel(
+        x, w, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, D, T, eps,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+        DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    ):  # fmt: skip
+        """x [M, D], w [(H + 2G) K, D] -> q [M, H, K], k and v [M, G, K], r fp32 [M, H + G]."""
+        N: tl.constexpr = (H + 2 * G) * K
+        tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), (H + 2 * G + HEADS - 1) // HEADS, GROUP)
+        first = tile_m * ROWS
+        head = tile_n * HEADS
+        s = tl.zeros([ROWS, HEADS * K], tl.float32)
+        for start in range(0, D, DEPTH):
+            x_tile = load_tile(x, first, start, M, D, ROWS, DEPTH, TMA)
+            w_tile = load_tile(w, head * K, start, N, D, HEADS * K, DEPTH, TMA)
+            s = tl.dot(x_tile, w_tile.T, s, input_precision="ieee")
+        row = first + tl.arange(0, ROWS)
+        if HEADS == 1:
+            _finish(s, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H, G, K,
+                    VE, ROWS)  # fmt: skip
+        else:
+            one, other = _halves(s, ROWS, HEADS * K)
+            _finish(one, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H, G, K,
+                    VE, ROWS)  # fmt: skip
+            _finish(other, head + 1, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H,
+                    G, K, VE, ROWS)  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    """For 16-bit elements and heads of 64 and 128, with and without value embeddings: default and tuned."""
+    cases = []
+    for head_dim in (64, 128):
+        shipped = [(default_config(head_dim, False), (80,)), (default_config(head_dim, True), (90, 100))]
+        shipped += [(config, (90,)) for config in tuning.of_all_gpus("linear_qkv", f"K={head_dim}")]
+        for config, capabilities in shipped:
+            for ve in (True, False):
+                constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve} | config
+                options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
+                depth, columns = config["DEPTH"], config["HEADS"] * head_dim
+                names = ("x", "w", "cos_ptr", "sin_ptr", "ve_ptr", "gate_ptr", "q_ptr", "k_ptr", "v_ptr")
+                signature = dict.fromkeys(names, "*bf16")
+                if config["TMA"]:
+                    signature["x"] = f"tensordesc<bf16[{config['ROWS']},{depth}]>"
+                    signature["w"] = f"tensordesc<bf16[{columns},{depth}]>"
+                signature |= {"r_ptr": "*fp32", "M": "i32", "D": "i32", "T": "i32", "eps": "fp32"}
+                tile = f"{config['ROWS']}x{columns}x{depth}{' tma' if config['TMA'] else ''}"
+                words = f"K={head_dim}{' ve' if ve else ''} {tile}"
+                key = f"{words} warps={config['num_warps']} stages={config['num_stages']}"
+                case = CompileCase(
+                    key, _linear_qkv_kernel, signature, constants, options, capabilities, tensor_cores=True
+                )
+                cases.append(case)
+    return cases
+
+
+# ---- operators --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hotloop::linear_qkv_rope_norm", mutates_args=())
+def _op(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [B, T, D], weight [(H + 2G) K, D] -> q [B, T, H, K], k, v [B, T, G, K], r fp32 [B, T, H + G]."""
+    b, t, d = x.shape
+    q, k, v, r = _empty(x, weight, cos, heads)
+    groups, head_dim = k.shape[2:]
+    if b * t:
+        config = launch_config(head_dim, x.dtype, d)
+        rows, columns, depth, tma = config["ROWS"], config["HEADS"], config["DEPTH"], config["TMA"]
+        grid = (-(-b * t // rows) * -(-(heads + 2 * groups) // columns),)
+        _linear_qkv_kernel[grid](
+            operand(x.view(-1, d), rows, depth, tma), operand(weight, columns * head_dim, depth, tma), cos, sin,
+            x if ve is None else ve, x if gate is None else gate, q, k, v, r, b * t, d, t, reference.NORM_EPS,
+            H=heads, G=groups, K=head_dim, VE=ve is not None, **config,
+        )  # fmt: skip
+    return q, k, v, r
+
+
+def _empty(x: Tensor, weight: Tensor, cos: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (b, t, _), k = x.shape, 2 * cos.shape[1]
+    g = (weight.shape[0] // k - heads) // 2
+    q, keys, v = (x.new_empty(b, t, n, k) for n in (heads, g, g))
+    return q, keys, v, x.new_empty(b, t, heads + g, dtype=torch.float32)
+
+
+@_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, ve: Any, gate: Any, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(x, weight, cos, heads)
+
+
+@torch.library.custom_op("hotloop::linear_qkv_rope_norm_backward", mutates_args=())
+def _backward_op(
+    q: Tensor, k: Tensor, r: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, dq: Tensor,
+    dk: Tensor, dv: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k as they came out, r, and the gradients of q, k, v -> those of the product [B, T, H + 2G, K], ve and gate."""
+    return qkv.launch_backward(None, (q, k, r), cos, sin, ve, gate, dq, dk, dv)
+
+
+@_backward_op.register_fake
+def _(
+    q: Tensor, k: Tensor, r: Tensor, cos: Tensor, sin: Tensor, ve: Any, gate: Any, dq: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.empty_gradients(dq, dk, ve, gate)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, cos, sin, ve, gate, _heads = inputs
+    q, k, _v, r = output
+    ctx.mark_non_differentiable(r)
+    ctx.save_for_backward(x, weight, cos, sin, ve, gate, q, k, r)
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, _unused: Any) -> tuple[Tensor | None, ...]:
+    x, weight, cos, sin, ve, gate, q, k, r = ctx.saved_tensors
+    given = (dq.contiguous(), dk.contiguous(), dv.contiguous())
+    ds, dve, dgate = _backward_op(q, k, r, cos, sin, ve, gate, *given)
+    flat = ds.view(-1, weight.shape[0])
+    dx, dweight = (flat @ weight).view_as(x), flat.T @ x.view(-1, x.shape[-1])
+    return dx, dweight, None, None, dve if ve is not None else None, dgate if gate is not None else None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.hotloop.linear_qkv_rope_norm)
+def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * x[0] * x[1] * x[2] * weight[0])
+
+
+# ---- public function --------------------------------------------------------------------------------------------
+
+
+def linear_qkv_rope_norm(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    ve: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """QKV projection, rotary positions, QK-norm and gated value embeddings; see `reference`.
+
+    Args:
+        x: [B, T, D]; under autocast it, the weight, ve and gate are taken in the autocast dtype.
+        weight: [(H + 2G) K, D]: rows of query heads, key heads, value heads; K one of 16, 32, 64, 128.
+        cos, sin: [T, K/2]; no gradient.
+        heads: H.
+        ve: [B, T, G, K]; None for none. Comes with gate.
+        gate: [B, T, G], before the sigmoid.
+
+    Returns:
+        q [B, T, H, K], k [B, T, G, K], v [B, T, G, K].
+
+    Raises:
+        KernelError: inputs that the kernel does not serve.
+    """
+    k = 2 * cos.shape[-1]
+    if not choose("linear_qkv_rope_norm", x.device.type):
+        return qkv.qkv_rope_norm(F.linear(x, weight).unflatten(-1, (-1, k)), cos, sin, heads, ve, gate)
+    if (ve is None) != (gate is None):
+        raise KernelError("ve and gate come together or not at all")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        ve, gate = (y if y is None else y.to(dtype) for y in (ve, gate))
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] % k:
+        raise KernelError(
+            f"linear_qkv_rope_norm needs x [B, T, D] and weight [(H + 2G) {k}, D], not {list(x.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    (b, t, _), all_heads = x.shape, weight.shape[0] // k
+    if x.dtype not in qkv.DTYPES or weight.dtype != x.dtype or k not in HEAD_DIMS:
+        raise KernelError(
+            f"linear_qkv_rope_norm serves bfloat16, float16 and float32, x and weight alike, K one of {HEAD_DIMS}, not "
+            f"{x.dtype} and {weight.dtype} with K = {k}"
+        )
+    qkv.check(b, t, all_heads, k, x.dtype, cos, sin, heads, ve, gate)
+    x, weight, cos, sin = x.contiguous(), weight.contiguous(), cos.contiguous(), sin.contiguous()
+    ve, gate = (y if y is None else y.contiguous() for y in (ve, gate))
+    q, keys, v, _r = _op(x, weight, cos, sin, ve, gate, heads)
+    return q, keys, v
