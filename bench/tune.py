@@ -73,14 +73,14 @@ def _operator(name: str, kernel: str, module: Any, variant: str, make: Callable[
     args = op.make(op.shapes["baseline"], torch.bfloat16, dev.device())
     grads, given = upstream(op, args), fresh(args, op)
     wanted = [given[i] for i in op.gradients]
-    key, size = make(op.shapes["baseline"])
+    key, *size = make(op.shapes["baseline"])
     function = op.bind(kernels, variant)
 
     def work() -> list[torch.Tensor]:
         outs = outputs(function(*given))
         return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, grads)]
 
-    yield Candidate(kernel, key, module.default_config(size), module.search_space(size), work)
+    yield Candidate(kernel, key, module.default_config(*size), module.search_space(*size), work)
 
 
 def _attention(kernel: str) -> Iterator[Candidate]:
@@ -108,9 +108,7 @@ def _attention(kernel: str) -> Iterator[Candidate]:
 
 KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
     "softcap_cross_entropy": _softcap_cross_entropy,
-    "exp_product": lambda: _operator(
-        "softcap_linear_cross_entropy", "exp_product", lce, "exp", lambda s: ("16 bit", False)
-    ),
+    "exp_product": lambda: _operator("softcap_linear_cross_entropy", "exp_product", lce, "exp", lambda s: ("16 bit",)),
     "residual_norm": lambda: _operator(
         "residual_rms_norm", "residual_norm", residual_norm, "", lambda s: (f"D={s['D']}", s["D"])
     ),
@@ -118,7 +116,7 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
     "linear_qkv": lambda: _operator(
         "linear_qkv_rope_norm", "linear_qkv", linear_qkv, "", lambda s: (f"K={s['K']}", s["K"])
     ),
-    "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit", False)),
+    "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit",)),
     "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
     "attention_forward": lambda: _attention("attention_forward"),
     "attention_dq": lambda: _attention("attention_dq"),

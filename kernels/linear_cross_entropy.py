@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference, tuning
+from kernels import product, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.softcap_cross_entropy import check, launch
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
+
+    from kernels.product import halves, load_tile, tile_order
 
 __all__ = ["METHODS", "compile_cases", "default_config", "search_space", "softcap_linear_cross_entropy"]
 
@@ -44,26 +46,31 @@ MAX_ELEMENTS = 10 * 2**30
 CHUNK_ELEMENTS = 2**28
 
 
-def launch_config(fp32: bool) -> dict[str, int]:
-    """Tile, warps and stages of the product: as tuned on this GPU, else 128 x 128."""
-    return tuning.config("exp_product", "fp32" if fp32 else "16 bit") or default_config(fp32)
+def launch_config(dtype: torch.dtype, width: int) -> dict[str, int]:
+    """Tile, warps and stages of the product: as tuned on this GPU, else by architecture."""
+    return product.launch_config("exp_product", "16 bit", default_config, dtype, width)
 
 
-def default_config(fp32: bool) -> dict[str, int]:
-    """By size."""
-    depth = 32 if fp32 else 64
-    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": depth, "GROUP": 16, "num_warps": 8, "num_stages": 3}
+def default_config(modern: bool = True) -> dict[str, int]:
+    """128 x 128, by descriptors on Hopper and later: small enough for one tile's epilogue beside another's products."""
+    return {
+        "ROWS": 128, "COLUMNS": 128, "DEPTH": 64 if modern else 32, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
+        "num_stages": 3,
+    }  # fmt: skip
 
 
-def search_space(fp32: bool) -> list[dict[str, int]]:
-    """Configurations worth timing."""
+def search_space() -> list[dict[str, int]]:
+    """Configurations worth timing on Hopper."""
     return [
-        {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "num_warps": warps, "num_stages": stages}
-        for rows, columns, warps in ((128, 128, 8), (128, 128, 4), (128, 256, 8), (64, 256, 4), (256, 128, 8))
-        for depth in (32, 64)
+        {
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
+            "num_stages": stages,
+        }
+        for rows, columns, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (256, 128, 8))
+        for depth, stages in ((64, 3), (64, 4), (32, 4))
         for group in (8, 16)
-        for stages in (3, 4)
-    ]
+        for tma in (1, 0)
+    ]  # fmt: skip
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
@@ -72,37 +79,38 @@ if HAVE_TRITON:
 
     @triton.jit
     def _exp_product_kernel(
-        x_ptr, w_ptr, targets_ptr, e_ptr, share_ptr, at_ptr, M, V, D, softcap,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+        x, w, targets_ptr, e_ptr, share_ptr, at_ptr, M, V, D, softcap,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     ):  # fmt: skip
-        """x [M, D], w [V, D] -> e [M, V]; share fp32 [tiles of V, M], this tile's part of Z; at fp32 [M], s[target]."""
-        # Tiles go down GROUP rows of tiles before the next column, so that both operands stay in the L2.
-        tile = tl.program_id(0)
-        tiles_m = tl.cdiv(M, ROWS)
-        tiles_v = tl.cdiv(V, COLUMNS)
-        group = tile // (GROUP * tiles_v)
-        height = tl.minimum(tiles_m - group * GROUP, GROUP)
-        tile_m = group * GROUP + (tile % (GROUP * tiles_v)) % height
-        tile_v = (tile % (GROUP * tiles_v)) // height
-        row = tile_m * ROWS + tl.arange(0, ROWS)
-        column = tile_v * COLUMNS + tl.arange(0, COLUMNS)
-        depth = tl.arange(0, DEPTH)
-        p_x = x_ptr + row.to(tl.int64)[:, None] * D + depth[None, :]
-        p_w = w_ptr + column.to(tl.int64)[None, :] * D + depth[:, None]
+        """x [M, D], w [V, D] -> e [M, V]; share fp32 [halves of tiles of V, M], their parts of Z; at fp32 [M],
+        s[target].
+        """
+        tile_m, tile_v = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(V, COLUMNS), GROUP)
+        first = tile_m * ROWS
         logits = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, D, DEPTH):
-            x = tl.load(p_x, mask=(row < M)[:, None] & (depth + start < D)[None, :], other=0.0)
-            w = tl.load(p_w, mask=(column < V)[None, :] & (depth + start < D)[:, None], other=0.0)
-            logits = tl.dot(x, w, logits, input_precision="ieee")
-            p_x += DEPTH
-            p_w += DEPTH
+            x_tile = load_tile(x, first, start, M, D, ROWS, DEPTH, TMA)
+            w_tile = load_tile(w, tile_v * COLUMNS, start, V, D, COLUMNS, DEPTH, TMA)
+            logits = tl.dot(x_tile, w_tile.T, logits, input_precision="ieee")
+        # In two halves, so that the epilogue's temporaries fit beside the accumulator.
+        left, right = halves(logits, ROWS, COLUMNS)
+        row = first + tl.arange(0, ROWS)
+        _exp_half(left, row, tile_v * 2, targets_ptr, e_ptr, share_ptr, at_ptr, M, V, softcap, COLUMNS // 2)
+        _exp_half(right, row, tile_v * 2 + 1, targets_ptr, e_ptr, share_ptr, at_ptr, M, V, softcap, COLUMNS // 2)
+
+    @triton.jit
+    def _exp_half(
+        logits, row, part, targets_ptr, e_ptr, share_ptr, at_ptr, M, V, softcap, WIDE: tl.constexpr
+    ):  # fmt: skip
+        """Logits [ROWS, WIDE] of columns part WIDE and on."""
+        column = part * WIDE + tl.arange(0, WIDE)
         t = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)
         e = tl.where((column < V)[None, :], tl.exp(softcap * t), 0.0)
-        tl.store(share_ptr + tile_v.to(tl.int64) * M + row, tl.sum(e, 1), mask=row < M)
-        target = tl.load(targets_ptr + row, mask=row < M, other=-1) - tile_v * COLUMNS
-        hit = tl.arange(0, COLUMNS)[None, :] == target[:, None]
+        tl.store(share_ptr + part.to(tl.int64) * M + row, tl.sum(e, 1), mask=row < M)
+        target = tl.load(targets_ptr + row, mask=row < M, other=-1) - part * WIDE
+        hit = tl.arange(0, WIDE)[None, :] == target[:, None]
         at = softcap * tl.sum(tl.where(hit, t, 0.0), 1)
-        tl.store(at_ptr + row, at, mask=(row < M) & (target >= 0) & (target < COLUMNS))
+        tl.store(at_ptr + row, at, mask=(row < M) & (target >= 0) & (target < WIDE))
         p_e = e_ptr + row.to(tl.int64)[:, None] * V + column[None, :]
         inside = (row < M)[:, None] & (column < V)[None, :]
         tl.store(p_e, (e * (1.0 - t * t)).to(e_ptr.dtype.element_ty), mask=inside)
@@ -133,16 +141,19 @@ def compile_cases() -> list[CompileCase]:
     """The product for 16-bit inputs, default and tuned, and the finish."""
     tuned = tuning.of_all_gpus("exp_product", "16 bit")
     cases = []
-    for config in [default_config(False), *tuned]:
-        config = dict(config)
+    shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
+    for given, capabilities in [*shipped, *((c, (90,)) for c in tuned)]:
+        config = dict(given)
         options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
         signature = {
-            "x_ptr": "*bf16", "w_ptr": "*bf16", "targets_ptr": "*i64", "e_ptr": "*bf16", "share_ptr": "*fp32",
+            "x": "*bf16", "w": "*bf16", "targets_ptr": "*i64", "e_ptr": "*bf16", "share_ptr": "*fp32",
             "at_ptr": "*fp32", "M": "i32", "V": "i32", "D": "i32", "softcap": "fp32",
         }  # fmt: skip
-        key = f"product {'x'.join(str(config[k]) for k in ('ROWS', 'COLUMNS', 'DEPTH'))} warps={options['num_warps']}"
-        case = CompileCase(key, _exp_product_kernel, signature, config, options, tensor_cores=True)
-        cases.append(case)
+        rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
+        if config["TMA"]:
+            signature["x"], signature["w"] = (f"tensordesc<bf16[{n},{depth}]>" for n in (rows, columns))
+        key = f"product {rows}x{columns}x{depth}{' tma' if config['TMA'] else ''} warps={options['num_warps']}"
+        cases.append(CompileCase(key, _exp_product_kernel, signature, config, options, capabilities, tensor_cores=True))
     signature = dict.fromkeys(("share_ptr", "at_ptr", "loss_ptr", "scale_ptr", "count_ptr"), "*fp32")
     signature |= {"e_ptr": "*bf16", "targets_ptr": "*i64", "M": "i32", "V": "i32", "TILES": "i32", "softcap": "fp32"}
     cases.append(CompileCase("finish", _finish_kernel, signature, {"ROWS": 128}, {"num_warps": 4}))
@@ -171,16 +182,19 @@ def _inplace(
 def _exp(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(summed loss times share, E, its row scale [M, 1])."""
     (m, d), v = x.shape, weight.shape[0]
-    config = launch_config(x.dtype == torch.float32)
-    tiles = -(-v // config["COLUMNS"])
+    config = launch_config(x.dtype, d)
+    rows, columns, depth, tma = config["ROWS"], config["COLUMNS"], config["DEPTH"], config["TMA"]
+    tiles = -(-v // columns)
     e = torch.empty(m, v, dtype=x.dtype, device=x.device)
-    shares = torch.empty(tiles, m, dtype=torch.float32, device=x.device)
+    shares = torch.empty(2 * tiles, m, dtype=torch.float32, device=x.device)
     at, loss, scale = (torch.empty(m, dtype=torch.float32, device=x.device) for _ in range(3))
     if m:
-        grid = (-(-m // config["ROWS"]) * tiles,)
-        _exp_product_kernel[grid](x, weight, targets, e, shares, at, m, v, d, softcap, **config)
+        _exp_product_kernel[(-(-m // rows) * tiles,)](
+            product.operand(x, rows, depth, tma), product.operand(weight, columns, depth, tma), targets, e, shares, at,
+            m, v, d, softcap, **config,
+        )  # fmt: skip
         _finish_kernel[(-(-m // 128),)](
-            e, shares, at, targets, loss, scale, share, m, v, tiles, softcap, ROWS=128, num_warps=4
+            e, shares, at, targets, loss, scale, share, m, v, 2 * tiles, softcap, ROWS=128, num_warps=4
         )
     return loss.sum() * share, e, scale[:, None]
 

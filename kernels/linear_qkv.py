@@ -13,6 +13,7 @@ write dx: M (2 N + 2 D) b. Weights, r and gates come on top. Operations: 2 M D N
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,15 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import qkv, reference, tuning
+from kernels import product, qkv, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
-from kernels.product import operand
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import load_tile, tile_order
+    from kernels.product import halves, load_tile, tile_order
 
 __all__ = ["compile_cases", "default_config", "linear_qkv_rope_norm", "search_space"]
 
@@ -36,12 +36,9 @@ HEAD_DIMS = (16, 32, 64, 128)
 
 
 def launch_config(head_dim: int, dtype: torch.dtype, width: int) -> dict[str, int]:
-    """As tuned on this GPU, else by architecture. Rows of x and W need a multiple of 16 bytes for descriptors."""
-    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    modern = capability >= 9 and dtype != torch.float32 and width % 8 == 0
-    tuned = tuning.config("linear_qkv", f"K={head_dim}")
-    fits = tuned and dtype != torch.float32 and (modern or not tuned["TMA"])
-    return tuned if tuned and fits else default_config(head_dim, modern)
+    """As tuned on this GPU, else by architecture."""
+    default = functools.partial(default_config, head_dim)
+    return product.launch_config("linear_qkv", f"K={head_dim}", default, dtype, width)
 
 
 def default_config(head_dim: int, modern: bool = True) -> dict[str, int]:
@@ -72,17 +69,12 @@ def search_space(head_dim: int) -> list[dict[str, int]]:
 if HAVE_TRITON:
 
     @triton.jit
-    def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """[ROWS, COLUMNS] -> its left and its right half; in registers, as the accumulator lies."""
-        return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-
-    @triton.jit
     def _finish(
         s, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps,
         H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         """One head of the product, fp32 [ROWS, K], to its place in q, k or v."""
-        a, b = _halves(s, ROWS, K)
+        a, b = halves(s, ROWS, K)
         half = tl.arange(0, K // 2)[None, :]
         wide = row.to(tl.int64)[:, None]
         inside = (row < M)[:, None]
@@ -129,7 +121,7 @@ if HAVE_TRITON:
             _finish(s, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H, G, K,
                     VE, ROWS)  # fmt: skip
         else:
-            one, other = _halves(s, ROWS, HEADS * K)
+            one, other = halves(s, ROWS, HEADS * K)
             _finish(one, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H, G, K,
                     VE, ROWS)  # fmt: skip
             _finish(other, head + 1, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H,
@@ -179,8 +171,9 @@ def _op(
         rows, columns, depth, tma = config["ROWS"], config["HEADS"], config["DEPTH"], config["TMA"]
         grid = (-(-b * t // rows) * -(-(heads + 2 * groups) // columns),)
         _linear_qkv_kernel[grid](
-            operand(x.view(-1, d), rows, depth, tma), operand(weight, columns * head_dim, depth, tma), cos, sin,
-            x if ve is None else ve, x if gate is None else gate, q, k, v, r, b * t, d, t, reference.NORM_EPS,
+            product.operand(x.view(-1, d), rows, depth, tma),
+            product.operand(weight, columns * head_dim, depth, tma), cos, sin, x if ve is None else ve,
+            x if gate is None else gate, q, k, v, r, b * t, d, t, reference.NORM_EPS,
             H=heads, G=groups, K=head_dim, VE=ve is not None, **config,
         )  # fmt: skip
     return q, k, v, r

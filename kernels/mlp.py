@@ -19,41 +19,46 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference, tuning
+from kernels import product, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
+    from kernels.product import halves, load_tile, tile_order
+
 __all__ = ["compile_cases", "default_config", "mlp_relu2", "search_space"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def launch_config(fp32: bool) -> dict[str, int]:
+def launch_config(dtype: torch.dtype, *widths: int) -> dict[str, int]:
     """Tile, warps and stages of both directions, which are tuned as one: on this GPU, else by architecture."""
-    small = fp32 or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9
-    return tuning.config("mlp_product", "fp32" if fp32 else "16 bit") or default_config(small)
+    return product.launch_config("mlp_product", "16 bit", default_config, dtype, *widths)
 
 
-def default_config(small: bool) -> dict[str, int]:
-    """128 x 256 where the accumulator is the tensor core's (Hopper and later), else 128 x 128. COLUMNS is half
-    of it.
-    """
-    depth, columns = (32, 64) if small else (64, 128)
-    return {"ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "num_warps": 8, "num_stages": 3}
+def default_config(modern: bool = True) -> dict[str, int]:
+    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128."""
+    columns, depth = (256, 64) if modern else (128, 32)
+    return {
+        "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
+        "num_stages": 3,
+    }  # fmt: skip
 
 
-def search_space(small: bool) -> list[dict[str, int]]:
-    """Configurations worth timing."""
+def search_space() -> list[dict[str, int]]:
+    """Configurations worth timing on Hopper."""
     return [
-        {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "num_warps": warps, "num_stages": stages}
-        for rows, columns, warps in ((128, 128, 8), (128, 64, 4), (128, 64, 8), (64, 128, 4), (256, 64, 8))
-        for depth in (32, 64)
+        {
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
+            "num_stages": stages,
+        }
+        for rows, columns, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (256, 128, 8))
+        for depth, stages in ((64, 3), (64, 4), (32, 4))
         for group in (8, 16)
-        for stages in (3, 4)
-    ]
+        for tma in (1, 0)
+    ]  # fmt: skip
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------
@@ -62,48 +67,30 @@ if HAVE_TRITON:
 
     @triton.jit
     def _mlp_product_kernel(
-        a_ptr, w_ptr, y_ptr, out_ptr, M, N, D,
+        a, w, y_ptr, out_ptr, M, N, D,
         BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+        TMA: tl.constexpr,
     ):  # fmt: skip
         """Forward: a = x [M, D], w = W_fc [N, D] -> out = relu(a w^T)^2 [M, N].
         Backward: a = dout [M, D], w = W_proj [D, N], y [M, N] -> out = (a w) 2 sqrt(y) [M, N].
-
-        The accumulator is in two halves of COLUMNS, so that the epilogue's temporaries fit beside it.
         """
-        # Tiles go down GROUP rows of tiles before the next column, so that both operands stay in the L2.
-        tile = tl.program_id(0)
-        tiles_m = tl.cdiv(M, ROWS)
-        tiles_n = tl.cdiv(N, 2 * COLUMNS)
-        group = tile // (GROUP * tiles_n)
-        height = tl.minimum(tiles_m - group * GROUP, GROUP)
-        tile_m = group * GROUP + (tile % (GROUP * tiles_n)) % height
-        tile_n = (tile % (GROUP * tiles_n)) // height
-        row = tile_m * ROWS + tl.arange(0, ROWS)
-        left = tile_n * 2 * COLUMNS + tl.arange(0, COLUMNS)
-        right = left + COLUMNS
-        depth = tl.arange(0, DEPTH)
-        p_a = a_ptr + row.to(tl.int64)[:, None] * D + depth[None, :]
-        if BACKWARD:
-            p_left = w_ptr + depth.to(tl.int64)[:, None] * N + left[None, :]
-            step = DEPTH * N
-        else:
-            p_left = w_ptr + left.to(tl.int64)[None, :] * D + depth[:, None]
-            step = DEPTH
-        p_right = p_left + (COLUMNS if BACKWARD else COLUMNS * D)
-        sum_left = tl.zeros([ROWS, COLUMNS], tl.float32)
-        sum_right = tl.zeros([ROWS, COLUMNS], tl.float32)
+        tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
+        first = tile_m * ROWS
+        column = tile_n * COLUMNS
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, D, DEPTH):
-            deep = depth + start < D
-            a = tl.load(p_a, mask=(row < M)[:, None] & deep[None, :], other=0.0)
-            w_left = tl.load(p_left, mask=deep[:, None] & (left < N)[None, :], other=0.0)
-            w_right = tl.load(p_right, mask=deep[:, None] & (right < N)[None, :], other=0.0)
-            sum_left = tl.dot(a, w_left, sum_left, input_precision="ieee")
-            sum_right = tl.dot(a, w_right, sum_right, input_precision="ieee")
-            p_a += DEPTH
-            p_left += step
-            p_right += step
-        _finish(sum_left, row, left, y_ptr, out_ptr, M, N, BACKWARD)
-        _finish(sum_right, row, right, y_ptr, out_ptr, M, N, BACKWARD)
+            a_tile = load_tile(a, first, start, M, D, ROWS, DEPTH, TMA)
+            if BACKWARD:
+                w_tile = load_tile(w, start, column, D, N, DEPTH, COLUMNS, TMA)
+            else:
+                w_tile = load_tile(w, column, start, N, D, COLUMNS, DEPTH, TMA).T
+            total = tl.dot(a_tile, w_tile, total, input_precision="ieee")
+        # In two halves, so that the epilogue's temporaries fit beside the accumulator.
+        left, right = halves(total, ROWS, COLUMNS)
+        row = first + tl.arange(0, ROWS)
+        at = column + tl.arange(0, COLUMNS // 2)
+        _finish(left, row, at, y_ptr, out_ptr, M, N, BACKWARD)
+        _finish(right, row, at + COLUMNS // 2, y_ptr, out_ptr, M, N, BACKWARD)
 
     @triton.jit
     def _finish(total, row, column, y_ptr, out_ptr, M, N, BACKWARD: tl.constexpr):
@@ -123,13 +110,18 @@ def compile_cases() -> list[CompileCase]:
     for backward in (False, True):
         key = f"{'backward' if backward else 'forward'} 16 bit"
         tuned = tuning.of_all_gpus("mlp_product", "16 bit")
-        shipped = [(default_config(True), (80,)), (default_config(False), (90, 100))]
-        for config, capabilities in [*shipped, *((c, (90, 100)) for c in tuned)]:
+        shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
+        for config, capabilities in [*shipped, *((c, (90,)) for c in tuned)]:
             constants = {"BACKWARD": backward} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
-            signature = dict.fromkeys(("a_ptr", "w_ptr", "y_ptr", "out_ptr"), "*bf16")
-            signature |= {"M": "i32", "N": "i32", "D": "i32"}
-            tile = f"{config['ROWS']}x2x{config['COLUMNS']}x{config['DEPTH']}"
+            signature = dict.fromkeys(("a", "w", "y_ptr", "out_ptr"), "*bf16") | {"M": "i32", "N": "i32", "D": "i32"}
+            rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
+            if config["TMA"]:
+                signature["a"] = f"tensordesc<bf16[{rows},{depth}]>"
+                signature["w"] = (
+                    f"tensordesc<bf16[{depth},{columns}]>" if backward else f"tensordesc<bf16[{columns},{depth}]>"
+                )
+            tile = f"{rows}x{columns}x{depth}{' tma' if config['TMA'] else ''}"
             name = f"{key} {tile} warps={options['num_warps']} stages={options['num_stages']}"
             case = CompileCase(
                 name, _mlp_product_kernel, signature, constants, options, capabilities, tensor_cores=True
@@ -143,10 +135,14 @@ def _product(a: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
     m, d = a.shape
     n = w.shape[0] if y is None else w.shape[1]
     out = torch.empty(m, n, dtype=a.dtype, device=a.device)
-    config = launch_config(a.dtype == torch.float32)
+    config = launch_config(a.dtype, d, n)
+    rows, columns, depth, tma = config["ROWS"], config["COLUMNS"], config["DEPTH"], config["TMA"]
     if m:
-        grid = (-(-m // config["ROWS"]) * -(-n // (2 * config["COLUMNS"])),)
-        _mlp_product_kernel[grid](a, w, a if y is None else y, out, m, n, d, BACKWARD=y is not None, **config)
+        _mlp_product_kernel[(-(-m // rows) * -(-n // columns),)](
+            product.operand(a, rows, depth, tma),
+            product.operand(w, *((columns, depth) if y is None else (depth, columns)), tma),
+            a if y is None else y, out, m, n, d, BACKWARD=y is not None, **config,
+        )  # fmt: skip
     return out
 
 

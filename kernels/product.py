@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from kernels import tuning
 from kernels.dispatch import HAVE_TRITON
 
 if HAVE_TRITON:
@@ -23,6 +26,11 @@ if HAVE_TRITON:
         return group * GROUP + (tile % (GROUP * tiles_n)) % height, (tile % (GROUP * tiles_n)) // height
 
     @triton.jit
+    def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """[ROWS, COLUMNS] -> its left and its right half; in registers, as an accumulator lies."""
+        return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+    @triton.jit
     def load_tile(
         x, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
     ):  # fmt: skip
@@ -37,7 +45,19 @@ if HAVE_TRITON:
         return tile
 
 
-__all__ = ["operand"]
+__all__ = ["launch_config", "operand"]
+
+
+def launch_config(
+    kernel: str, key: str, default: Callable[[bool], dict[str, int]], dtype: torch.dtype, *widths: int
+) -> dict[str, int]:
+    """As tuned on this GPU, else `default` of whether descriptors serve: 16-bit elements on Hopper or later, in rows of
+    a multiple of 16 bytes.
+    """
+    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    modern = capability >= 9 and dtype != torch.float32 and not any(width % 8 for width in widths)
+    tuned = tuning.config(kernel, key) if dtype != torch.float32 else None
+    return tuned if tuned and (modern or not tuned["TMA"]) else default(modern)
 
 
 def operand(x: Tensor, rows: int, columns: int, tma: int) -> Any:

@@ -219,30 +219,41 @@ assert len(names) == 6, names
     )
 
 
-def test_every_tile_of_the_qkv_projection_computes_the_same_by_descriptors_and_by_pointers() -> None:
-    """Sizes that no tile divides, an odd number of heads, documents of one token, more heads than a tile has."""
+def test_every_tile_computes_the_same_by_descriptors_and_by_pointers() -> None:
+    """Products in configurations that only a GPU would choose, at sizes that no tile divides, with an odd number of
+    heads, with documents of one token.
+    """
     run("""
 import dataclasses
 from bench.accuracy import check
 from bench.operators import OPERATORS
-from kernels import linear_qkv
-op = OPERATORS["linear_qkv_rope_norm"]
+from kernels import linear_cross_entropy, linear_qkv, mlp
+qkv = ("linear_qkv_rope_norm", linear_qkv, "", ((16, 1, 32), (16, 2, 16), (64, 1, 64), (32, 2, 32)))
+heads = dict(H=3, G=1, K=64), dict(H=4, G=4, K=16), dict(H=2, G=1, K=128)
+sized = [size | h for size, h in zip((dict(B=2, T=37, D=72), dict(B=1, T=33, D=48), dict(B=2, T=1, D=16)), heads)]
+tiles = ((16, 32, 32), (64, 32, 16), (32, 128, 64))
+cases = [(qkv, sized), (("mlp_relu2", mlp, "", tiles), (dict(B=2, T=37, D=72, N=136), dict(B=1, T=1, D=16, N=8)))]
+cases.append((("softcap_linear_cross_entropy", linear_cross_entropy, "exp", tiles),
+              (dict(M=70, D=48, V=133), dict(M=1, D=16, V=7))))
 tried = 0
-for sizes in (
-    dict(B=3, T=37, D=200, H=3, G=1, K=64),
-    dict(B=1, T=33, D=48, H=4, G=4, K=16),
-    dict(B=2, T=1, D=16, H=2, G=1, K=128),
-):
-    for rows, heads, depth, tma in ((16, 1, 32, 0), (16, 2, 16, 1), (64, 1, 64, 1), (32, 2, 32, 0)):
-        config = dict(ROWS=rows, HEADS=heads, DEPTH=depth, GROUP=2, TMA=tma, num_warps=4, num_stages=1)
-        linear_qkv.launch_config = lambda *args: config
-        args = op.make(sizes, torch.float32, torch.device("cpu"))
-        for given in (args, [*args[:5], None, None]):
-            variant = op if given is args else dataclasses.replace(op, gradients=(0, 1), rows=(0,))
-            for errors in check(variant, given, op.bind(kernels)):
-                assert errors.fine, (sizes, config, errors)
-                tried += 1
-assert tried == 3 * 4 * (3 + 4 + 3 + 2), tried
+for (name, module, variant, tiles), shapes in cases:
+    op = OPERATORS[name]
+    for sizes in shapes:
+        for rows, columns, depth in tiles:
+            config = dict(ROWS=rows, DEPTH=depth, GROUP=2, num_warps=4, num_stages=1)
+            config["HEADS" if module is linear_qkv else "COLUMNS"] = columns
+            for tma in (0, 1):
+                module.launch_config = lambda *args: config | {"TMA": tma}
+                args = op.make(sizes, torch.float32, torch.device("cpu"))
+                for errors in check(op, args, op.bind(kernels, variant)):
+                    assert errors.fine, (sizes, config, tma, errors)
+                    tried += 1
+assert tried == 2 * (3 * 4 * 7 + 2 * 3 * 4 + 2 * 3 * 3), tried
+op, config = OPERATORS["linear_qkv_rope_norm"], linear_qkv.default_config(64, False)
+linear_qkv.launch_config = lambda *args: config  # and without value embeddings
+plain = dataclasses.replace(op, gradients=(0, 1), rows=(0,))
+args = [*op.make(sized[0], torch.float32, torch.device("cpu"))[:5], None, None]
+assert all(errors.fine for errors in check(plain, args, op.bind(kernels)))
 """)
 
 
