@@ -58,6 +58,7 @@ def show_command(args: argparse.Namespace) -> int:
             ("tokens", f"{o.tokens:,} in {o.steps} steps at {o.tokens_per_s:,.0f}/s"),
             ("model", f"{o.num_params / 1e6:.1f} M parameters, peak memory {o.peak_mb:,.0f} MB"),
             ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in o.ledger.items()) + f"; all {o.total_s:.1f}"),
+            ("start", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in o.start.items())),
             ("sandbox", f"L{o.sandbox.get('level', 0)}, seed {o.seed}, {o.device}"),
         ]
         if o.curve:

@@ -21,6 +21,7 @@ from harness.errors import DataError, DiskFullError, HotloopError, SealError, Tr
 from harness.evaluate import Evaluation, Evaluator
 from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
+from harness.prewarm import Prewarmer
 from harness.process import tail
 from harness.record import Chain, Outcome
 from harness.sandbox import Sandbox, best, exposed
@@ -66,13 +67,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every experiment of a night."""
+    """What is the same for every experiment of a night. `prewarmer`: makes the next trainer ready meanwhile."""
 
     preset: Preset
     device: str
     dataset: Dataset
     threads: int
     sandbox: Sandbox = field(default_factory=best)
+    prewarmer: Prewarmer | None = field(default=None, compare=False)
 
 
 def run_experiment(
@@ -88,7 +90,13 @@ def run_experiment(
     """
     check_device(settings.device)
     seal, data = verify_seal(), _verify_data(settings)
-    emit = on_event or (lambda _: None)
+
+    def emit(event: Event) -> None:
+        if settings.prewarmer:
+            settings.prewarmer.saw(event.phase)
+        if on_event:
+            on_event(event)
+
     preset = settings.preset
     outcome = Outcome(
         **{k: getattr(job, k) for k in ("number", "tag", "kind", "commit", "parent", "description", "seed")},
@@ -144,6 +152,7 @@ def _try(
         settings.sandbox,
         job.baseline_cpu_s,
         job.stop,
+        settings.prewarmer,
     )
     trained = session.result
     try:
@@ -151,6 +160,7 @@ def _try(
     finally:
         outcome.budget = budget.as_dict()
         outcome.ledger |= trained.ledger
+        outcome.start = trained.start
         outcome.tokens, outcome.steps, outcome.training_s = trained.tokens, trained.steps, trained.training_s
         outcome.training_cpu_s = trained.training_cpu_s
         outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0

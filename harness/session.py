@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from harness.budget import Budget, Shape
 from harness.errors import TrialError
-from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows
+from harness.feed import SLOTS, Ring, RowOrder, synthetic_rows
 from harness.gpu import fresh
-from harness.process import Child, SharedMemory
-from harness.sandbox import Policy, Sandbox, best
+from harness.prewarm import Prewarmer, Setup, Trainer
+from harness.sandbox import Sandbox, best
 from harness.spec import Preset, Spec
 from harness.wire import Closed, Malformed, TimedOut
 
@@ -61,6 +61,7 @@ class Trained:
     implementations: dict[str, str] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -71,6 +72,7 @@ class Session:
     baseline_cpu_s: processor seconds of the baseline's training, to bound a budget in operations; None for no bound.
     clock: seconds, monotonic; tests pass their own.
     stop: told the curve and the budget's tokens after each loss; a reason ends the run as `raced`.
+    prewarmer: may have a trainer that is ready; None starts one cold.
     """
 
     def __init__(
@@ -87,8 +89,9 @@ class Session:
         sandbox: Sandbox | None = None,
         baseline_cpu_s: float | None = None,
         stop: Callable[[list[list[float]], int], str | None] | None = None,
+        prewarmer: Prewarmer | None = None,
     ) -> None:
-        self._stop = stop
+        self._stop, self._prewarmer = stop, prewarmer
         self._baseline_cpu_s = baseline_cpu_s
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
@@ -105,36 +108,43 @@ class Session:
             TrialError: the experiment's fault, with its status.
         """
         fresh(self.spec.device, gpu=self.sandbox.gpu)
-        memory = SharedMemory(SLOTS * SLOT_BYTES)
-        self._ring = Ring(memory)
-        policy = Policy.of("harness.trainer", self.folder, self.source, self.spec.device, self._limits)
         began = self._clock()
-        try:
-            log = self.folder / "log.txt"
-            with Child(self.sandbox, policy, [memory.fd], log, self.threads) as child:
-                self._child = child
-                try:
-                    self._converse(began)
-                except Closed:
-                    raise self._died() from None
-                except TimedOut:
-                    raise TrialError("timeout", "the trainer does not read what it is sent") from None
-                except Malformed as e:
-                    raise TrialError("invalid", f"the trainer sent {e}") from None
-                finally:
-                    child.kill()
-                    self.result.peak_mb = self.result.peak_mb or child.peak_rss_mb
-        finally:
-            del self._ring
-            memory.close()
+        with self._trainer() as trainer:
+            self._child, self._ring = trainer.child, Ring(trainer.memory)
+            try:
+                self._converse(began)
+            except Closed:
+                raise self._died() from None
+            except TimedOut:
+                raise TrialError("timeout", "the trainer does not read what it is sent") from None
+            except Malformed as e:
+                raise TrialError("invalid", f"the trainer sent {e}") from None
+            finally:
+                self._child.kill()
+                self.result.peak_mb = self.result.peak_mb or self._child.peak_rss_mb
+                del self._ring
         return self.result
+
+    def _trainer(self) -> Trainer:
+        """One that is ready, or a new one that is getting ready. Raises SandboxError."""
+        setup, log = Setup(self.sandbox, self.spec.device, self._limits, self.threads), self.folder / "log.txt"
+        trainer, why = self._prewarmer.take(setup, log) if self._prewarmer else (None, "")
+        if trainer is None:
+            trainer = Trainer(setup, self.folder, log)
+            trainer.how |= {"because": why} if why else {}
+        self.result.start = trainer.how
+        return trainer
 
     # The conversation, phase by phase.
 
     def _converse(self, began: float) -> None:
         ledger = self.result.ledger
         self._emit(Event("start"))
-        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads)
+        if self.result.start["how"] == "cold":
+            self._expect("ready", began + self._limits.start_s, "to start")
+        size = len(self.source)
+        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads, source_bytes=size)
+        self._child.wire.send_bytes(self.source)
         self._expect("started", began + self._limits.start_s, "to start")
         ledger["start"] = self._clock() - began
         self._emit(Event("import"))
