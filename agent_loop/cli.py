@@ -147,6 +147,9 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
         "--prewarm", choices=["auto", "on", "off"], default="auto", help="make the next trainer ready while one "
         "trains (auto: on a GPU; on a CPU only after the training, whose processor time counts)"
     )  # fmt: skip
+    loop.add_argument(
+        "--compile-cache", action="store_true", help="give a trainer what the compilers of kept experiments made"
+    )
     agents = loop.add_argument_group("agents")
     agents.add_argument(
         "--agent", default="builtin", metavar="NAMES", help=f"of {', '.join(AGENTS)}; several, separated by commas, "

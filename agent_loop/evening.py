@@ -24,11 +24,12 @@ from agent_loop.night import Night
 from agent_loop.report import print_results
 from agent_loop.roster import make_agent
 from agent_loop.source import ProposalError
+from harness.compiled import Store
 from harness.errors import HotloopError, UsageError
 from harness.experiment import Settings
 from harness.machine import gpus_at
 from harness.preflight import preflight
-from harness.prewarm import Prewarmer, Setup
+from harness.prewarm import Prewarmer
 from harness.record import Lock
 from harness.signing import key_path
 from harness.single import budget_from, sandbox_warning, settings_of
@@ -84,8 +85,7 @@ class Evening:
         with contextlib.ExitStack() as stack:
             slots = []
             for i, s in enumerate(self.slots):
-                setup = Setup(s.sandbox, s.device, s.preset.limits, s.threads)
-                prewarmer = Prewarmer(setup, self.folder / "prewarm" / str(i))
+                prewarmer = Prewarmer(s.setup, self.folder / "prewarm" / str(i))
                 stack.callback(prewarmer.close)
                 slots.append(dataclasses.replace(s, prewarmer=prewarmer))
             yield slots
@@ -140,6 +140,8 @@ def start(args: argparse.Namespace) -> Evening:
         preflight=_preflight(settings) if _wants_preflight(args.preflight, settings) else None,
     )
     prewarm = args.prewarm == "on" or (args.prewarm == "auto" and settings.device == "cuda")
+    if args.compile_cache:
+        settings = dataclasses.replace(settings, store=Store(runs / tag / "compiled"))
     return Evening(tag, runs / tag, repo, agents, _slots(args.gpus, settings), options, args.notify or "", prewarm)
 
 

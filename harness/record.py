@@ -43,6 +43,7 @@ class Outcome:
     `ledger` holds the parent's seconds for start, import, compile, calibrate, train, submit, evaluate
     and audit. `start` says `how` the trainer was started, `cold` or (made ready ahead of time) `warm`; the seconds
     that the latter took meanwhile, `prepared_s`; and `because`, why not warm where that was wanted.
+    `compiled` says of the compile cache which pack was `given`, which was `left`, and a `note` on what was refused.
     `holdout_bpb` is never shown to an agent.
     """
 
@@ -76,6 +77,7 @@ class Outcome:
     curve: list[list[float]] = field(default_factory=list)  # [progress, loss] as the trainer said
     ledger: dict[str, float] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
+    compiled: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     seals: dict[str, str] = field(default_factory=dict)

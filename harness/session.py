@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.budget import Budget, Shape
+from harness.compiled import Pack, decode
 from harness.errors import TrialError
 from harness.feed import SLOTS, Ring, RowOrder, synthetic_rows
 from harness.gpu import fresh
@@ -62,6 +63,7 @@ class Trained:
     curve: list[list[float]] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
+    compiled: Pack | None = None  # what its compilers had made before it got real tokens
 
 
 class Session:
@@ -73,6 +75,8 @@ class Session:
     clock: seconds, monotonic; tests pass their own.
     stop: told the curve and the budget's tokens after each loss; a reason ends the run as `raced`.
     prewarmer: may have a trainer that is ready; None starts one cold.
+    given: what compilers made before, for this trainer's; None for nothing.
+    ask_compiled: ask for what its own made.
     """
 
     def __init__(
@@ -90,8 +94,11 @@ class Session:
         baseline_cpu_s: float | None = None,
         stop: Callable[[list[list[float]], int], str | None] | None = None,
         prewarmer: Prewarmer | None = None,
+        given: Pack | None = None,
+        ask_compiled: bool = False,
     ) -> None:
         self._stop, self._prewarmer = stop, prewarmer
+        self._given, self._ask_compiled = given.data if given else b"", ask_compiled
         self._baseline_cpu_s = baseline_cpu_s
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
@@ -142,9 +149,10 @@ class Session:
         self._emit(Event("start"))
         if self.result.start["how"] == "cold":
             self._expect("ready", began + self._limits.start_s, "to start")
-        size = len(self.source)
-        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads, source_bytes=size)
+        sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
+        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads, **sizes)
         self._child.wire.send_bytes(self.source)
+        self._child.wire.send_bytes(self._given)
         self._expect("started", began + self._limits.start_s, "to start")
         ledger["start"] = self._clock() - began
         self._emit(Event("import"))
@@ -155,6 +163,8 @@ class Session:
             pairs = list(implementations.items())[:50]
             self.result.implementations = {str(k)[:100]: str(v)[:200] for k, v in pairs}
         message = self._warm_up()
+        if self._ask_compiled and message["kind"] == "next":
+            self._take_compiled()
         message = self._feed(message)
         self._take_weights(message)
 
@@ -196,6 +206,19 @@ class Session:
             self._child.wire.send("calibrated")
             ledger["calibrate"] += self._clock() - mark
             mark = self._clock()
+
+    def _take_compiled(self) -> None:
+        """What the compilers made, all of it before the first real token is anywhere in the trainer's reach."""
+        began, most = self._clock(), self._limits.compiled_bytes
+        self._child.wire.send("compiled?", most=most)
+        size = self._count(self._expect("compiled", began + self._limits.submit_s, "to send its caches"), "bytes", most)
+        try:
+            self.result.compiled = decode(bytes(self._child.wire.recv_bytes(size, self._limits.submit_s)), most)
+        except TimedOut:
+            raise TrialError("timeout", "the compile cache did not arrive in time") from None
+        except ValueError as e:
+            raise TrialError("invalid", f"the trainer sent a compile cache that is none: {e}") from None
+        self.result.ledger["compile"] += self._clock() - began
 
     def _feed(self, message: dict[str, Any]) -> dict[str, Any]:
         """Fix the budget, then serve real rows; returns the first message that does not ask for more."""

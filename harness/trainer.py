@@ -18,7 +18,7 @@ from harness.wire import Wire
 
 __all__ = ["child_main", "failure", "load_train_module", "make_ready", "prepare_torch"]
 
-SOURCE_S = 60.0  # the parent sends train.py right behind the message that says its length
+SOURCE_S = 60.0  # the parent sends train.py and the compile cache right behind the message that says their lengths
 
 
 def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
@@ -111,6 +111,11 @@ def _train(wire: Wire, memories: list[int]) -> None:
     source = wire.recv_bytes(hello["source_bytes"], SOURCE_S)
     with open(os.open("train.py", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "wb") as f:
         f.write(source)
+    compiled = wire.recv_bytes(hello["compiled_bytes"], SOURCE_S)
+    if compiled:
+        from harness.compiled import lay_out
+
+        lay_out(bytes(compiled))
     prepare_torch(hello["spec"], hello["threads"])
     wire.send("started")
     module = load_train_module()
