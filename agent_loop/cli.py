@@ -143,6 +143,13 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     loop.add_argument("--max-cost", type=float, metavar="USD", help="ask no paid agent once they have cost this much")
     loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
     loop.add_argument("--gpus", metavar="0,1", help="run side by side on these GPUs, as nvidia-smi numbers them")
+    loop.add_argument(
+        "--prewarm", choices=["auto", "on", "off"], default="auto", help="make the next trainer ready while one "
+        "trains (auto: on a GPU; on a CPU only after the training, whose processor time counts)"
+    )  # fmt: skip
+    loop.add_argument(
+        "--compile-cache", action="store_true", help="give a trainer what the compilers of kept experiments made"
+    )
     agents = loop.add_argument_group("agents")
     agents.add_argument(
         "--agent", default="builtin", metavar="NAMES", help=f"of {', '.join(AGENTS)}; several, separated by commas, "

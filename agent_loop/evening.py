@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,12 @@ from agent_loop.night import Night
 from agent_loop.report import print_results
 from agent_loop.roster import make_agent
 from agent_loop.source import ProposalError
+from harness.compiled import Store
 from harness.errors import HotloopError, UsageError
 from harness.experiment import Settings
 from harness.machine import gpus_at
 from harness.preflight import preflight
+from harness.prewarm import Prewarmer
 from harness.record import Lock
 from harness.signing import key_path
 from harness.single import budget_from, sandbox_warning, settings_of
@@ -37,7 +40,7 @@ __all__ = ["Evening", "start"]
 
 @dataclass
 class Evening:
-    """A night that can begin. `notify` is the user's command, empty for none."""
+    """A night that can begin. `notify` is the user's command, empty for none; `prewarm`: see harness.prewarm."""
 
     tag: str
     folder: Path
@@ -46,13 +49,14 @@ class Evening:
     slots: list[Settings]
     options: Options
     notify: str
+    prewarm: bool = False
 
     def drive(self, console: Console) -> int:
         """Raises HotloopError."""
         lock = Lock(self.folder / "lock")
         try:
             night = Night(self.folder)
-            with View(console, self.folder / "night.log") as view:
+            with self._prewarmed() as slots, View(console, self.folder / "night.log") as view:
                 view.header(self._header())
                 for line in self._warnings():
                     view.note(f"WARNING: {line}")
@@ -60,7 +64,7 @@ class Evening:
                 reporter = Reporter(self.folder, Path(self.repo.working_tree_dir or "."))
                 night_repo = NightRepo(self.repo, self.tag, self.folder)
                 driver = Driver(
-                    night, night_repo, self.agents, self.slots, self.options, view, notifier=notifier, reporter=reporter
+                    night, night_repo, self.agents, slots, self.options, view, notifier=notifier, reporter=reporter
                 )
                 try:
                     driver.run()
@@ -71,6 +75,20 @@ class Evening:
         finally:
             lock.release()
         return 0
+
+    @contextlib.contextmanager
+    def _prewarmed(self) -> Iterator[list[Settings]]:
+        """The devices' settings, each with what makes its next trainer ready, where that is wanted."""
+        if not self.prewarm:
+            yield self.slots
+            return
+        with contextlib.ExitStack() as stack:
+            slots = []
+            for i, s in enumerate(self.slots):
+                prewarmer = Prewarmer(s.setup, self.folder / "prewarm" / str(i))
+                stack.callback(prewarmer.close)
+                slots.append(dataclasses.replace(s, prewarmer=prewarmer))
+            yield slots
 
     def _header(self) -> list[str]:
         settings, options = self.slots[0], self.options
@@ -121,7 +139,10 @@ def start(args: argparse.Namespace) -> Evening:
         patience_s=args.patience,
         preflight=_preflight(settings) if _wants_preflight(args.preflight, settings) else None,
     )
-    return Evening(tag, runs / tag, repo, agents, _slots(args.gpus, settings), options, args.notify or "")
+    prewarm = args.prewarm == "on" or (args.prewarm == "auto" and settings.device == "cuda")
+    if args.compile_cache:
+        settings = dataclasses.replace(settings, store=Store(runs / tag / "compiled"))
+    return Evening(tag, runs / tag, repo, agents, _slots(args.gpus, settings), options, args.notify or "", prewarm)
 
 
 def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: Path) -> list[Agent]:

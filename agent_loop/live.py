@@ -187,6 +187,8 @@ class View:
         if row.outcome:
             ledger = row.outcome.ledger
             parts = [f"{name} {sum(ledger.get(k, 0.0) for k in keys):.1f}" for name, keys in PARTS]
+            if row.outcome.start.get("how") == "warm":
+                parts[0] = f"warm {parts[0]}"
             parts += [f"all {row.outcome.total_s:.1f}", f"idle before {row.idle_s:.1f} s"]
             facts = f"{row.outcome.tokens:,} tokens at {row.outcome.tokens_per_s:,.0f}/s"
             self._print(Text(f"     {', '.join(parts)}; {facts}", style="dim"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import git
 
@@ -38,6 +39,15 @@ def _row(night: Night, number: int) -> Row:
     raise UsageError(f"{night.folder.name} has no experiment {number}; {known}")
 
 
+def _packs(compiled: dict[str, Any]) -> str:
+    """The compile caches that a run was given and left."""
+    words = []
+    for what in ("given", "left"):
+        if pack := compiled.get(what):
+            words.append(f"{what} {pack['files']} files, {pack['bytes'] / 1e6:.1f} MB, link {pack['generation']}")
+    return "; ".join([*words, *filter(None, [compiled.get("note")])]) or "no cache"
+
+
 def show_command(args: argparse.Namespace) -> int:
     """All of one experiment: decision, numbers, where the time went, curve, log, files."""
     night = night_named(args.tag)
@@ -58,6 +68,8 @@ def show_command(args: argparse.Namespace) -> int:
             ("tokens", f"{o.tokens:,} in {o.steps} steps at {o.tokens_per_s:,.0f}/s"),
             ("model", f"{o.num_params / 1e6:.1f} M parameters, peak memory {o.peak_mb:,.0f} MB"),
             ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in o.ledger.items()) + f"; all {o.total_s:.1f}"),
+            ("start", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in o.start.items())),
+            ("compiled", _packs(o.compiled)),
             ("sandbox", f"L{o.sandbox.get('level', 0)}, seed {o.seed}, {o.device}"),
         ]
         if o.curve:

@@ -404,6 +404,8 @@ class Driver:
     def _on_ran(self, slot: Slot, outcome: Outcome) -> None:
         if outcome.number not in self.night.outcomes():
             record(self.night.chain, outcome)
+            if note := outcome.compiled.get("note"):
+                self.view.note(f"experiment {outcome.number}: {note}")
         if slot.run is not None:
             self._decided_slots[outcome.number] = (slot.index, slot.idle_s)
             slot.run, slot.free_since, slot.trouble = None, time.monotonic(), Trouble()
@@ -434,6 +436,9 @@ class Driver:
         elif row.kind == "confirm":  # with it goes what it was to confirm
             first = next(r.number for r in self.night.rows() if r.commit == outcome.commit)
             forget_weights(self.night.experiment_folder(first))
+        if self.settings.store:
+            folder = self.night.experiment_folder(row.number)
+            self.settings.store.settle(folder, outcome.compiled.get("left"), kept=row.decision == "keep")
         if row.decision not in ("keep", "marginal") and row.kind != "baseline":
             forget_weights(self.night.experiment_folder(row.number))
         self.flight.runs = [r for r in self.flight.runs if r.number != run.number]

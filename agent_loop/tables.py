@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from statistics import mean
 
 from agent_loop.diffs import Change
 from agent_loop.markup import Html, clip, h, join
@@ -214,6 +215,10 @@ def ledger(tally: Tally) -> Html | None:
     lost = tally.span_s * tally.slots - tally.device_s
     if lost > max(60.0, 0.01 * tally.device_s):
         words += f" {duration(lost)} of the span are in no run and no wait: the driver was not running."
+    starts = tally.starts
+    if warm := starts["warm"]:
+        words += f" {len(warm)} trainers were ready when they were due: {mean(warm):.1f} s until train.py was imported"
+        words += f", against {mean(cold):.1f} s of the {len(cold)} others." if (cold := starts["cold"]) else "."
     table = h("table", h("thead", head), h("tbody", *rows), h("tfoot", foot))
     scroll = _scroll(table, "device time by phase", "ledger")
     return join([h("h3", "Where the device time went"), scroll, h("p", words)])

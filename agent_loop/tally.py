@@ -208,6 +208,15 @@ class Tally:
         return total
 
     @property
+    def starts(self) -> dict[str, list[float]]:
+        """Seconds until train.py ran, of runs whose trainer was started `warm` and `cold`."""
+        found: dict[str, list[float]] = {"warm": [], "cold": []}
+        for row in self.rows:
+            if row.outcome and row.outcome.start.get("how") in found and "import" in row.outcome.ledger:
+                found[row.outcome.start["how"]].append(row.outcome.ledger["start"] + row.outcome.ledger["import"])
+        return found
+
+    @property
     def runs(self) -> int:
         return len(self._runs)
 

@@ -172,7 +172,13 @@ class Run:
 
     def _next(self, rows: int, seq_len: int, flops: int) -> dict[str, Any]:
         self._wire.send("next", rows=rows, seq_len=seq_len, flops=flops)
-        return self._wire.recv()
+        while (message := self._wire.recv())["kind"] == "compiled?":
+            from harness.compiled import collect
+
+            data = collect(message["most"])
+            self._wire.send("compiled", bytes=len(data))
+            self._wire.send_bytes(data)
+        return message
 
     def _batch(self, message: dict[str, Any], rows: int, seq_len: int) -> Batch:
         data = torch.from_numpy(self._ring.get(message["slot"], rows, seq_len).astype("int64"))

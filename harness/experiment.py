@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.budget import Budget
+from harness.compiled import PACK, Store
 from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
 from harness.evaluate import Evaluation, Evaluator
 from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
+from harness.prewarm import Prewarmer, Setup
 from harness.process import tail
 from harness.record import Chain, Outcome
 from harness.sandbox import Sandbox, best, exposed
@@ -66,13 +68,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every experiment of a night."""
+    """What is the same for every experiment of a night.
+
+    Attributes:
+        prewarmer: makes the next trainer ready meanwhile; None for cold starts.
+        store: of what compilers made; None to compile all of it each time.
+    """
 
     preset: Preset
     device: str
     dataset: Dataset
     threads: int
     sandbox: Sandbox = field(default_factory=best)
+    prewarmer: Prewarmer | None = field(default=None, compare=False)
+    store: Store | None = None
+
+    @property
+    def setup(self) -> Setup:
+        return Setup(self.sandbox, self.device, self.preset.limits, self.threads)
 
 
 def run_experiment(
@@ -88,7 +101,13 @@ def run_experiment(
     """
     check_device(settings.device)
     seal, data = verify_seal(), _verify_data(settings)
-    emit = on_event or (lambda _: None)
+
+    def emit(event: Event) -> None:
+        if settings.prewarmer:
+            settings.prewarmer.saw(event.phase)
+        if on_event:
+            on_event(event)
+
     preset = settings.preset
     outcome = Outcome(
         **{k: getattr(job, k) for k in ("number", "tag", "kind", "commit", "parent", "description", "seed")},
@@ -102,7 +121,7 @@ def run_experiment(
     began = time.monotonic()
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("log.txt", "evaluate.txt", "weights.safetensors"):
+        for name in ("log.txt", "evaluate.txt", "weights.safetensors", PACK):
             (job.folder / name).unlink(missing_ok=True)
         (job.folder / "train.py").write_bytes(job.source)
         _try(job, settings, outcome, emit, clock)
@@ -131,6 +150,9 @@ def _try(
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens)
     train = dataset.rows("train")
+    store, setup = settings.store, settings.setup
+    given, note = store.load(setup) if store else (None, "")
+    outcome.compiled = {"given": given.as_dict() if given else None, "left": None, "note": note} if store else {}
     session = Session(
         job.source,
         spec,
@@ -144,6 +166,9 @@ def _try(
         settings.sandbox,
         job.baseline_cpu_s,
         job.stop,
+        settings.prewarmer,
+        given,
+        store is not None,
     )
     trained = session.result
     try:
@@ -151,6 +176,7 @@ def _try(
     finally:
         outcome.budget = budget.as_dict()
         outcome.ledger |= trained.ledger
+        outcome.start = trained.start
         outcome.tokens, outcome.steps, outcome.training_s = trained.tokens, trained.steps, trained.training_s
         outcome.training_cpu_s = trained.training_cpu_s
         outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
@@ -160,6 +186,10 @@ def _try(
     outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
     outcome.num_params = check_weights(trained.weights)
     (job.folder / "weights.safetensors").write_bytes(trained.weights)
+    if store and trained.compiled:
+        left, too_large = store.leave(trained.compiled, setup, given, job.folder)
+        outcome.compiled |= {"left": left.as_dict() if left else None, "note": note or too_large}
+        trained.compiled = None
     evaluation = evaluated(job.source, outcome, settings, job.folder, trained.weights, emit)
     outcome.ledger |= evaluation.ledger
     outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb

@@ -27,7 +27,7 @@ from harness.sandbox import Policy, Sandbox
 from harness.walls import Launch, namespace_pid
 from harness.wire import Wire
 
-__all__ = ["Child", "Contained", "SharedMemory", "end_all", "tail"]
+__all__ = ["Child", "Contained", "SharedMemory", "child_environment", "end_all", "tail"]
 
 # Settings of the user's machine that a child needs, or that choose an implementation openly.
 _PASSED = (
@@ -205,7 +205,7 @@ class Child(Contained):
         parent, child = socket.socketpair()
         with child:
             try:
-                launch = sandbox.launch(policy, [child.fileno(), *descriptors], _environment(threads))
+                launch = sandbox.launch(policy, [child.fileno(), *descriptors], child_environment(threads))
                 super().__init__(launch, log, policy.scratch_bytes)
             except BaseException:
                 parent.close()
@@ -217,7 +217,8 @@ class Child(Contained):
         super().kill()
 
 
-def _environment(threads: int) -> dict[str, str]:
+def child_environment(threads: int) -> dict[str, str]:
+    """What every child gets of the environment; its sandbox adds HOME, TMPDIR and compiler caches."""
     env = {k: os.environ[k] for k in _PASSED if k in os.environ}
     return env | {
         "PATH": os.environ.get("PATH", os.defpath),

@@ -41,7 +41,10 @@ class Outcome:
 
     `status` is `ok` or one of FAILURES; `reason` and `log_tail` say why. Scores are None unless ok.
     `ledger` holds the parent's seconds for start, import, compile, calibrate, train, submit, evaluate
-    and audit. `holdout_bpb` is never shown to an agent.
+    and audit. `start` says `how` the trainer was started, `cold` or (made ready ahead of time) `warm`; the seconds
+    that the latter took meanwhile, `prepared_s`; and `because`, why not warm where that was wanted.
+    `compiled` says of the compile cache which pack was `given`, which was `left`, and a `note` on what was refused.
+    `holdout_bpb` is never shown to an agent.
     """
 
     number: int
@@ -73,6 +76,8 @@ class Outcome:
     weights_sha256: str = ""
     curve: list[list[float]] = field(default_factory=list)  # [progress, loss] as the trainer said
     ledger: dict[str, float] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    compiled: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     seals: dict[str, str] = field(default_factory=dict)

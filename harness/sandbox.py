@@ -74,17 +74,16 @@ class Policy:
     send_s: float = 30.0
 
     @classmethod
-    def of(cls, module: str, folder: Path, source: bytes, device: str, limits: Limits) -> Policy:
-        """For a child that runs a train.py.
+    def of(cls, module: str, folder: Path, source: bytes | None, device: str, limits: Limits) -> Policy:
+        """For a child that runs a train.py: `source`, or None for one that gets it later.
 
         Its memory is capped at what the limits say, else at nine tenths of the machine's, on a CPU: CUDA reserves
         addresses far beyond any memory, so there only the kernel's choice of a victim helps.
         """
         most = limits.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
         return cls(
-            module, folder, {"train.py": source}, device, limits.scratch_bytes, limits.file_bytes,
-            most if device == "cpu" else None, limits.processes,
-            limits.send_s,
+            module, folder, {} if source is None else {"train.py": source}, device, limits.scratch_bytes,
+            limits.file_bytes, most if device == "cpu" else None, limits.processes, limits.send_s,
         )  # fmt: skip
 
 

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.budget import Budget, Shape
+from harness.compiled import Pack, decode
 from harness.errors import TrialError
-from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows
+from harness.feed import SLOTS, Ring, RowOrder, synthetic_rows
 from harness.gpu import fresh
-from harness.process import Child, SharedMemory
-from harness.sandbox import Policy, Sandbox, best
+from harness.prewarm import Prewarmer, Setup, Trainer
+from harness.sandbox import Sandbox, best
 from harness.spec import Preset, Spec
 from harness.wire import Closed, Malformed, TimedOut
 
@@ -61,6 +62,8 @@ class Trained:
     implementations: dict[str, str] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    compiled: Pack | None = None  # what its compilers had made before it got real tokens
 
 
 class Session:
@@ -71,6 +74,9 @@ class Session:
     baseline_cpu_s: processor seconds of the baseline's training, to bound a budget in operations; None for no bound.
     clock: seconds, monotonic; tests pass their own.
     stop: told the curve and the budget's tokens after each loss; a reason ends the run as `raced`.
+    prewarmer: may have a trainer that is ready; None starts one cold.
+    given: what compilers made before, for this trainer's; None for nothing.
+    ask_compiled: ask for what its own made.
     """
 
     def __init__(
@@ -87,8 +93,12 @@ class Session:
         sandbox: Sandbox | None = None,
         baseline_cpu_s: float | None = None,
         stop: Callable[[list[list[float]], int], str | None] | None = None,
+        prewarmer: Prewarmer | None = None,
+        given: Pack | None = None,
+        ask_compiled: bool = False,
     ) -> None:
-        self._stop = stop
+        self._stop, self._prewarmer = stop, prewarmer
+        self._given, self._ask_compiled = given.data if given else b"", ask_compiled
         self._baseline_cpu_s = baseline_cpu_s
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
@@ -105,36 +115,44 @@ class Session:
             TrialError: the experiment's fault, with its status.
         """
         fresh(self.spec.device, gpu=self.sandbox.gpu)
-        memory = SharedMemory(SLOTS * SLOT_BYTES)
-        self._ring = Ring(memory)
-        policy = Policy.of("harness.trainer", self.folder, self.source, self.spec.device, self._limits)
         began = self._clock()
-        try:
-            log = self.folder / "log.txt"
-            with Child(self.sandbox, policy, [memory.fd], log, self.threads) as child:
-                self._child = child
-                try:
-                    self._converse(began)
-                except Closed:
-                    raise self._died() from None
-                except TimedOut:
-                    raise TrialError("timeout", "the trainer does not read what it is sent") from None
-                except Malformed as e:
-                    raise TrialError("invalid", f"the trainer sent {e}") from None
-                finally:
-                    child.kill()
-                    self.result.peak_mb = self.result.peak_mb or child.peak_rss_mb
-        finally:
-            del self._ring
-            memory.close()
+        with self._trainer() as trainer:
+            self._child, self._ring = trainer.child, Ring(trainer.memory)
+            try:
+                self._converse(began)
+            except Closed:
+                raise self._died() from None
+            except TimedOut:
+                raise TrialError("timeout", "the trainer does not read what it is sent") from None
+            except Malformed as e:
+                raise TrialError("invalid", f"the trainer sent {e}") from None
+            finally:
+                self._child.kill()
+                self.result.peak_mb = self.result.peak_mb or self._child.peak_rss_mb
+                del self._ring
         return self.result
+
+    def _trainer(self) -> Trainer:
+        """One that is ready, or a new one that is getting ready. Raises SandboxError."""
+        setup, log = Setup(self.sandbox, self.spec.device, self._limits, self.threads), self.folder / "log.txt"
+        trainer, why = self._prewarmer.take(setup, log) if self._prewarmer else (None, "")
+        if trainer is None:
+            trainer = Trainer(setup, self.folder, log)
+            trainer.how |= {"because": why} if why else {}
+        self.result.start = trainer.how
+        return trainer
 
     # The conversation, phase by phase.
 
     def _converse(self, began: float) -> None:
         ledger = self.result.ledger
         self._emit(Event("start"))
-        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads)
+        if self.result.start["how"] == "cold":
+            self._expect("ready", began + self._limits.start_s, "to start")
+        sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
+        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads, **sizes)
+        self._child.wire.send_bytes(self.source)
+        self._child.wire.send_bytes(self._given)
         self._expect("started", began + self._limits.start_s, "to start")
         ledger["start"] = self._clock() - began
         self._emit(Event("import"))
@@ -145,6 +163,8 @@ class Session:
             pairs = list(implementations.items())[:50]
             self.result.implementations = {str(k)[:100]: str(v)[:200] for k, v in pairs}
         message = self._warm_up()
+        if self._ask_compiled and message["kind"] == "next":
+            self._take_compiled()
         message = self._feed(message)
         self._take_weights(message)
 
@@ -186,6 +206,19 @@ class Session:
             self._child.wire.send("calibrated")
             ledger["calibrate"] += self._clock() - mark
             mark = self._clock()
+
+    def _take_compiled(self) -> None:
+        """What the compilers made, all of it before the first real token is anywhere in the trainer's reach."""
+        began, most = self._clock(), self._limits.compiled_bytes
+        self._child.wire.send("compiled?", most=most)
+        size = self._count(self._expect("compiled", began + self._limits.submit_s, "to send its caches"), "bytes", most)
+        try:
+            self.result.compiled = decode(bytes(self._child.wire.recv_bytes(size, self._limits.submit_s)), most)
+        except TimedOut:
+            raise TrialError("timeout", "the compile cache did not arrive in time") from None
+        except ValueError as e:
+            raise TrialError("invalid", f"the trainer sent a compile cache that is none: {e}") from None
+        self.result.ledger["compile"] += self._clock() - began
 
     def _feed(self, message: dict[str, Any]) -> dict[str, Any]:
         """Fix the budget, then serve real rows; returns the first message that does not ask for more."""

@@ -66,6 +66,7 @@ class Limits:
         baseline_cpu: processor time of the training over the baseline's, above which a run with a budget in
             operations is `overtime`: the operations are the trainer's word, this bounds what a lie can win.
         submission_bytes: the largest submission that is read.
+        compiled_bytes: the largest compile cache that is passed on.
         file_bytes: the largest file that a child may write, its log included.
         scratch_bytes: all that a child may write to its private folders.
         processes: that a child may have, threads included.
@@ -82,6 +83,7 @@ class Limits:
     overtime_cpu: float = 1.5
     baseline_cpu: float = 3.0
     submission_bytes: int = 8 << 30
+    compiled_bytes: int = 256 << 20
     file_bytes: int = 256 << 20
     scratch_bytes: int = 4 << 30
     processes: int = 4096

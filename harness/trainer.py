@@ -5,6 +5,7 @@ Whatever this process says is a claim; see `harness.session` for what the parent
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import mmap
 import os
@@ -15,7 +16,9 @@ from typing import Any
 
 from harness.wire import Wire
 
-__all__ = ["child_main", "failure", "load_train_module", "prepare_torch"]
+__all__ = ["child_main", "failure", "load_train_module", "make_ready", "prepare_torch"]
+
+SOURCE_S = 60.0  # the parent sends train.py and the compile cache right behind the message that says their lengths
 
 
 def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
@@ -36,6 +39,20 @@ def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
     if spec["device"] == "cuda":
         torch.zeros((), device="cuda")  # creates the context now, so that its cost is the start's
     return torch
+
+
+def make_ready(modules: list[str]) -> None:
+    """All that needs no job: the imports. It may be done beside a run on the same GPU, which it must not touch.
+
+    Raises:
+        RuntimeError: the GPU was touched.
+    """
+    for name in ("numpy", "torch", "harness.client", *modules):
+        importlib.import_module(name)
+    import torch
+
+    if torch.cuda.is_initialized():
+        raise RuntimeError("an import has made a CUDA context, which takes memory and time from the run on the GPU")
 
 
 def load_train_module(path: str = "train.py") -> Any:
@@ -83,12 +100,23 @@ def child_main(wire: Wire, memories: list[int]) -> None:
 
 
 def _train(wire: Wire, memories: list[int]) -> None:
-    hello = wire.recv()
-    prepare_torch(hello["spec"], hello["threads"])
+    make_ready(wire.recv()["modules"])
+    wire.send("ready")
+    while (hello := wire.recv())["kind"] == "ping":  # this may be long before the job is there
+        wire.send("pong")
     from harness.client import Run, Submitted
     from harness.feed import SLOT_BYTES, SLOTS, Ring
     from harness.spec import Spec
 
+    source = wire.recv_bytes(hello["source_bytes"], SOURCE_S)
+    with open(os.open("train.py", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "wb") as f:
+        f.write(source)
+    compiled = wire.recv_bytes(hello["compiled_bytes"], SOURCE_S)
+    if compiled:
+        from harness.compiled import lay_out
+
+        lay_out(bytes(compiled))
+    prepare_torch(hello["spec"], hello["threads"])
     wire.send("started")
     module = load_train_module()
     kernels = sys.modules.get("kernels")

@@ -226,6 +226,35 @@ def _is_verified(tmp_path: Path, night: Night, repo: git.Repo, data: Path) -> No
     assert "signatures" in {n for n, good, _ in checks(night.folder, repo, "00" * 32) if not good}
 
 
+def test_a_night_with_prewarming_and_a_compile_cache_scores_what_one_without_does(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "train.py").write_text(TINY)
+    made = git.Repo.init(tmp_path, initial_branch="main")
+    made.git.add("train.py")
+    made.git.execute(["git", "-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qm", "start"])
+    made.close()
+    nights = {}
+    for how, more in (("off", []), ("on", ["--compile-cache"])):
+        done = hotloop(
+            tmp_path, "loop", *SMALL, "--data", str(data), "--tag", how, "--prewarm", how, "--experiments", "0",
+            "--noise-seeds", "1", "--no-watchdog", *more, GIT_AUTHOR_NAME="u", GIT_AUTHOR_EMAIL="u@u",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        nights[how] = Chain.read(tmp_path / "runs" / how / "records.jsonl").bodies("experiment")
+        assert ("warm start" in done.stdout) == (how == "on")
+        assert not list((tmp_path / "runs" / how / "prewarm").glob("*/*"))
+    assert [b["start"]["how"] for b in nights["off"]] == ["cold", "cold"]
+    assert [b["start"]["how"] for b in nights["on"]] == ["cold", "warm"]
+    assert nights["on"][0]["start"]["because"] == "none was made ready"
+    # It compiles nothing, so there is nothing to give.
+    assert [b["compiled"] for b in nights["on"]] == [{"given": None, "left": None, "note": ""}] * 2
+    assert [b["compiled"] for b in nights["off"]] == [{}] * 2
+    same = ("status", "val_bpb", "holdout_bpb", "weights_sha256", "tokens", "curve", "source_sha256")
+    assert [{k: b[k] for k in same} for b in nights["on"]] == [{k: b[k] for k in same} for b in nights["off"]]
+    assert nights["on"][1]["ledger"]["start"] < nights["off"][1]["ledger"]["start"]
+    shown = hotloop(tmp_path, "show", "1", "--tag", "on")
+    assert re.search(r"start: +how: warm, prepared s: [0-9.]+", shown.stdout), shown.stdout
+
+
 def test_an_audit_repeats_the_recorded_score(tmp_path: Path, data: Path) -> None:
     (tmp_path / "train.py").write_bytes(tiny_source())
     assert hotloop(tmp_path, "run", "--preset", "laptop", "--budget-flops", "3e8", "--data", str(data)).returncode == 0

@@ -185,6 +185,17 @@ def test_device_seconds_add_up(night: Synthetic) -> None:
     assert page_of(night).count("rect", "idle") == 2 * 2 + 1  # two charts of two devices, and the legend
 
 
+def test_warm_starts_are_told_beside_cold_ones(night: Synthetic) -> None:
+    night.settings()
+    night.run("baseline", "keep", 1.0)
+    assert "ready when they were due" not in page_of(night).text
+    night.run("experiment", "discard", 1.1, start={"how": "cold"}, ledger={"start": 4.0, "import": 2.0})
+    for seconds in (0.5, 0.7):
+        night.run("experiment", "discard", 1.1, start={"how": "warm"}, ledger={"start": seconds, "import": 0.4})
+    words = "2 trainers were ready when they were due: 1.0 s until train.py was imported, against 6.0 s of the 1 others"
+    assert words in page_of(night).text
+
+
 def test_gains_are_told_apart(night: Synthetic) -> None:
     night.settings()
     night.run("baseline", "keep", 1.0)

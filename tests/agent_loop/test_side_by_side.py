@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ import pytest
 from agent_loop.agents import AgentError, Turn
 from agent_loop.background import Notifier
 from agent_loop.builtin import BuiltinAgent
+from agent_loop.evening import Evening
+from agent_loop.loop import Options
 from agent_loop.rota import FIRST_WAIT_S, LONGEST_WAIT_S, Rota
 from agent_loop.verify import checks
 from agent_loop.watchdog import CRASHED, watch
 from harness.errors import DeviceError, HotloopError, UsageError
+from harness.machine import Gpu
 from harness.record import Lock
+from harness.sandbox import Sandbox
 from tests.agent_loop.test_loop import night_of, repo, scripted, table  # noqa: F401 - a fixture
 
 
@@ -45,6 +50,20 @@ class Edits:
         text = context.source.decode().replace(old, new)
         (context.worktree / "train.py").write_text(text)
         return Turn(f"{old} to {new}", cost_usd=0.5, tokens=1000)
+
+
+def test_each_gpu_gets_a_trainer_of_its_own_ahead_of_time(tmp_path: Path) -> None:
+    gpus = [Gpu(i, f"GPU-{i}") for i in (0, 1)]
+    slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=gpu)) for gpu in gpus]
+    evening = Evening("t", tmp_path, None, [], slots, Options(), "", prewarm=True)  # type: ignore[arg-type]
+    with evening._prewarmed() as made:
+        prewarmers = [s.prewarmer for s in made]
+        assert [p._setup.sandbox.gpu for p in prewarmers] == gpus
+        assert len({p._folder for p in prewarmers}) == 2
+        assert made == slots  # nothing else is different
+    assert all(p._closed for p in prewarmers)
+    with replace(evening, prewarm=False)._prewarmed() as made:
+        assert made is slots
 
 
 def slow(job: Any, settings: Any, on_event: Any) -> Any:
