@@ -54,6 +54,9 @@ FLOOR = {
 }
 
 
+GAP_ALLOWED = 0.01  # of a step, in which the device runs nothing
+
+
 class _Captured(Exception):
     """Carries the step out of train()."""
 
@@ -170,6 +173,12 @@ def page(found: dict[str, Any]) -> str:
     for name, seconds in found["groups"].items():
         floor = "" if found["cpu_figures"] or name not in FLOOR else f"{_floor_ns(name):.0f}"
         lines.append(f"| {name} | {seconds * 1e3:.2f} | {seconds / tokens * 1e9:.1f} | {floor} |")
+    if found["gap"] is not None:
+        verdict = "within" if found["gap"] <= GAP_ALLOWED else "ABOVE"
+        lines += [
+            "",
+            f"Idle: {found['gap']:.2%} of the step under the profiler, {verdict} the {GAP_ALLOWED:.0%} allowed.",
+        ]
     lines += ["", "| kernel | group | ms | calls |", "|---|---|---:|---:|"]
     for name, group, seconds, calls in found["kernels"][:20]:
         short = name if len(name) <= 90 else name[:87] + "..."
