@@ -77,6 +77,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     _add_comparison(quality)
     quality.add_argument("--seeds", type=int, default=5, metavar="N")
     quality.add_argument("--tiny", action="store_true", help="a minute size, for kernels through the interpreter")
+    quality.add_argument("--out", type=Path, metavar="DIR", help="for the JSON; default: bench/results, --tiny none")
     quality.set_defaults(run=_quality)
 
     walls = parts.add_parser("sandbox", help="training speed and start-up inside the sandbox against outside")
@@ -190,9 +191,12 @@ def _baseline(args: argparse.Namespace) -> int:
 
 def _quality(args: argparse.Namespace) -> int:
     from bench.quality import main as quality
+    from bench.results import RESULTS
     from harness.single import settings_from
 
-    found, page = quality(settings_from(preset=args.preset, data=args.data), args.seeds, _tokens(args), args.tiny)
+    out = args.out or (None if args.tiny else RESULTS)
+    settings = settings_from(preset=args.preset, data=args.data)
+    found, page = quality(settings, args.seeds, _tokens(args), args.tiny, out)
     _shown(page, args)
     return 0 if found.within_noise else 1
 

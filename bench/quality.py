@@ -1,6 +1,8 @@
 """Does train.py learn as much from a token as plain PyTorch? Both under several seeds, at equal tokens.
 
-    hotloop bench quality --seeds 5 [--preset laptop] [--tokens N]
+    hotloop bench quality --seeds 5 [--preset laptop] [--tokens N] [--out FOLDER]
+
+Writes a JSON to bench/results/<device>/quality/: the runs, what they say, and on what.
 
 With one seed both start from the same weights and see the same rows, so a pair differs by rounding alone; another seed
 is another start and another order. The difference of the two files is set against the spread over seeds: it is within
@@ -11,17 +13,24 @@ The training losses are set beside each other in the same way, at each point of 
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import json
 import math
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from bench.beside import OURS, PLAIN, TOKENS, Side, small, source_of, train_once
 from harness.errors import UsageError
 from harness.experiment import Settings
-from harness.machine import gpus
+from harness.machine import cpu_name, environment, gpus
+from harness.walls import project_root
 
-__all__ = ["Verdict", "main", "page", "verdict"]
+__all__ = ["Verdict", "main", "page", "verdict", "write"]
 
 SMALL_TOKENS = 40 * 256
 
@@ -118,10 +127,49 @@ def page(ours: Sequence[Side], plain: Sequence[Side]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(ours: Sequence[Side], plain: Sequence[Side], environment: dict[str, Any], folder: Path) -> Path:
+    """The runs, without their curves, and what they say, as a JSON in `folder`/<device>/quality; returns its path."""
+    from kernels.tuning import file_name
+
+    on_gpu = ours[0].device == "cuda"
+    device = environment["gpu"]["name"] if on_gpu else f"cpu {cpu_name()}"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True)
+    commit, now = head.stdout.strip() or "unknown", datetime.datetime.now(datetime.UTC)
+    v = verdict(ours, plain)
+    body = {
+        "time": now.isoformat(timespec="seconds"),
+        "commit": commit,
+        "device": device,
+        "cpu_figures": not on_gpu,
+        "environment": {k: environment[k] for k in ("versions", "python", "threads")},
+        "tokens": ours[0].tokens,
+        "steps": ours[0].steps,
+        "runs": [
+            {"file": s.name, "seed": s.seed, "val_bpb": s.val_bpb, "last_loss_nats": s.curve[-1][1]}
+            | {"training_s": round(s.training_s, 2), "kernels": s.kernels}
+            for pair in zip(ours, plain, strict=True)
+            for s in pair
+        ],
+        "verdict": dataclasses.asdict(v) | {"within_noise": v.within_noise},
+    }
+    path = folder / file_name(device).removesuffix(".json") / "quality" / f"{now:%Y%m%d-%H%M}-{commit[:9]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    return path
+
+
 def main(
-    settings: Settings, seeds: int, tokens: float | None = None, tiny: bool = False, say: Callable[[str], None] = print
+    settings: Settings,
+    seeds: int,
+    tokens: float | None = None,
+    tiny: bool = False,
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> tuple[Verdict, str]:
     """Train both under the seeds 1 to `seeds`; (what they say, its page).
+
+    Args:
+        out: takes the JSON; None for none.
 
     Raises:
         UsageError: too few seeds, or `tiny` with another preset than the laptop's.
@@ -142,4 +190,7 @@ def main(
             found[name].append(train_once(name, sources[name], settings, seed, wanted))
         a, b = (found[name][-1].val_bpb for name in (OURS, PLAIN))
         say(f"seed {seed}: {OURS} {a:.6f}, {PLAIN} {b:.6f}, difference {a - b:+.6f}")
+    if out:
+        facts = environment(settings.device, settings.threads)
+        say(f"written: {write(found[OURS], found[PLAIN], facts, out)}")
     return verdict(found[OURS], found[PLAIN]), page(found[OURS], found[PLAIN])

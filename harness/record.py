@@ -74,6 +74,7 @@ class Outcome:
     curve: list[list[float]] = field(default_factory=list)  # [progress, loss] as the trainer said
     ledger: dict[str, float] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)  # see harness.conditions
     environment: dict[str, Any] = field(default_factory=dict)
     seals: dict[str, str] = field(default_factory=dict)
     sandbox: dict[str, Any] = field(default_factory=dict)

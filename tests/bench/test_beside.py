@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -129,12 +130,19 @@ def test_both_are_trained_and_scored(tmp_path: Path, data: Path, capsys: pytest.
     assert len(re.findall(r"^\| \w+, s \|", text, re.MULTILINE)) == 8  # the whole ledger
 
 
-def test_a_tiny_comparison_of_quality(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tiny_comparison_of_quality(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--preset", "laptop", "--data", str(data), "--tiny", "--tokens", "2560", "--seeds", "2"]
+    flags += ["--out", str(tmp_path)]
     assert main(["quality", *flags]) == 0
     text = capsys.readouterr().out
     assert "2 seeds, 2,560 tokens each in 10 steps (CPU figures)" in text
     assert "**Within the noise of seeds.**" in text
+    (written,) = tmp_path.glob("cpu-*/quality/*.json")
+    assert f"written: {written}" in text
+    found = json.loads(written.read_text())
+    assert found["cpu_figures"] and found["verdict"]["within_noise"] and found["tokens"] == 2560
+    assert [(r["file"], r["seed"]) for r in found["runs"]] == [(OURS, 1), (PLAIN, 1), (OURS, 2), (PLAIN, 2)]
+    assert all(f"{r['val_bpb']:.6f}" in text for r in found["runs"])
 
 
 @pytest.mark.parametrize(
