@@ -297,7 +297,7 @@ def train(run: Run) -> None:
         model.flex = block_masks(model.windows, run.spec.seq_len, "cuda")
         loss_of = torch.compile(model.loss, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
     rows = hp.TOTAL_BATCH_SIZE // run.spec.seq_len
-    micro_rows = min(rows, hp.DEVICE_BATCH_SIZE)
+    micro_rows = min(rows, max(1, hp.DEVICE_BATCH_SIZE // run.spec.batch_divisor))
 
     def step(batch: Batch) -> Tensor:
         total = torch.zeros((), device=batch.tokens.device)

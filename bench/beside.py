@@ -84,7 +84,7 @@ def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: 
     # What is measured here is not judged by the time it takes.
     preset = settings.preset.with_limits(overtime=10.0, overtime_cpu=10.0)
     dataset, width = settings.dataset, preset.seq_len + 1
-    spec = Spec(preset.name, settings.device, seed, dataset.vocab_size, preset.seq_len)
+    spec = Spec(preset.name, settings.device, seed, dataset.vocab_size, preset.seq_len, preset.batch_divisor)
     rows, val, holdout = (dataset.rows(split)[:, :width] for split in ("train", "val", "holdout"))
     budget = Budget(BudgetRule("tokens", tokens))
     with tempfile.TemporaryDirectory() as scratch:

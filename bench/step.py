@@ -25,8 +25,9 @@ from bench import device as dev
 from harness.client import Batch
 from harness.errors import UsageError
 from harness.feed import synthetic_rows
+from harness.machine import gpu_memory_gib
 from harness.single import read_train_source
-from harness.spec import PRESETS, Spec
+from harness.spec import PRESETS, Spec, batch_divisor
 from harness.trainer import load_train_module
 from harness.walls import project_root
 from kernels.dispatch import TRITON_OPERATORS, implementations
@@ -83,7 +84,8 @@ def step_of(path: Path, preset: str) -> tuple[Callable[[], Any], int]:
     """
     on_gpu = torch.cuda.is_available()
     chosen = PRESETS[preset]
-    spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len)
+    divisor = batch_divisor(gpu_memory_gib() if on_gpu else None)
+    spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len, divisor)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     read_train_source(path)

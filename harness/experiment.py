@@ -97,7 +97,7 @@ def run_experiment(
         preset=preset.name,
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=environment(settings.device, settings.threads),
+        environment=environment(settings.device, settings.threads) | {"batch_divisor": preset.batch_divisor},
         seals={"code": seal, "data": data},
         sandbox=settings.sandbox.as_dict(),
     )
@@ -156,7 +156,9 @@ def _try(
     preset, dataset = settings.preset, settings.dataset
     if reason := problem(job.source):
         raise TrialError("invalid", reason)
-    spec = Spec(preset.name, settings.device, job.seed, dataset.vocab_size, dataset.seq_len)
+    spec = Spec(
+        preset.name, settings.device, job.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
+    )  # fmt: skip
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens)
     train = dataset.rows("train")
@@ -207,7 +209,9 @@ def evaluated(
 ) -> Evaluation:
     """Score and audit weights as the experiment of `outcome` is scored. Raises TrialError."""
     preset, dataset = settings.preset, settings.dataset
-    spec = Spec(preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len)
+    spec = Spec(
+        preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
+    )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return Evaluator(
         source,

@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from harness import conditions, experiment, machine
+from harness import Batch, conditions, doctor, experiment, machine, single
 from harness.budget import Budget
 from harness.conditions import Watch, clock_words, clocks, is_machines_fault, strangers, warnings
 from harness.errors import DeviceError, TrialError
@@ -24,7 +26,7 @@ from harness.machine import Gpu
 from harness.record import Outcome
 from harness.sandbox import Sandbox
 from harness.session import Event, Session
-from harness.spec import Spec
+from harness.spec import PRESETS, Spec
 from prepare import Dataset
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
@@ -32,7 +34,7 @@ SMI = """#!/bin/sh
 case "$1" in
   *clocks_event_reasons*) [ -e {0}/new ] && cat {0}/clocks || {{ echo 'not a valid field' >&2; exit 2; }} ;;
   *clocks_throttle_reasons*) cat {0}/clocks ;;
-  --query-gpu=name*) echo 'NVIDIA H100 80GB HBM3, 81559 MiB, 580.65.06' ;;
+  --query-gpu=name*) cat {0}/gpus ;;
   --query-compute*) cat {0}/apps ;;
 esac
 """
@@ -46,8 +48,10 @@ class Smi:
         self.folder = folder
         self.says()
 
-    def says(self, clocks: str = FULL, apps: str = "") -> None:
-        for name, text in (("clocks", clocks), ("apps", apps)):
+    def says(self, clocks: str = FULL, apps: str = "", memory: str = "81559 MiB") -> None:
+        machine.gpus.cache_clear()
+        gpus = f"NVIDIA H100 80GB HBM3, {memory}, 580.65.06\n"
+        for name, text in (("clocks", clocks), ("apps", apps), ("gpus", gpus)):
             (self.folder / "next").write_text(text)
             (self.folder / "next").rename(self.folder / name)
 
@@ -171,6 +175,94 @@ def test_on_a_cpu_nothing_is_asked(smi: Smi) -> None:
         watch(Event("train"))
         time.sleep(0.2)
     assert watch.facts() == {}
+
+
+# ---- presets by memory, and the doctor
+
+
+@pytest.mark.parametrize(
+    ("memory", "preset", "divisor"),
+    [("143771 MiB", "h100", 1), ("81559 MiB", "h100", 1), ("49140 MiB", "h100", 2), ("46068 MiB", "h100", 2),
+     ("40960 MiB", "h100", 2), ("24564 MiB", "h100", 4), ("16376 MiB", "h100", 8), ("8192 MiB", "laptop", 1),
+     ("[N/A]", "laptop", 1)],
+)  # fmt: skip
+def test_the_preset_follows_the_gpus_memory(
+    smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, preset: str, divisor: int
+) -> None:
+    smi.says(memory=memory)
+    monkeypatch.setattr(single, "best", lambda *_: Sandbox(0))
+    monkeypatch.setattr(single, "load_dataset", lambda _: None)
+    found = single.settings_from(data=str(tmp_path))
+    assert (found.preset.name, found.preset.batch_divisor) == (preset, divisor)
+    assert found.device == found.preset.device
+    laptop = single.settings_from(data=str(tmp_path), preset="laptop")
+    assert (laptop.device, laptop.preset.batch_divisor) == ("cpu", 1)
+    # Asked for, it is the same experiment on any GPU.
+    assert single.settings_from(data=str(tmp_path), preset="h100").preset.batch_divisor == (
+        divisor if preset == "h100" else 8 if "MiB" in memory else 1
+    )
+    assert dataclasses.replace(found.preset, batch_divisor=1) == PRESETS[preset]
+
+
+def test_a_smaller_gpu_takes_fewer_rows_a_pass_and_as_many_tokens_a_step() -> None:
+    """The step that train.py hands to the warm-up, at the laptop's size: how often the model runs, on how many rows."""
+    import train
+    from bench.baseline import train as plain
+
+    class Once:
+        """A run that makes one step and ends."""
+
+        def __init__(self, spec: Spec) -> None:
+            self.spec, self.passes, self.loss = spec, [], 0.0  # type: ignore[var-annotated]
+
+        def warmup(self, step: Any, *, rows: int, restore: Any) -> None:
+            restore[0].blocks[0].mlp.register_forward_pre_hook(lambda _, x: self.passes.append(len(x[0])))
+            tokens = torch.arange(rows * 256).view(rows, 256) % 64
+            self.loss = float(step(Batch(tokens, tokens, 0.0, 0)))
+            raise StopIteration
+
+    for loop in (train.train, plain):
+        losses = []
+        for divisor in (1, 2, 4):
+            torch.manual_seed(1)
+            run = Once(Spec("laptop", "cpu", 1, 64, 256, divisor))
+            with pytest.raises(StopIteration):
+                loop(run)
+            assert run.passes == [16 // divisor] * divisor
+            losses.append(run.loss)
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_the_doctor_tells_preset_clocks_and_strangers(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> dict[str, tuple[bool, str]]:
+        return {name: (good, text) for name, good, text in doctor.checks()}
+
+    monkeypatch.setattr(doctor, "_sandbox", lambda _: iter(()))
+    monkeypatch.setattr(doctor, "_cuda", lambda: ("cuda", True, "works"))
+    monkeypatch.setattr(doctor, "verify_seal", lambda: "0" * 64)
+    smi.says(memory="24564 MiB")
+    found = told()
+    assert found["preset"] == (True, "h100, with 1/4 of DEVICE_BATCH_SIZE a pass (24 GiB of GPU memory)")
+    assert found["clocks"] == (True, "SM 1980 MHz, memory 2619 MHz, 61 C; held back by: power cap")
+    assert found["gpu use"] == (True, "nobody computes there")
+    smi.says(DROPPED, "GPU-aa, 1, miner\nGPU-aa, 2, python\n", "8192 MiB")
+    found = told()
+    assert not found["preset"][0] and "too little for h100" in found["preset"][1]
+    assert not found["clocks"][0] and "cool it" in found["clocks"][1]
+    assert found["gpu use"] == (False, "computing there: 1 miner; 2 python; end them before a night")
+    smi.says("", memory="[N/A]")
+    found = told()
+    assert not found["clocks"][0]
+    assert not found["preset"][0] and "say --preset h100" in found["preset"][1]
+
+
+def test_the_doctor_asks_the_kernels_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = types.ModuleType("kernels.attend")
+    made.backends = lambda device: {"sdpa": None, "fa3": f"not on {device}"}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels.attend", made)
+    assert list(doctor._attention("cpu")) == [
+        ("attention", True, "sdpa: works"), ("attention", True, "fa3: not on cpu")
+    ]  # fmt: skip
 
 
 # ---- the feed
