@@ -25,14 +25,14 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE")
     run.set_defaults(run=_run)
 
-    check = parts.add_parser("check", help="everything that needs a GPU, in ten minutes (make gpu-check)")
+    check = parts.add_parser("check", help="everything that needs a GPU, in twenty minutes (make gpu-check)")
     check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
     check.add_argument(
         "--part",
         action="append",
         choices=["tests", "kernels", "step", "sandbox", "experiment", "baseline"],
-        help="only this; baseline (train.py beside plain PyTorch, minutes more) runs only where it is named",
+        help="only this; may be repeated; baseline (train.py beside plain PyTorch) is half of the time",
     )
     check.set_defaults(run=_check)
 
