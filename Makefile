@@ -5,7 +5,8 @@
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make soak   300 experiments under faults of every kind, driver killed again and again (no GPU, minutes)
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
-# make gpu-check   everything that needs a GPU, in ten minutes (DATA=folder of rows of 2048 tokens, else stdlib's text)
+# make gpu-check   everything that needs a GPU, in twenty minutes (DATA=folder of rows of 2048 tokens, else stdlib's text);
+#   half of them are PART=baseline, train.py beside plain PyTorch; PART="tests kernels step sandbox experiment" the rest
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -58,7 +59,7 @@ gate-write: $(VENV)/.installed
 	$(BIN)/hotloop bench gate --write
 
 gpu-check: $(VENV)/.installed-test
-	$(BIN)/hotloop bench check $(if $(DATA),--data $(DATA))
+	$(BIN)/hotloop bench check $(if $(DATA),--data $(DATA)) $(foreach part,$(PART),--part $(part))
 
 seal: $(VENV)/.installed
 	$(BIN)/hotloop seal

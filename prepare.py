@@ -666,8 +666,8 @@ def _sync(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python prepare.py`, `hotloop prepare`; returns the exit status."""
-    from harness.machine import gpus
-    from harness.spec import PRESETS, preset_named
+    from harness.machine import gpu_memory_gib
+    from harness.spec import PRESETS, auto_preset, preset_named
 
     parser = argparse.ArgumentParser(prog="hotloop prepare", description="Text to tokenizer and packed rows, once.")
     parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="lengths and source")
@@ -678,7 +678,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix: training shards")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: downloads at a time")
     args = parser.parse_args(argv)
-    name = ("h100" if gpus() else "laptop") if args.preset == "auto" else args.preset
+    name = auto_preset(gpu_memory_gib()) if args.preset == "auto" else args.preset
     preset = preset_named(name)
     try:
         dataset = prepare(

@@ -32,7 +32,7 @@ GATE_CHANNELS = 32  # first channels of the block's input that gate its value em
 
 # Batch
 TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step
-DEVICE_BATCH_SIZE = 128  # rows a forward and backward pass; lower it when memory runs out
+DEVICE_BATCH_SIZE = 128  # rows a pass at 80 GB, fewer on smaller GPUs; lower it when memory runs out
 
 # Optimizer
 EMBEDDING_LR = 0.6  # token and value embeddings (AdamW)
@@ -335,7 +335,7 @@ def train(run: Run) -> None:
     optimizer = build_optimizer(model, hp, compiled=on_gpu)
     loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True) if on_gpu else model.loss
     rows = hp.TOTAL_BATCH_SIZE // run.spec.seq_len
-    micro_rows = min(rows, hp.DEVICE_BATCH_SIZE)
+    micro_rows = min(rows, max(1, hp.DEVICE_BATCH_SIZE // run.spec.batch_divisor))
     if rows < 1 or rows % micro_rows:
         raise ValueError(f"TOTAL_BATCH_SIZE is {rows} rows, which must be a multiple of DEVICE_BATCH_SIZE {micro_rows}")
 

@@ -184,6 +184,8 @@ class View:
         first.append(f"  {row.description}")
         self._print(first)
         self._print(Text("     " + row.reason, style="dim"))
+        for words in row.outcome.conditions.get("warnings", []) if row.outcome else []:
+            self._print(Text(f"     warning: {words}", style="yellow"))
         if row.outcome:
             ledger = row.outcome.ledger
             parts = [f"{name} {sum(ledger.get(k, 0.0) for k in keys):.1f}" for name, keys in PARTS]

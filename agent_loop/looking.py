@@ -76,6 +76,7 @@ def show_command(args: argparse.Namespace) -> int:
             facts.append(
                 ("loss", f"{sparkline([p[1] for p in o.curve], 40)} {o.curve[0][1]:.3f} to {o.curve[-1][1]:.3f}")
             )
+        facts += [("warning", words) for words in o.conditions.get("warnings", [])]
         if o.audit:
             facts.append(
                 ("audit", ", ".join(f"{k} {v:.4g}" for k, v in o.audit.items() if isinstance(v, (int, float))))

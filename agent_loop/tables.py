@@ -296,6 +296,7 @@ def _run_row(row: Row) -> Html:
     kind = "failed" if row.decision in FAILURES else row.decision
     sign = SIGNS.get(kind, "×")
     known = kind if kind in SIGNS or kind == "failed" else None
+    warnings = row.outcome.conditions.get("warnings", []) if row.outcome else []
     return h(
         "tr",
         h("td", row.number, class_="n"),
@@ -303,7 +304,7 @@ def _run_row(row: Row) -> Html:
         h("td", f"{row.val_bpb:.6f}" if row.val_bpb is not None else "-", class_="n"),
         h("td", signed(row.gain), class_="n"),
         h("td", clip(row.description, DESCRIPTION)),
-        h("td", clip(row.reason, REASON)),
+        h("td", clip(row.reason, REASON), *(h("div", f"warning: {w}", class_="meta") for w in warnings)),
     )
 
 

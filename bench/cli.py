@@ -25,11 +25,14 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE")
     run.set_defaults(run=_run)
 
-    check = parts.add_parser("check", help="everything that needs a GPU, in ten minutes (make gpu-check)")
+    check = parts.add_parser("check", help="everything that needs a GPU, in twenty minutes (make gpu-check)")
     check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
     check.add_argument(
-        "--part", action="append", choices=["tests", "kernels", "step", "sandbox", "experiment"], help="only this"
+        "--part",
+        action="append",
+        choices=["tests", "kernels", "step", "sandbox", "experiment", "baseline"],
+        help="only this; may be repeated; baseline (train.py beside plain PyTorch) is half of the time",
     )
     check.set_defaults(run=_check)
 
@@ -71,6 +74,19 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     switches.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     switches.set_defaults(run=_switches)
 
+    side = parts.add_parser("baseline", help="train.py beside the same model in plain PyTorch: speed, memory, score")
+    _add_comparison(side)
+    side.add_argument("--pairs", type=int, default=1, metavar="N")
+    side.add_argument("--free", action="store_true", help="plain PyTorch a second time, without repeatable results")
+    side.set_defaults(run=_baseline)
+
+    quality = parts.add_parser("quality", help="train.py against plain PyTorch under several seeds: equal quality?")
+    _add_comparison(quality)
+    quality.add_argument("--seeds", type=int, default=5, metavar="N")
+    quality.add_argument("--tiny", action="store_true", help="a minute size, for kernels through the interpreter")
+    quality.add_argument("--out", type=Path, metavar="DIR", help="for the JSON; default: bench/results, --tiny none")
+    quality.set_defaults(run=_quality)
+
     walls = parts.add_parser("sandbox", help="training speed and start-up inside the sandbox against outside")
     walls.add_argument("--pairs", type=int, default=7, metavar="N")
     walls.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps of each training")
@@ -81,6 +97,13 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     smoke = parts.add_parser("smoke", help="the rig itself on a CPU, at tiny shapes: no measurement")
     smoke.add_argument("--out", type=Path, default=Path("smoke.json"), metavar="FILE")
     smoke.set_defaults(run=_smoke)
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
+    parser.add_argument("--data", metavar="DIR")
+    parser.add_argument("--tokens", type=float, metavar="N", help="of each training")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -168,6 +191,41 @@ def _switches(args: argparse.Namespace) -> int:
 
     require_gpu()
     return switches(args.train.resolve(), "h100")
+
+
+def _baseline(args: argparse.Namespace) -> int:
+    from bench.beside import main as beside
+    from harness.single import settings_from
+
+    if args.pairs < 1:
+        raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
+    return _shown(beside(settings_from(preset=args.preset, data=args.data), _tokens(args), args.pairs, args.free), args)
+
+
+def _quality(args: argparse.Namespace) -> int:
+    from bench.quality import main as quality
+    from bench.results import RESULTS
+    from harness.single import settings_from
+
+    out = args.out or (None if args.tiny else RESULTS)
+    settings = settings_from(preset=args.preset, data=args.data)
+    found, page = quality(settings, args.seeds, _tokens(args), args.tiny, out)
+    _shown(page, args)
+    return 0 if found.within_noise else 1
+
+
+def _tokens(args: argparse.Namespace) -> float | None:
+    if args.tokens is not None and not 0 < args.tokens < float("inf"):
+        raise UsageError(f"--tokens must be a positive number, not {args.tokens}")
+    tokens: float | None = args.tokens
+    return tokens
+
+
+def _shown(page: str, args: argparse.Namespace) -> int:
+    if args.page:
+        args.page.write_text(page)
+    print(page)
+    return 0
 
 
 def _sandbox(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ def main(pairs: int, steps: int, preset: str, data: str | None) -> int:
     settings = settings_from(preset=preset, data=data)
     source = (project_root() / "train.py").read_bytes()
     dataset, chosen = settings.dataset, settings.preset
-    spec = Spec(chosen.name, settings.device, 1, dataset.vocab_size, dataset.seq_len)
+    spec = Spec(chosen.name, settings.device, 1, dataset.vocab_size, dataset.seq_len, chosen.batch_divisor)
     rows = dataset.rows("train")
 
     def train(sandbox: Sandbox, tokens: int) -> Trained:

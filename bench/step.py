@@ -25,8 +25,9 @@ from bench import device as dev
 from harness.client import Batch
 from harness.errors import UsageError
 from harness.feed import synthetic_rows
+from harness.machine import gpu_memory_gib
 from harness.single import read_train_source
-from harness.spec import PRESETS, Spec
+from harness.spec import PRESETS, Spec, batch_divisor
 from harness.trainer import load_train_module
 from harness.walls import project_root
 from kernels import attend
@@ -55,6 +56,9 @@ FLOOR = {
 }
 
 
+GAP_ALLOWED = 0.01  # of a step, in which the device runs nothing
+
+
 class _Captured(Exception):
     """Carries the step out of train()."""
 
@@ -81,7 +85,8 @@ def step_of(path: Path, preset: str) -> tuple[Callable[[], Any], int]:
     """
     on_gpu = torch.cuda.is_available()
     chosen = PRESETS[preset]
-    spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len)
+    divisor = batch_divisor(gpu_memory_gib() if on_gpu else None)
+    spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len, divisor)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
     read_train_source(path)
@@ -171,6 +176,12 @@ def page(found: dict[str, Any]) -> str:
     for name, seconds in found["groups"].items():
         floor = "" if found["cpu_figures"] or name not in FLOOR else f"{_floor_ns(name):.0f}"
         lines.append(f"| {name} | {seconds * 1e3:.2f} | {seconds / tokens * 1e9:.1f} | {floor} |")
+    if found["gap"] is not None:
+        verdict = "within" if found["gap"] <= GAP_ALLOWED else "ABOVE"
+        lines += [
+            "",
+            f"Idle: {found['gap']:.2%} of the step under the profiler, {verdict} the {GAP_ALLOWED:.0%} allowed.",
+        ]
     lines += ["", "| kernel | group | ms | calls |", "|---|---|---:|---:|"]
     for name, group, seconds, calls in found["kernels"][:20]:
         short = name if len(name) <= 90 else name[:87] + "..."

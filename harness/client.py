@@ -11,6 +11,7 @@ This code runs in the agent's process and decides nothing: clock, budget, data a
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import sys
 from collections import deque
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -93,11 +95,14 @@ class Run:
             )
         saved = _Snapshot(restore)
         self._wire.send("warmup", rows=rows, seq_len=seq_len)
-        flops = 0
+        flops, timed = 0, False
         while True:
             message = self._next(rows, seq_len, flops)
             if message["kind"] == "calibrated":
                 break
+            if message["stage"] == "time" and not timed:
+                timed = True
+                _tidy()
             batch = self._batch(message, rows, seq_len)
             if message["stage"] == "count":
                 from harness.flops import count_flops  # slow to import, and only this needs it
@@ -108,6 +113,7 @@ class Run:
             self._synchronize()
         self._warm.add((rows, seq_len))
         saved.put_back()
+        gc.enable()  # another shape's compilation leaves much
 
     def batches(self, *, rows: int | Callable[[float], tuple[int, int]]) -> Iterator[Batch]:
         """Real batches until the budget is used.
@@ -117,6 +123,7 @@ class Run:
                 returns (rows, seq_len), each pair declared by `warmup` before.
         """
         progress = 0.0
+        _tidy()
         while True:
             shape = rows(progress) if callable(rows) else (rows, self.spec.seq_len)
             if shape not in self._warm:
@@ -172,6 +179,8 @@ class Run:
 
     def _next(self, rows: int, seq_len: int, flops: int) -> dict[str, Any]:
         self._wire.send("next", rows=rows, seq_len=seq_len, flops=flops)
+        if not gc.isenabled():
+            gc.collect(0)  # what the last step left, here, where the parent makes the next batch ready
         while (message := self._wire.recv())["kind"] == "compiled?":
             from harness.compiled import collect
 
@@ -181,11 +190,13 @@ class Run:
         return message
 
     def _batch(self, message: dict[str, Any], rows: int, seq_len: int) -> Batch:
-        data = torch.from_numpy(self._ring.get(message["slot"], rows, seq_len).astype("int64"))
-        tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
+        # The parent fills the other slot meanwhile. A token goes to the GPU as two bytes, from pinned memory
+        # that torch gives out again only after the copy; as int16, which every device can widen.
+        data = torch.from_numpy(self._ring.get(message["slot"], rows, seq_len).view(np.int16))
         if self.spec.device == "cuda":
-            tokens = tokens.pin_memory().to("cuda", non_blocking=True)
-            targets = targets.pin_memory().to("cuda", non_blocking=True)
+            data = data.pin_memory().to("cuda", non_blocking=True)
+        data = data.to(torch.int64) & 0xFFFF
+        tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
         return Batch(tokens, targets, message["progress"], message["step"])
 
     def _send_loss(self) -> None:
@@ -200,6 +211,13 @@ class Run:
     def _synchronize(self) -> None:
         if self.spec.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _tidy() -> None:
+    """Before timed steps: no garbage collection in the middle of one, and none ever of what is there already."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 
 
 class _Snapshot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -11,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.conditions import SLOWED, clock_words, clocks, strangers
 from harness.errors import HotloopError
-from harness.machine import cpu_name, gpus, threads_default
+from harness.machine import cpu_name, gpu_memory_gib, gpus, threads_default
 from harness.probe_cuda import probe_cuda
 from harness.sandbox import best
 from harness.seal import verify_seal
-from harness.spec import PRESETS
+from harness.spec import PRESETS, auto_preset, batch_divisor
 from prepare import default_data_dir, load_dataset
 
 __all__ = ["checks", "main"]
@@ -42,8 +44,11 @@ def checks() -> Iterator[tuple[str, bool, str]]:
         ", ".join(f"{g['name']} ({g['memory']}, driver {g['driver']})" for g in found)
         or ("none; the laptop preset runs on the CPU"),
     )
+    yield _preset()
     if found:
+        yield from _conditions()
         yield _cuda()
+    yield from _attention("cuda" if found else "cpu")
     yield "cpu", True, f"{cpu_name()}, {os.cpu_count()} cores, {threads_default()} threads by default"
     git = shutil.which("git")
     yield "git", git is not None, git or "not found; install git"
@@ -56,7 +61,7 @@ def checks() -> Iterator[tuple[str, bool, str]]:
         yield "seal", False, str(e)
     for preset in PRESETS.values():
         path = default_data_dir(preset.source, preset.seq_len, preset.vocab_size)
-        needed = preset.device == ("cuda" if found else "cpu")
+        needed = preset.name == auto_preset(gpu_memory_gib())
         if not path.exists():
             yield (
                 f"data {preset.name}",
@@ -71,6 +76,43 @@ def checks() -> Iterator[tuple[str, bool, str]]:
             yield f"data {preset.name}", True, f"{path} (rows: {rows})"
         except HotloopError as e:
             yield f"data {preset.name}", False, str(e)
+
+
+def _preset() -> tuple[str, bool, str]:
+    """What `--preset auto` takes here, and why."""
+    memory_gib = gpu_memory_gib()
+    name = auto_preset(memory_gib)
+    if memory_gib is None and gpus():
+        return "preset", False, f"{name}: nvidia-smi does not tell the GPU's memory; say --preset h100"
+    if memory_gib is None:
+        return "preset", True, f"{name} (no GPU)"
+    if name == "laptop":
+        return "preset", False, f"laptop on the CPU: {memory_gib:.0f} GiB of GPU memory are too little for h100"
+    rows = f"1/{batch_divisor(memory_gib)} of" if batch_divisor(memory_gib) > 1 else "all of"
+    return "preset", True, f"{name}, with {rows} DEVICE_BATCH_SIZE a pass ({memory_gib:.0f} GiB of GPU memory)"
+
+
+def _conditions() -> Iterator[tuple[str, bool, str]]:
+    """The GPU's clocks, what holds them back, and who computes there now."""
+    now = clocks()
+    if now is None:
+        yield "clocks", False, "nvidia-smi does not tell them; records cannot say whether they fell"
+    else:
+        held = [r for r in now["reasons"] if r in SLOWED]
+        yield "clocks", not held, clock_words(now) + ("; cool it, or look at its power supply" if held else "")
+    others = strangers(None)
+    words = f"computing there: {'; '.join(others[:3])}; end them before a night" if others else "nobody computes there"
+    yield "gpu use", not others, words
+
+
+def _attention(device: str) -> Iterator[tuple[str, bool, str]]:
+    """Which implementations of attention work here; why not, for the others."""
+    try:
+        attend = importlib.import_module("kernels.attend")
+    except ImportError:  # a version of the kernels without a choice of them, or no torch
+        return
+    for name, reason in attend.backends(device).items():
+        yield "attention", True, f"{name}: {reason or 'works'}"
 
 
 def _sandbox(device: str) -> Iterator[tuple[str, bool, str]]:

@@ -18,8 +18,10 @@ from typing import Any
 
 from harness.budget import Budget
 from harness.compiled import PACK, Store
+from harness.conditions import Watch, is_machines_fault, warnings
 from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
 from harness.evaluate import Evaluation, Evaluator
+from harness.gpu import fresh
 from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
 from harness.prewarm import Prewarmer, Setup
@@ -114,7 +116,7 @@ def run_experiment(
         preset=preset.name,
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=environment(settings.device, settings.threads),
+        environment=environment(settings.device, settings.threads) | {"batch_divisor": preset.batch_divisor},
         seals={"code": seal, "data": data},
         sandbox=settings.sandbox.as_dict(),
     )
@@ -124,7 +126,11 @@ def run_experiment(
         for name in ("log.txt", "evaluate.txt", "weights.safetensors", PACK):
             (job.folder / name).unlink(missing_ok=True)
         (job.folder / "train.py").write_bytes(job.source)
-        _try(job, settings, outcome, emit, clock)
+        with Watch(settings.device, settings.sandbox.gpu, emit) as watch:
+            try:
+                _try_twice(job, settings, outcome, watch, clock)
+            finally:
+                outcome.conditions |= watch.facts()
     except TrialError as e:
         outcome.status, outcome.reason = e.status, e.reason
         log = "evaluate.txt" if e.reason.startswith("while evaluating") else "log.txt"
@@ -136,8 +142,31 @@ def run_experiment(
     if (verify_seal(), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
     outcome.total_s = time.monotonic() - began
+    if told := warnings(outcome.conditions, outcome.training_s):
+        outcome.conditions["warnings"] = told
     emit(Event("done", 1.0, message=outcome.status))
     return outcome
+
+
+def _try_twice(
+    job: Job, settings: Settings, outcome: Outcome, emit: Callable[[Event], None], clock: Callable[[], float]
+) -> None:
+    """Run it; and once more where it ended as on broken hardware, and the device works again.
+
+    Raises:
+        TrialError: as `_try`.
+        DeviceError: the GPU does not work, or somebody else is on it, so that the failure says nothing of train.py.
+    """
+    try:
+        return _try(job, settings, outcome, emit, clock)
+    except TrialError as e:
+        if settings.device != "cuda" or e.status not in ("crash", "oom", "timeout"):
+            raise
+        fresh(settings.device, gpu=settings.sandbox.gpu)
+        if e.status != "crash" or not is_machines_fault(e.reason):
+            raise
+        outcome.ledger, outcome.conditions = {}, {"tried_again": e.reason}
+    _try(job, settings, outcome, emit, clock)
 
 
 def _try(
@@ -146,7 +175,9 @@ def _try(
     preset, dataset = settings.preset, settings.dataset
     if reason := problem(job.source):
         raise TrialError("invalid", reason)
-    spec = Spec(preset.name, settings.device, job.seed, dataset.vocab_size, dataset.seq_len)
+    spec = Spec(
+        preset.name, settings.device, job.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
+    )  # fmt: skip
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens)
     train = dataset.rows("train")
@@ -181,6 +212,7 @@ def _try(
         outcome.training_cpu_s = trained.training_cpu_s
         outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
         outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
+        outcome.conditions["feed_late_s"] = trained.feed_late_s
         outcome.mfu_percent = mfu_percent(settings.device, trained.flops_per_token, outcome.tokens_per_s)
         outcome.environment["kernels"] = trained.implementations
     outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
@@ -207,7 +239,9 @@ def evaluated(
 ) -> Evaluation:
     """Score and audit weights as the experiment of `outcome` is scored. Raises TrialError."""
     preset, dataset = settings.preset, settings.dataset
-    spec = Spec(preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len)
+    spec = Spec(
+        preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
+    )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return Evaluator(
         source,
@@ -268,6 +302,7 @@ def summary(outcome: Outcome) -> str:
         ("num_params_M", f"{outcome.num_params / 1e6:.1f}"),
         ("depth", "n/a" if outcome.depth is None else str(outcome.depth)),
     ]
+    rows += [("warning", words) for words in outcome.conditions.get("warnings", [])]
     return "\n".join(["---", *(f"{k + ':':<18}{v}" for k, v in rows)])
 
 

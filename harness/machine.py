@@ -23,6 +23,7 @@ __all__ = [
     "check_device",
     "cpu_name",
     "environment",
+    "gpu_memory_gib",
     "gpus",
     "gpus_at",
     "mfu_percent",
@@ -73,6 +74,16 @@ def gpus() -> list[dict[str, str]]:
     """The NVIDIA GPUs that the driver shows: name, memory, driver. Empty without a driver."""
     rows = nvidia_smi("--query-gpu=name,memory.total,driver_version")
     return [dict(zip(("name", "memory", "driver"), r, strict=False)) for r in rows]
+
+
+def gpu_memory_gib() -> float | None:
+    """Memory of the smallest GPU, as nvidia-smi shows it; None without one, or where it does not say."""
+    sizes = []
+    for gpu in gpus():
+        number, _, unit = gpu.get("memory", "").partition(" ")
+        if unit == "MiB" and number.isdigit():
+            sizes.append(int(number) / 1024)
+    return min(sizes, default=None)
 
 
 def nvidia_smi(query: str) -> list[list[str]]:

@@ -85,7 +85,7 @@ def preflight(
     found = Preflight()
     log = folder / "preflight.txt"
     limits = replace(preset.limits, memory_bytes=min(preset.limits.memory_bytes or MEMORY_BYTES, MEMORY_BYTES))
-    spec = Spec(preset.name, preset.device, 1, vocab_size, seq_len)
+    spec = Spec(preset.name, preset.device, 1, vocab_size, seq_len, preset.batch_divisor)
     policy = replace(
         Policy.of("harness.preflight_child", folder, source, "cpu", limits),
         send_s=min(limits.send_s, timeout_s),

@@ -46,6 +46,7 @@ def child_main(wire: Wire, memories: list[int]) -> None:
         small = PRESETS["laptop"]
         column = spec | {
             "preset": "laptop", "device": "cpu", "vocab_size": small.vocab_size, "seq_len": small.seq_len,
+            "batch_divisor": 1,
         }  # fmt: skip
         _stage(wire, source, "step", functools.partial(_step, column, small.eval_batch_rows), "column")
     wire.send("end")

@@ -57,6 +57,7 @@ class Trained:
     training_s: float = 0.0
     training_cpu_s: float = 0.0
     peak_mb: float = 0.0
+    feed_late_s: float = 0.0  # that the trainer waited for rows, at most
     depth: int | None = None
     flops_per_token: float | None = None
     implementations: dict[str, str] = field(default_factory=dict)
@@ -238,6 +239,7 @@ class Session:
                 if message["kind"] == "log":
                     self._log(message, began)
                 elif message["kind"] == "next":
+                    asked = self._clock()
                     shape = self._shape(message)
                     if shape not in self.budget.charges:
                         raise TrialError("invalid", f"asked for a batch shape that was not declared: {shape}")
@@ -247,12 +249,16 @@ class Session:
                         rows = ready[1] if ready and ready[0] == shape else order.take(shape.rows, shape.seq_len)
                         self._progress = self.budget.charge(shape)
                         self._serve(rows, result.steps % SLOTS, result.steps, self._progress, "train")
+                        served = self._clock()
+                        result.feed_late_s += served - asked
                         result.steps += 1
                         result.tokens += shape.tokens
                         # Shapes of one length draw from one stream, so the next rows can be made ready now.
                         ready = (
                             (shape, order.take(shape.rows, shape.seq_len)) if len(self.budget.charges) == 1 else None
                         )
+                        if self._child.wire.waiting():
+                            result.feed_late_s += self._clock() - served
                 else:
                     return message
                 deadline = min(stop, self._clock() + stall_s)
@@ -303,8 +309,8 @@ class Session:
         if self.result.training_s > allowed_s:
             raise TrialError(
                 "overtime",
-                f"trained for {self.result.training_s:.1f} s; the budget was {self.budget.expected_s:.1f} s and "
-                f"at most {allowed_s:.1f} s are accepted",
+                f"trained for {self.result.training_s:.1f} s ({self.result.feed_late_s:.1f} s of it waiting for rows); "
+                f"the budget was {self.budget.expected_s:.1f} s and at most {allowed_s:.1f} s are accepted",
             )
         if self.spec.device != "cpu":
             return
@@ -340,7 +346,11 @@ class Session:
             raise TrialError("timeout", f"train.py took too long {doing}") from None
         if message["kind"] == "error":
             status = message.get("status")
+            if message.get("peak_mb") is not None:
+                self.result.peak_mb = self._number(message, "peak_mb")
             reason = " ".join(str(message.get("reason", "")).split())[:400]
+            if status == "oom" and self.result.peak_mb:
+                reason += f"; at most {self.result.peak_mb:,.0f} MB were in use"
             raise TrialError(status if status in ("crash", "oom", "nan") else "crash", reason or "no reason given")
         return message
 

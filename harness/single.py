@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from harness.errors import DataError, HotloopError, UsageError
 from harness.experiment import Job, Settings, record, replayed, run_experiment, summary
-from harness.machine import check_device, gpus, threads_default
+from harness.machine import check_device, gpu_memory_gib, gpus, threads_default
 from harness.record import Chain, Lock, Outcome
 from harness.sandbox import best
 from harness.session import Event
-from harness.spec import PRESETS, BudgetRule, preset_named
+from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
 from prepare import default_data_dir, load_dataset
 
 __all__ = [
@@ -47,15 +48,17 @@ def settings_from(
     unsafe: bool = False,
 ) -> Settings:
     """Turn flags into settings. Raises UsageError, DeviceError, DataError or SandboxError, each with what to do."""
+    memory_gib = gpu_memory_gib()
     if preset == "auto":
-        cuda = device == "cuda" or (device == "auto" and bool(gpus()))
-        preset = "h100" if cuda else "laptop"
+        preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else auto_preset(memory_gib)
     chosen = preset_named(preset)
     if device == "auto":
         device = chosen.device if chosen.device == "cpu" or gpus() else "cpu"
         if device != chosen.device:
             raise UsageError(f"the preset {preset} needs a GPU and nvidia-smi shows none; use --preset laptop")
     check_device(device)
+    if device == "cuda":
+        chosen = replace(chosen, batch_divisor=batch_divisor(memory_gib))
     path = Path(data) if data else default_data_dir(chosen.source, chosen.seq_len, chosen.vocab_size)
     if not path.exists():
         raise DataError(f"there is no prepared data at {path}; run: hotloop prepare --preset {preset}")

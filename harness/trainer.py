@@ -21,6 +21,15 @@ __all__ = ["child_main", "failure", "load_train_module", "make_ready", "prepare_
 SOURCE_S = 60.0  # the parent sends train.py and the compile cache right behind the message that says their lengths
 
 
+# Of libraries below torch, and of an exception that a compiler wrapped into one of its own.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
     """Import torch and set it up for repeatable results. Returns the module."""
     import numpy as np
@@ -80,11 +89,20 @@ def failure(e: BaseException) -> tuple[str, str]:
         reason += f" (train.py:{frames[-1].lineno})"
     elif isinstance(e, SyntaxError) and e.lineno:
         reason = f"SyntaxError: {e.msg} (train.py:{e.lineno})"
-    if "OutOfMemoryError" in names or isinstance(e, MemoryError) or "can't allocate memory" in text:
+    if "OutOfMemoryError" in names or isinstance(e, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
         return "oom", reason
     if "NonFiniteLossError" in names:
         return "nan", reason
     return "crash", reason
+
+
+def peak_mb() -> float | None:
+    """The most memory that tensors had on the GPU, MiB; None without one."""
+    torch = sys.modules.get("torch")
+    try:
+        return torch.cuda.max_memory_allocated() / 2**20 if torch and torch.cuda.is_initialized() else None
+    except Exception:  # on its way out because of a device that is lost, perhaps
+        return None
 
 
 def child_main(wire: Wire, memories: list[int]) -> None:
@@ -95,7 +113,7 @@ def child_main(wire: Wire, memories: list[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         status, reason = failure(e)
-        wire.send("error", status=status, reason=reason)
+        wire.send("error", status=status, reason=reason, peak_mb=peak_mb())
         os._exit(1)
 
 

@@ -7,6 +7,7 @@ nothing that it reads here: sizes are capped, every wait has an end, and nothing
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 import time
@@ -62,6 +63,10 @@ class Wire:
         if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
             raise Malformed("a message without a kind")
         return message
+
+    def waiting(self) -> bool:
+        """Whether something has arrived that was not read yet."""
+        return bool(select.select([self._sock], [], [], 0.0)[0])
 
     def recv_bytes(self, count: int, timeout_s: float) -> bytearray:
         """Exactly `count` raw bytes; the caller has capped `count`. Raises Closed or TimedOut."""

@@ -66,7 +66,8 @@ class Synthetic:
         """Write a run and its decision, ended `seconds` after the night began; returns its number."""
         number, self.number = self.number, self.number + 1
         commit = commit or (self.incumbent if kind in ("baseline", "repeat") else f"{number:040x}")
-        reserved = {k: extra.pop(k) for k in ("log_tail", "status", "ledger", "start", "total_s") if k in extra}
+        own = ("log_tail", "status", "ledger", "start", "total_s", "conditions")
+        reserved = {k: extra.pop(k) for k in own if k in extra}
         if outcome:
             gpu = {"name": "NVIDIA H100 80GB HBM3"} if self.device == "cuda" else None
             self.append("experiment", Outcome(**{

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import html.parser
 import http.server
+import io
 import re
 import shutil
 import subprocess
@@ -14,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from nights import Synthetic, loss_curve, realistic, repository
 
 from agent_loop import diffs
+from agent_loop.live import View
+from agent_loop.looking import show_command
 from agent_loop.markup import Label, clip, h, place
 from agent_loop.night import Flight, Night, Run
 from agent_loop.page import write_page
@@ -63,6 +68,27 @@ class Page(html.parser.HTMLParser):
 
     def count(self, name: str, kind: str = "") -> int:
         return sum(t == name and kind in (a.get("class") or "") for t, a in self.tags)
+
+
+def test_a_warning_of_the_conditions_is_in_every_view(
+    night: Synthetic, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "other processes computed on the GPU: 42 <miner>"
+    night.settings()
+    night.run("baseline", "keep", 1.0)
+    night.run("experiment", "discard", 1.1, conditions={"feed_late_s": 0.1, "warnings": [words]})
+    page = page_of(night)
+    assert page.text.count(f"warning: {words}") == 1
+    monkeypatch.chdir(night.chain.path.parents[2])
+    for number, shown in ((1, True), (0, False)):
+        show_command(argparse.Namespace(tag="nov23", experiment=number))
+        assert (f"warning:    {words}" in capsys.readouterr().out) is shown
+    state = state_of(night)
+    out = io.StringIO()
+    with View(Console(file=out, width=200)) as view:
+        for row in state.rows():
+            view.finished(row, state)
+    assert out.getvalue().count(f"warning: {words}") == 1
 
 
 @pytest.fixture

@@ -180,6 +180,28 @@ def test_faults_of_the_machine_are_waited_out(repo: Path, monkeypatch: pytest.Mo
     assert table(repo, "t") == table(repo, "calm")
 
 
+def test_a_gpu_that_stays_lost_ends_the_night_with_its_line_and_nothing_is_lost(
+    repo: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    import agent_loop.loop
+
+    monkeypatch.setattr(agent_loop.loop.Trouble, "__init__", _short_pause)
+    tried: list[int] = []
+
+    def lost(job: Any, settings: Any, on_event: Any) -> Any:
+        if job.number > 1:
+            tried.append(job.number)
+            raise DeviceError("the GPU's memory could not be cleared (cuInit failed); see: nvidia-smi")
+        return scripted.run(job, settings, on_event)
+
+    scripted.drive(repo, "calm", 3)
+    with pytest.raises(DeviceError, match="cuInit failed"):
+        scripted.drive(repo, "t", 3, runner=lost, patience_s=0.5)
+    assert len(tried) > 1 and set(tried) == {2}  # waited for, and the same run again
+    scripted.drive(repo, "t", 3)
+    assert table(repo, "t") == table(repo, "calm")
+
+
 def _short_pause(self: Any, since: float | None = None, pause_s: float = 0.05) -> None:
     self.since, self.pause_s = since, pause_s
 

@@ -169,6 +169,54 @@ def test_what_goes_wrong_in_training_is_a_status(
     assert reason in error.reason
 
 
+def test_garbage_is_collected_between_steps_and_never_in_one(trained: Trained, folder: Path) -> None:
+    """Each step leaves a thousand objects in cycles, one with a tensor: the collector would run in the middle of it."""
+    source = tiny.tiny_source(
+        START=(
+            "import gc, sys, weakref\n"
+            "inside, ran, left, most, frozen = [False], [], [], [0], []\n"
+            "def told(phase, info):\n"
+            "    if phase == 'start' and run._step >= 0: ran.append((inside[0], info['generation']))\n"
+            "gc.callbacks.append(told)"
+        ),
+        STEP=(
+            "inside[0] = True; loss = step(batch)\n"
+            "for i in range(1000):\n"
+            "    cycle = [torch.empty(1) if i == 0 else None]; cycle.append(cycle)\n"
+            "    if i == 0: left.append(weakref.ref(cycle[0]))\n"
+            "most[0] = max(most[0], sum(r() is not None for r in left)); inside[0] = False"
+        ),
+        SUBMIT=(
+            "print('RAN', len(ran), sorted(set(ran)), 'MOST', most[0], 'FROZEN', gc.get_freeze_count() > 10000)\n"
+            "sys.stdout.flush()"
+        ),
+    )
+    result = train(folder, source)
+    assert result.weights == trained.weights
+    (line,) = [x for x in (folder / "log.txt").read_text().splitlines() if x.startswith("RAN")]
+    assert line == f"RAN {result.steps} [(False, 0)] MOST 1 FROZEN True"
+
+
+def test_a_batch_is_the_rows_whole_also_above_two_to_the_fifteenth() -> None:
+    from harness.client import Run
+    from harness.feed import SLOT_BYTES, SLOTS, Ring
+
+    class Memory:
+        map = bytearray(SLOTS * SLOT_BYTES)
+
+    ring = Ring(Memory)  # type: ignore[arg-type]
+    rows = np.random.default_rng(1).integers(0, 1 << 16, (4, 9)).astype(np.uint16)
+    assert rows.max() > 1 << 15
+    ring.put(1, rows)
+    run = Run(Spec("laptop", "cpu", 1, 1 << 16, 8), None, ring)  # type: ignore[arg-type]
+    batch = run._batch({"slot": 1, "progress": 0.5, "step": 3}, 4, 8)
+    ring.put(1, np.zeros_like(rows))  # the parent's next one
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.tokens.is_contiguous() and batch.targets.is_contiguous()
+    np.testing.assert_array_equal(batch.tokens.numpy(), rows[:, :-1])
+    np.testing.assert_array_equal(batch.targets.numpy(), rows[:, 1:])
+
+
 def test_an_exception_says_its_line(folder: Path) -> None:
     source = tiny.tiny_source(START="raise ValueError('broken on purpose')")
     line = source.decode().splitlines().index("    raise ValueError('broken on purpose')") + 1

@@ -1,0 +1,174 @@
+"""The conditions under which an experiment ran: the GPU's clocks, who else was on it, whether the feed kept up.
+
+None of it decides anything; it goes into the record, so that a score that was made under worse conditions can be told
+from a worse train.py. The parent asks nvidia-smi every few seconds, in a thread of its own, outside of the clock's way;
+on a CPU nothing is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+from harness.confine import descendants
+from harness.machine import Gpu, nvidia_smi
+from harness.session import Event
+
+__all__ = ["SLOWED", "Watch", "clock_words", "clocks", "is_machines_fault", "warnings"]
+
+PERIOD_S = 2.5
+# Bits of nvidia-smi's reasons why clocks are not higher. At full load a power cap is the rule, so it is shown only.
+REASONS = {
+    0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
+    0x20: "temperature (software)", 0x40: "temperature (hardware)", 0x80: "power brake", 0x100: "display clocks",
+}  # fmt: skip
+SLOWED = ("hardware slowdown", "temperature (software)", "temperature (hardware)", "power brake")
+CLOCK_SHARE = 0.95  # of the calibration's clock; below that the training was slower than its budget says
+LATE_SHARE, LATE_S = 0.01, 0.5  # of the training, and seconds, that the trainer may wait for its rows
+# What the driver says, through an innocent program, of hardware that failed. Words that a faulty kernel of train.py's
+# causes as well ("unspecified launch failure", "illegal memory access") are not among them.
+_FAULTS = (
+    "uncorrectable ecc", "gpu is lost", "device lost", "fallen off the bus", "hardware stack error", "nvlink",
+    "busy or unavailable", "no cuda-capable device", "system not yet initialized",
+)  # fmt: skip
+
+
+def is_machines_fault(reason: str) -> bool:
+    """Whether a failure's text tells of broken hardware. It is the trainer's word: all that it buys is a second try."""
+    return any(words in reason.lower() for words in _FAULTS)
+
+
+def clocks(gpu: Gpu | None = None) -> dict[str, Any] | None:
+    """What the GPU does now; None where nvidia-smi does not tell.
+
+    Returns:
+        sm_mhz, memory_mhz, reasons (why clocks are not higher) and temperature_c.
+    """
+    for name in ("clocks_event_reasons", "clocks_throttle_reasons"):  # the newer drivers' and the older ones' word
+        rows = nvidia_smi(f"--query-gpu=uuid,clocks.sm,clocks.mem,{name}.active,temperature.gpu")
+        for row in rows:
+            if len(row) != 5 or (gpu is not None and row[0] != gpu.uuid):
+                continue
+            try:
+                bits = int(row[3], 16)
+                numbers = [int(row[i].split()[0]) for i in (1, 2, 4)]
+            except (ValueError, IndexError):  # "[N/A]"
+                continue
+            return {
+                "sm_mhz": numbers[0], "memory_mhz": numbers[1], "temperature_c": numbers[2],
+                "reasons": [words for bit, words in REASONS.items() if bits & bit],
+            }  # fmt: skip
+    return None
+
+
+def clock_words(now: dict[str, Any]) -> str:
+    """One line of what `clocks` found."""
+    held = ", ".join(now["reasons"]) or "nothing"
+    return f"SM {now['sm_mhz']} MHz, memory {now['memory_mhz']} MHz, {now['temperature_c']} C; held back by: {held}"
+
+
+def strangers(gpu: Gpu | None) -> list[str]:
+    """Processes that compute on the GPU and are not below this one, as `pid name`.
+
+    Inside a container nvidia-smi may show pids of another namespace, or of nobody: where none of them is ours, one is
+    taken for the trainer, since nobody computed there when it started.
+    """
+    rows = nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name")
+    rows = [row for row in rows if len(row) > 2 and (gpu is None or row[0] == gpu.uuid)]
+    ours = {str(pid) for pid in (os.getpid(), *descendants(os.getpid()))}
+    others = [" ".join(row[1:]) for row in rows if row[1] not in ours]
+    return others if len(others) < len(rows) or len(others) > 1 else []
+
+
+class Watch:
+    """Looks at the GPU while an experiment runs; a context manager that passes events on and reads the phase off them.
+
+    Args:
+        device: on a CPU there is nothing to look at, and no thread.
+        gpu: the one that is meant, where there are several.
+    """
+
+    def __init__(self, device: str, gpu: Gpu | None, on_event: Callable[[Event], None]) -> None:
+        self._gpu, self._on_event = gpu, on_event
+        self._phase = ""
+        self._seen: list[tuple[str, dict[str, Any]]] = []
+        self._strangers: set[str] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True) if device == "cuda" else None
+
+    def __call__(self, event: Event) -> None:
+        self._phase = event.phase
+        self._on_event(event)
+
+    def __enter__(self) -> Self:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end.set()
+
+    def _look(self) -> None:
+        while not self._end.wait(PERIOD_S):
+            phase = self._phase
+            if phase not in ("calibrate", "train"):
+                continue
+            now, others = clocks(self._gpu), strangers(self._gpu)
+            if phase == self._phase:  # what was seen at a change of phases belongs to neither
+                self._strangers.update(others)
+                if now:
+                    self._seen.append((phase, now))
+
+    def facts(self) -> dict[str, Any]:
+        """What was seen, for the record; empty where nothing was.
+
+        Returns:
+            sm_mhz: medians in the calibration, the training, and its last looks; the least of the training.
+            reasons, temperature_c, others: of all looks.
+        """
+        others, seen = sorted(tuple(self._strangers)), tuple(self._seen)  # the thread may still add to them
+        if not seen:
+            return {"others": others} if others else {}
+        calibrate = [s["sm_mhz"] for phase, s in seen if phase == "calibrate"]
+        train = [s["sm_mhz"] for phase, s in seen if phase == "train"] or calibrate
+        return {
+            "looks": len(seen),
+            "sm_mhz": {
+                "calibrate": statistics.median(calibrate or train[:1]),
+                "train": statistics.median(train),
+                "last": statistics.median(train[-3:]),
+                "least": min(train),
+            },
+            "reasons": sorted({r for _, s in seen for r in s["reasons"]}),
+            "temperature_c": max(s["temperature_c"] for _, s in seen),
+            "others": others,
+        }
+
+
+def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
+    """What to tell the user of an experiment's conditions, one line each; none where all was well.
+
+    Args:
+        conditions: what `Watch.facts` returned, `feed_late_s`, and `tried_again` (the first try's reason) if it was.
+        training_s: seconds of the training, against which the feed's are set.
+    """
+    told = []
+    if sm := conditions.get("sm_mhz"):
+        slow = min(sm["train"], sm["last"])
+        if slow < CLOCK_SHARE * sm["calibrate"]:
+            told.append(f"the GPU's clock fell from {sm['calibrate']:.0f} MHz in the calibration to {slow:.0f} MHz")
+    if held := [r for r in conditions.get("reasons", []) if r in SLOWED]:
+        told.append(f"the GPU was slowed down: {', '.join(held)} (at most {conditions['temperature_c']} C)")
+    if others := conditions.get("others"):
+        told.append(f"other processes computed on the GPU: {'; '.join(others[:3])}")
+    late_s = conditions.get("feed_late_s", 0.0)
+    if late_s > max(LATE_S, LATE_SHARE * training_s):
+        told.append(
+            f"the trainer waited {late_s:.1f} s of {training_s:.1f} s for its rows; is the disk or memory busy?"
+        )
+    if again := conditions.get("tried_again"):
+        told.append(f"it was run twice; the first time it ended as a broken device does: {again}")
+    return told
