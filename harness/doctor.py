@@ -106,13 +106,20 @@ def _conditions() -> Iterator[tuple[str, bool, str]]:
 
 
 def _attention(device: str) -> Iterator[tuple[str, bool, str]]:
-    """Which implementations of attention work here; why not, for the others."""
+    """Which implementations of attention work here, the one that would be taken first; on a GPU also why not others."""
     try:
         attend = importlib.import_module("kernels.attend")
-    except ImportError:  # a version of the kernels without a choice of them, or no torch
+    except ImportError:  # no torch: the line on versions says so
         return
-    for name, reason in attend.backends(device).items():
-        yield "attention", True, f"{name}: {reason or 'works'}"
+    try:
+        able, unable = attend.backends(device)
+    except RuntimeError as e:  # what HOTLOOP_ATTENTION or HOTLOOP_KERNELS asks for cannot run
+        yield "attention", False, str(e)
+        return
+    yield "attention", True, ", ".join([*able, "reference"])
+    if device == "cuda":
+        for name, why in unable.items():
+            yield f"  not {name}", True, why
 
 
 def _sandbox(device: str) -> Iterator[tuple[str, bool, str]]:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from harness.record import Outcome
 from harness.sandbox import Sandbox
 from harness.session import Event, Session
 from harness.spec import PRESETS, Spec
+from kernels import attend
 from prepare import Dataset
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
@@ -257,12 +257,15 @@ def test_the_doctor_tells_preset_clocks_and_strangers(smi: Smi, monkeypatch: pyt
 
 
 def test_the_doctor_asks_the_kernels_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = types.ModuleType("kernels.attend")
-    made.backends = lambda device: {"sdpa": None, "fa3": f"not on {device}"}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kernels.attend", made)
-    assert list(doctor._attention("cpu")) == [
-        ("attention", True, "sdpa: works"), ("attention", True, "fa3: not on cpu")
+    assert list(doctor._attention("cpu")) == [("attention", True, "reference")]
+    plan = attend.Plan("", ("torch", "cudnn"), {"flash3": "not installed"}, {}, {}, "cuda")
+    monkeypatch.setitem(attend._plans, "cuda", plan)
+    assert list(doctor._attention("cuda")) == [
+        ("attention", True, "torch, cudnn, reference"), ("  not flash3", True, "not installed")
     ]  # fmt: skip
+    monkeypatch.setattr(attend, "ASKED", "fast")
+    monkeypatch.setattr(attend, "_plans", {})
+    assert list(doctor._attention("cpu"))[0][:2] == ("attention", False)
 
 
 # ---- the feed
