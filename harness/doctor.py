@@ -113,7 +113,7 @@ def _attention(device: str) -> Iterator[tuple[str, bool, str]]:
         return
     try:
         able, unable = attend.backends(device)
-    except RuntimeError as e:  # what HOTLOOP_ATTENTION or HOTLOOP_KERNELS asks for cannot run
+    except (RuntimeError, AssertionError) as e:  # what is asked for cannot run, or a torch without CUDA beside a GPU
         yield "attention", False, str(e)
         return
     yield "attention", True, ", ".join([*able, "reference"])

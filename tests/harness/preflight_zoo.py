@@ -144,7 +144,7 @@ HONEST: dict[str, Variant] = {
     )),
     "dropout and noise": one(
         "            branch = block.mlp(normed)\n",
-        "            branch = F.dropout(block.mlp(normed), 0.1, self.training)\n"
+        "            branch = nn.functional.dropout(block.mlp(normed), 0.1, self.training)\n"
         "            branch = branch + 0.01 * torch.randn_like(branch) * self.training\n",
     ),
     "an average of the weights, from half of the run": Variant((
@@ -224,7 +224,7 @@ BROKEN: dict[str, Variant] = {
     "a hyperparameter that is gone": one("SCALAR_LR = 0.5 ", "SCALARS_LR = 0.5 "),
     "a wrong dimension in the MLP": one("self.proj = nn.Linear(4 * dim, dim", "self.proj = nn.Linear(3 * dim, dim"),
     "a wrong dimension in the head": one("self.lm_head = nn.Linear(dim, vocab", "self.lm_head = nn.Linear(dim + 1, vocab"),
-    "heads that do not divide": one("unflatten(-1, (3 * self.heads, -1))", "unflatten(-1, (5 * self.heads + 1, -1))"),
+    "heads that do not divide": one("rope_norm(x, weight, cos", "rope_norm(x, weight[3:], cos"),
     "a broadcast that does not fit": Variant((
         ("        self.wte = nn.Embedding", "        self.bias = nn.Parameter(torch.zeros(dim + 3))\n        self.wte = nn.Embedding"),
         ("branch = block.mlp(normed)", "branch = block.mlp(normed) + self.bias"),
@@ -232,7 +232,7 @@ BROKEN: dict[str, Variant] = {
     "a concatenation that does not fit": one("            branch = block.mlp(normed)\n", "            branch = torch.cat((block.mlp(normed), x[:, 1:]), -1)\n"),
     "a view that does not fit": one("            branch = block.mlp(normed)\n", "            branch = block.mlp(normed).view(-1, 7, 11)\n"),
     "keys of another length": one(
-        "kernels.attention(q, k, v, window)", "F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2)[..., 1:], v.transpose(1, 2)).transpose(1, 2)"
+        "kernels.attention(q, k, v, window)", "nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2)[..., 1:], v.transpose(1, 2)).transpose(1, 2)"
     ),
     "a missing argument": one("build_optimizer(model, hp, compiled=on_gpu)", "build_optimizer(model, compiled=on_gpu)"),
     "an argument that is not known": one("build_optimizer(model, hp, compiled=on_gpu)", "build_optimizer(model, hp, compile=on_gpu)"),
@@ -240,7 +240,7 @@ BROKEN: dict[str, Variant] = {
     "too many arguments": one("self.hidden(tokens), self.lm_head.weight", "self.hidden(tokens, targets), self.lm_head.weight"),
     "indices of a wrong type": one(
         "        x = x0 = kernels.rms_norm(kernels.embedding(tokens, self.wte.weight, order))\n",
-        "        x = x0 = kernels.rms_norm(F.embedding(tokens.float(), self.wte.weight))\n",
+        "        x = x0 = kernels.rms_norm(nn.functional.embedding(tokens.float(), self.wte.weight))\n",
     ),
     "a batch that does not divide": Variant((("TOTAL_BATCH_SIZE = 2**19", "TOTAL_BATCH_SIZE = 2**19 + 2**15"), ("TOTAL_BATCH_SIZE=2**10", "TOTAL_BATCH_SIZE=2**10 + 2**8"))),
     "a batch of no row": Variant((("TOTAL_BATCH_SIZE = 2**19", "TOTAL_BATCH_SIZE = 2**9"), ("TOTAL_BATCH_SIZE=2**10", "TOTAL_BATCH_SIZE=2**5"))),

@@ -265,7 +265,7 @@ def test_the_doctor_asks_the_kernels_for_their_attention(monkeypatch: pytest.Mon
     ]  # fmt: skip
     monkeypatch.setattr(attend, "ASKED", "fast")
     monkeypatch.setattr(attend, "_plans", {})
-    assert list(doctor._attention("cpu"))[0][:2] == ("attention", False)
+    assert next(iter(doctor._attention("cpu")))[:2] == ("attention", False)
 
 
 # ---- the feed
