@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -284,6 +285,13 @@ def test_kernels_are_grouped_by_their_names() -> None:
         assert group_of(name) == group, name
 
 
+@pytest.fixture
+def no_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile imports its train.py under that name, in this process; the tests after this one want their own."""
+    monkeypatch.setitem(sys.modules, "train", ModuleType("train"))
+
+
+@pytest.mark.usefixtures("no_train")
 def test_a_step_of_train_py_is_profiled() -> None:
     found = profile_step(ROOT / "train.py", "laptop")
     assert found["tokens"] == 4096
@@ -291,6 +299,7 @@ def test_a_step_of_train_py_is_profiled() -> None:
     assert 0 < sum(found["groups"].values()) < 10 * found["step_s"]
 
 
+@pytest.mark.usefixtures("no_train")
 def test_a_train_py_without_a_warm_up_has_no_step(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     path.write_text("def build_model(spec): pass\ndef train(run): pass\n")

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+import train
+from bench import baseline
 from harness import Batch, conditions, doctor, experiment, machine, single
 from harness.budget import Budget
 from harness.conditions import Watch, clock_words, clocks, is_machines_fault, strangers, warnings
@@ -206,8 +208,6 @@ def test_the_preset_follows_the_gpus_memory(
 
 def test_a_smaller_gpu_takes_fewer_rows_a_pass_and_as_many_tokens_a_step() -> None:
     """The step that train.py hands to the warm-up, at the laptop's size: how often the model runs, on how many rows."""
-    import train
-    from bench.baseline import train as plain
 
     class Once:
         """A run that makes one step and ends."""
@@ -221,7 +221,7 @@ def test_a_smaller_gpu_takes_fewer_rows_a_pass_and_as_many_tokens_a_step() -> No
             self.loss = float(step(Batch(tokens, tokens, 0.0, 0)))
             raise StopIteration
 
-    for loop in (train.train, plain):
+    for loop in (train.train, baseline.train):
         losses = []
         for divisor in (1, 2, 4):
             torch.manual_seed(1)
