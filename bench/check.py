@@ -67,25 +67,32 @@ def call(command: list[str], limit_s: float, log: Path, env: dict[str, str] | No
 
 
 def run_kernels(
-    out: Path, limit_s: float, log: Path, operators: list[str], more: list[str], env: dict[str, str] | None = None
+    out: Path,
+    limit_s: float,
+    log: Path,
+    operators: list[str],
+    more: list[str],
+    env: dict[str, str] | None = None,
+    apart: bool = True,
 ) -> int:
     """Run the kernel benchmarks of some operators (all for []) into `out`; 0 when every one passed.
 
-    Each operator gets a process of its own, since a kernel that faults takes the device's context with it. Those with a
-    kernel of ours come first; what is not begun after `limit_s` is left out.
+    Each operator gets a process of its own (`apart`), since a kernel that faults takes the device's context with it.
+    Those with a kernel of ours come first; what is not begun after `limit_s` is left out.
     """
     deadline = time.monotonic() + limit_s
-    wanted = [op for op in OPERATORS.values() if not operators or op.name in operators]
+    wanted = [op.name for op in sorted(OPERATORS.values(), key=lambda op: not op.module)]
+    wanted = [name for name in wanted if not operators or name in operators]
     body: dict[str, Any] = {}
     worst = 0
     with tempfile.TemporaryDirectory() as scratch, open(log, "wb") as whole:
-        for op in sorted(wanted, key=lambda op: not op.module):
+        for names in [[name] for name in wanted] if apart else [wanted]:
             left = max(0.01, deadline - time.monotonic())
-            part, text = Path(scratch) / f"{op.name}.json", Path(scratch) / f"{op.name}.log"
+            part, text = Path(scratch) / f"{names[0]}.json", Path(scratch) / f"{names[0]}.log"
             command = [
                 sys.executable, "-m", "pytest", "-c", "bench/pytest.ini", "-q", "-rsf", "bench/bench_kernels.py",
                 "--benchmark-only", "-p", "no:cacheprovider", f"--benchmark-json={part}",
-                f"--operator={op.name}", f"--deadline={left}", *more,
+                *(f"--operator={name}" for name in names), f"--deadline={left}", *more,
             ]  # fmt: skip
             code, _ = call(command, left + GRACE_S, text, env)
             whole.write(text.read_bytes())
@@ -273,7 +280,7 @@ def smoke(out: Path, say: Callable[[str], None] = print) -> int:
     env = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as scratch:
         log, raw = Path(scratch) / "log", Path(scratch) / "kernels.json"
-        code = run_kernels(raw, 400, log, [], [], env)
+        code = run_kernels(raw, 400, log, [], [], env, apart=False)
         if code or not raw.exists():
             raise HotloopError("the rig is broken: " + " / ".join(tail(log, 6)))
         out.write_bytes(raw.read_bytes())

@@ -206,8 +206,11 @@ def test_the_preset_follows_the_gpus_memory(
     assert dataclasses.replace(found.preset, batch_divisor=1) == PRESETS[preset]
 
 
-def test_a_smaller_gpu_takes_fewer_rows_a_pass_and_as_many_tokens_a_step() -> None:
-    """The step that train.py hands to the warm-up, at the laptop's size: how often the model runs, on how many rows."""
+def test_a_smaller_gpu_takes_fewer_rows_a_pass_and_as_many_tokens_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that train.py hands to the warm-up, of a small model: how often the model runs, on how many rows."""
+    small = dict(DEPTH=2, ASPECT_RATIO=8, HEAD_DIM=8, GATE_CHANNELS=4)
+    for module in (train, baseline):
+        monkeypatch.setattr(module, "LAPTOP", module.LAPTOP | small)
 
     class Once:
         """A run that makes one step and ends."""

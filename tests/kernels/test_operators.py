@@ -24,7 +24,8 @@ INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 # "baseline" is a size for a GPU; "long" keeps what is long about it (a vocabulary, a row) with few rows.
 SMALL = ("odd", "tiny", "long")
 FEW = {"M": 3, "B": 1, "T": 260}
-FEW_OF = {"embedding": {"V": 300}}  # the interpreter runs a program for each token
+# The interpreter runs a program for each token, and for each tile of the logits.
+FEW_OF = {"embedding": {"V": 300}, "softcap_linear_cross_entropy": {"V": 8200}}
 CPU = torch.device("cpu")
 
 
