@@ -209,44 +209,12 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, about: [N, rows, cols], in g's dtype."""
-    x = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    tall = g.size(-2) > g.size(-1)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
-        poly = b * gram + c * (gram @ gram)
-        x = a * x + (x @ poly if tall else poly @ x)
-    return x
-
-
-def muon_update(
-    p: Tensor, grad: Tensor, buffer: Tensor, second: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor, beta2: float
-) -> Tensor:
-    """Muon over a stack of equal matrices [N, rows, cols]; updates the buffers in place and returns the new p.
-
-    Nesterov momentum, orthogonalisation, variance reduction along the longer side (NorMuon: each row or column is
-    divided by its running deviation, the whole keeps its norm), and decay only where it agrees with the step.
-    """
-    buffer.lerp_(grad, 1 - momentum)
-    g = torch.lerp(grad, buffer, momentum)
-    g = orthogonalize(g.bfloat16() if g.is_cuda else g)
-    side = -1 if p.size(-2) >= p.size(-1) else -2
-    mean = g.float().square().mean(dim=side, keepdim=True)
-    norm = mean.sum(dim=(-2, -1), keepdim=True).sqrt()
-    second.lerp_(mean.to(second.dtype), 1 - beta2)
-    scale = second.clamp_min(1e-10).rsqrt()
-    scaled_norm = (mean * scale.float().square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-    g = g * (scale * (norm / scaled_norm.clamp_min(1e-10))).to(g.dtype)
-    return p - lr * g - lr * decay * p * (g * p >= 0)
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """Groups carry `kind` ("muon" or "adamw") and `base_lr`; `set_schedule` turns it into `lr`."""
 
     def __init__(self, groups: list[dict], compiled: bool) -> None:
         super().__init__(groups, {})
-        self.muon_update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
+        self.compiled = compiled
 
     def set_schedule(self, lr_scale: float, momentum: float, decay: float) -> None:
         for group in self.param_groups:
@@ -258,9 +226,13 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         if adamw := [g for g in self.param_groups if g["kind"] == "adamw"]:
             self._adamw(adamw)
-        for group in self.param_groups:
-            if group["kind"] == "muon":
-                self._muon(group)
+        if muon := [g for g in self.param_groups if g["kind"] == "muon"]:
+            self._muon(muon)
+
+    @staticmethod
+    def _to_device(rates: list[tuple[float, ...]], device: torch.device) -> Tensor:
+        """Without waiting for the device."""
+        return torch.tensor(rates, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def _adamw(self, groups: list[dict]) -> None:
         """All groups in one launch."""
@@ -276,24 +248,28 @@ class MuonAdamW(torch.optim.Optimizer):
                 params.append(p)
                 hyper.append((group["lr"], beta1, beta2, group["eps"], *correction))
         ms, vs = ([self.state[p][name] for p in params] for name in "mv")
-        rates = torch.tensor(hyper, pin_memory=params[0].is_cuda).to(params[0].device, non_blocking=True)
-        kernels.adamw_(params, [p.grad for p in params], ms, vs, rates)
+        kernels.adamw_(params, [p.grad for p in params], ms, vs, self._to_device(hyper, params[0].device))
 
-    def _muon(self, group: dict) -> None:
-        params = group["params"]
-        rows, cols = params[0].shape
-        state = self.state[params[0]]
-        if not state:
-            side = (rows, 1) if rows >= cols else (1, cols)
-            state["buffer"] = params[0].new_zeros(len(params), rows, cols)
-            state["second"] = params[0].new_zeros(len(params), *side)
-        grads = torch.stack([p.grad for p in params])
-        lr, decay, momentum = (torch.tensor(x) for x in (group["lr"], group["decay"], group["momentum"]))
-        new = self.muon_update(
-            torch.stack(list(params)), grads, state["buffer"], state["second"],
-            lr * max(1.0, rows / cols) ** 0.5, decay, momentum, group["beta2"],
-        )  # fmt: skip
-        torch._foreach_copy_(params, list(new.unbind(0)))
+    def _muon(self, groups: list[dict]) -> None:
+        """Each group is a bank of equal matrices: orthogonalised momentum, variance reduction, cautious decay."""
+        hyper = []
+        for group in groups:
+            rows, cols = group["params"][0].shape
+            lr = group["lr"] * max(1.0, rows / cols) ** 0.5
+            hyper.append((lr, group["decay"], group["momentum"], 1 - group["beta2"]))
+        rates = self._to_device(hyper, groups[0]["params"][0].device)
+        for group, row in zip(groups, rates.unbind(), strict=True):
+            params = group["params"]
+            state = self.state[params[0]]
+            if not state:
+                rows, cols = params[0].shape
+                side = (rows, 1) if rows >= cols else (1, cols)
+                state["buffer"] = params[0].new_zeros(len(params), rows, cols)
+                state["second"] = params[0].new_zeros(len(params), *side)
+            kernels.muon_(
+                params, [p.grad for p in params], state["buffer"], state["second"], row, POLAR_EXPRESS,
+                dtype=torch.bfloat16 if params[0].is_cuda else None, compiled=self.compiled,
+            )  # fmt: skip
 
 
 def build_optimizer(model: GPT, hp: SimpleNamespace, compiled: bool) -> MuonAdamW:
@@ -309,7 +285,7 @@ def build_optimizer(model: GPT, hp: SimpleNamespace, compiled: bool) -> MuonAdam
     ]
     muon = dict(kind="muon", base_lr=hp.MATRIX_LR, beta2=hp.MUON_BETA2)
     matrices = list(model.blocks.parameters())
-    for shape in sorted({p.shape for p in matrices}):  # equal shapes are updated as one stack
+    for shape in sorted({p.shape for p in matrices}):  # equal shapes are updated as one bank
         groups.append(dict(muon, params=[p for p in matrices if p.shape == shape]))
     return MuonAdamW(groups, compiled)
 

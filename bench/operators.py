@@ -2,9 +2,9 @@
 file.
 
 Each entry names a public function of `kernels`; its reference has the same name and signature. Sizes are letters: B
-batch, T time, D model, H heads, G key-value heads, K head dim, N outputs, M rows, V vocab, W window. Bytes count each
-input read once and each output written once (what an ideal kernel moves); operations count matrix products, as 2 a
-multiply-add.
+batch, T time, D model, H heads, G key-value heads, K head dim, N outputs, M rows, V vocab, W window, L matrices of R
+rows and C columns. Bytes count each input read once and each output written once (what an ideal kernel moves);
+operations count matrix products, as 2 a multiply-add.
 """
 
 from __future__ import annotations
@@ -141,6 +141,14 @@ def _by_head(x: Tensor, args: list[Any]) -> Tensor:
 
 
 NONE = _costs(lambda s: 0.0, lambda s: 0.0)
+# Five polynomials that send singular values to 1 (Amsel et al. 2025, arXiv:2505.16932).
+_POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 _BTD = {
     "baseline": {"B": 128, "T": 2048, "D": 512},
     "odd": {"B": 3, "T": 37, "D": 200},
@@ -300,6 +308,49 @@ OPERATORS = {
             flops=NONE,
             module="kernels.adamw",
             torch_ops=("adamw_",),
+        ),
+        Operator(
+            name="muon_",
+            # The first gives the products' type. A large step and a small decay: what is judged is the update, and few
+            # of the elements whose sign decides their decay are near 0.
+            make=lambda s, dtype, device: [
+                torch.empty((), dtype=dtype, device=device),
+                _randn(s["L"], s["R"], s["C"], dtype=FP32, device=device, std=0.01),
+                _randn(s["L"], s["R"], s["C"], dtype=FP32, device=device),
+                _randn(s["L"], s["R"], s["C"], dtype=FP32, device=device, std=0.1),
+                torch.rand(s["L"], *((s["R"], 1) if s["R"] >= s["C"] else (1, s["C"])), device=device) / s["R"],
+                torch.tensor([1.0, 0.01, 0.9, 0.05], device=device),
+            ],
+            call=lambda function, like, p, g, m, v, hyper: function(
+                list(p.unbind()), list(g.unbind()), m, v, hyper, _POLAR_EXPRESS, like.dtype
+            ),
+            shapes={
+                "baseline": {"L": 32, "R": 512, "C": 512},
+                "baseline tall": {"L": 8, "R": 2048, "C": 512},
+                "baseline wide": {"L": 8, "R": 512, "C": 2048},
+                "odd": {"L": 3, "R": 37, "C": 29},
+                "odd wide": {"L": 2, "R": 70, "C": 135},
+                "long": {"L": 2, "R": 8192, "C": 1024},
+                "tiny": {"L": 1, "R": 1, "C": 8},
+            },
+            tolerance={
+                BF16: Tolerance(
+                    6e-2, "five polynomials in bf16 multiply what a small singular value lost by up to 970"
+                ),
+                FP32: Tolerance(1e-4, "five polynomials multiply what a small singular value lost by up to 970"),
+            },
+            gradients=(),
+            rows=(1, 2, 3, 4),
+            mutates=(1, 3, 4),
+            # g, m and p in, m and p out, all fp32
+            bytes=_costs(lambda s: 20.0 * s["L"] * s["R"] * s["C"], lambda s: 0.0),
+            # the reference's: symmetric products need little more than half of two of the three
+            flops=_costs(
+                lambda s: 5.0 * s["L"] * min(s["R"], s["C"]) ** 2 * (4 * max(s["R"], s["C"]) + 2 * min(s["R"], s["C"])),
+                lambda s: 0.0,
+            ),
+            module="kernels.muon",
+            torch_ops=("muon_",),
         ),
         Operator(
             name="rms_norm",

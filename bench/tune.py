@@ -26,7 +26,7 @@ from bench import device as dev
 from bench.accuracy import fresh, outputs, upstream
 from bench.operators import OPERATORS
 from harness.errors import UsageError
-from kernels import flash, linear_qkv, mlp, qkv, residual_norm, token_embedding, tuning
+from kernels import flash, linear_qkv, mlp, muon, qkv, residual_norm, token_embedding, tuning
 from kernels import linear_cross_entropy as lce
 from kernels import softcap_cross_entropy as ce
 
@@ -106,6 +106,21 @@ def _attention(kernel: str) -> Iterator[Candidate]:
                 yield Candidate(kernel, key, default, flash.search_space(kernel), work)
 
 
+def _muon() -> Iterator[Candidate]:
+    """Both symmetric products of an iteration: many square matrices, and few tall ones."""
+    for matrices, rows, cols in ((32, 512, 512), (8, 2048, 512)):
+        y = torch.randn(matrices, rows, cols, device=dev.device())
+        partial = y.square().view(matrices, muon.CHUNKS, -1).sum(-1)
+        y = y.bfloat16()
+
+        def work(y: Any = y, partial: Any = partial, tall: bool = rows > cols) -> list[torch.Tensor]:
+            gram = muon.product(y, partial, tall)
+            return [gram, muon.product(gram, None, b=-2.8, c=0.5)]
+
+        key = muon.config_key(matrices, min(rows, cols), False)
+        yield Candidate("muon_product", key, muon.default_config(key), muon.search_space(), work)
+
+
 KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
     "softcap_cross_entropy": _softcap_cross_entropy,
     "exp_product": lambda: _operator("softcap_linear_cross_entropy", "exp_product", lce, "exp", lambda s: ("16 bit",)),
@@ -118,6 +133,7 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
     ),
     "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit",)),
     "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
+    "muon_product": _muon,
     "attention_forward": lambda: _attention("attention_forward"),
     "attention_dq": lambda: _attention("attention_dq"),
     "attention_dkdv": lambda: _attention("attention_dkdv"),

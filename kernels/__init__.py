@@ -15,6 +15,7 @@ from kernels.dispatch import KernelError, implementations
 from kernels.linear_cross_entropy import softcap_linear_cross_entropy
 from kernels.linear_qkv import linear_qkv_rope_norm
 from kernels.mlp import mlp_relu2
+from kernels.muon import muon_
 from kernels.qkv import qkv_rope_norm
 from kernels.reference import apply_rope_norm, rms_norm
 from kernels.residual_norm import residual_rms_norm
@@ -32,6 +33,7 @@ __all__ = [
     "implementations",
     "linear_qkv_rope_norm",
     "mlp_relu2",
+    "muon_",
     "qkv_rope_norm",
     "residual_rms_norm",
     "rms_norm",

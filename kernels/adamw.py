@@ -23,7 +23,7 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-__all__ = ["adamw_", "compile_cases"]
+__all__ = ["adamw_", "addresses", "compile_cases"]
 
 BLOCK, WARPS = 4096, 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -102,7 +102,7 @@ def _layout(
 
 
 @functools.lru_cache(maxsize=64)
-def _addresses(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def addresses(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """The table of addresses. The allocator gives most steps the same, and a captured graph always has the same: then
     nothing is copied.
     """
@@ -114,7 +114,7 @@ def _op(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Te
     device = params[0].device
     size, kind, chunk = _layout(tuple(p.numel() for p in params), tuple(p.dtype for p in params), device)
     fours = zip(params, grads, ms, vs, strict=True)
-    address = _addresses(tuple(tuple(t.data_ptr() for t in four) for four in fours), device)
+    address = addresses(tuple(tuple(t.data_ptr() for t in four) for four in fours), device)
     if len(chunk):
         _adamw_kernel[(len(chunk),)](address, size, kind, chunk, hyper, BLOCK=BLOCK, num_warps=WARPS)
 

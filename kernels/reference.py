@@ -5,6 +5,9 @@ Shapes: B batch, T time, D model, H heads, K head dim, V vocab, M = B*T.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +19,7 @@ __all__ = [
     "embedding",
     "linear_qkv_rope_norm",
     "mlp_relu2",
+    "muon_",
     "qkv_rope_norm",
     "residual_rms_norm",
     "rms_norm",
@@ -130,6 +134,80 @@ def adamw_(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list
         m.add_((g - m) * (1 - b1))
         v.add_((g.square() - v) * (1 - b2))
         p.sub_((lr / c1) * (m / ((v / c2).sqrt() + eps)))
+
+
+def orthogonalize(g: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The nearest semi-orthogonal matrix, about: x <- a x + b (x x^T) x + c (x x^T)^2 x. [N, rows, cols], g's dtype."""
+    x: Tensor = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    tall = g.size(-2) > g.size(-1)
+    for a, b, c in polynomials:
+        gram = x.mT @ x if tall else x @ x.mT
+        poly = b * gram + c * (gram @ gram)
+        x = a * x + (x @ poly if tall else poly @ x)
+    return x
+
+
+def _muon_update(
+    p: Tensor,
+    grad: Tensor,
+    buffer: Tensor,
+    second: Tensor,
+    hyper: Tensor,
+    polynomials: Sequence[tuple[float, float, float]],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Muon over a bank of matrices [N, rows, cols]; updates the two buffers in place and returns the new p."""
+    lr, decay, momentum, weight = hyper.unbind()
+    buffer.lerp_(grad, 1 - momentum)
+    g = torch.lerp(grad, buffer, momentum)
+    g = orthogonalize(g.to(dtype), polynomials)
+    wide = g if g.dtype == torch.float64 else g.float()
+    side = -1 if p.size(-2) >= p.size(-1) else -2
+    mean = wide.square().mean(dim=side, keepdim=True)
+    norm = mean.sum(dim=(-2, -1), keepdim=True).sqrt()
+    second.lerp_(mean.to(second.dtype), weight)
+    scale = second.clamp_min(1e-10).rsqrt()
+    scaled_norm = (mean * scale.to(mean.dtype).square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    g = g * (scale * (norm / scaled_norm.clamp_min(1e-10))).to(g.dtype)
+    new: Tensor = p - lr * g - lr * decay * p * (g * p >= 0)
+    return new
+
+
+@functools.cache
+def _compiled_muon_update() -> Callable[..., Tensor]:
+    made: Callable[..., Tensor] = torch.compile(_muon_update, dynamic=False, fullgraph=True)
+    return made
+
+
+@torch.no_grad()
+def muon_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffer: Tensor,
+    second: Tensor,
+    hyper: Tensor,
+    polynomials: Sequence[tuple[float, float, float]],
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
+) -> None:
+    """One Muon step of N equal matrices, in place.
+
+    Nesterov momentum, orthogonalisation, variance reduction along the longer side (NorMuon: each row or column is
+    divided by its running deviation, the whole keeps its norm), and decay only where it agrees with the step.
+
+    Args:
+        params, grads: lists of N matrices [rows, cols].
+        buffer: [N, rows, cols], the momentum.
+        second: the running mean of squares: [N, rows, 1] where rows >= cols, else [N, 1, cols].
+        hyper: [4]: lr, decay, momentum, 1 - beta2.
+        polynomials: (a, b, c) of each iteration that sends the singular values to 1.
+        dtype: of the orthogonalisation; None for the gradients' own.
+        compiled: let torch.compile fuse the update, as is worth its time on a GPU.
+    """
+    update = _compiled_muon_update() if compiled else _muon_update
+    p, grad = torch.stack(list(params)), torch.stack(list(grads))
+    new = update(p, grad, buffer, second, hyper, tuple(polynomials), dtype or grad.dtype)
+    torch._foreach_copy_(list(params), list(new.unbind(0)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -24,8 +24,8 @@ INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 # "baseline" is a size for a GPU; "long" keeps what is long about it (a vocabulary, a row) with few rows.
 SMALL = ("odd", "tiny", "long")
 FEW = {"M": 3, "B": 1, "T": 260}
-# The interpreter runs a program for each token, and for each tile of the logits.
-FEW_OF = {"embedding": {"V": 300}, "softcap_linear_cross_entropy": {"V": 8200}}
+# The interpreter runs a program for each token, and for each tile of a product.
+FEW_OF = {"embedding": {"V": 300}, "muon_": {"R": 150, "C": 70}, "softcap_linear_cross_entropy": {"V": 8200}}
 CPU = torch.device("cpu")
 
 
@@ -121,7 +121,8 @@ for shape, sizes in {sizes}.items():
         args = op.make(sizes, dtype, torch.device("cpu"))
         for variant in ("", *op.variants):
             # The interpreter multiplies the bits of bfloat16 in tl.dot; an fp16 sum of exp(15) is out of its range.
-            products = op.name in ("mlp_relu2", "attention", "linear_qkv_rope_norm") and dtype == torch.bfloat16
+            unserved = ("mlp_relu2", "attention", "linear_qkv_rope_norm", "muon_")
+            products = op.name in unserved and dtype == torch.bfloat16
             if products or (variant == "exp" and dtype != torch.float32):
                 continue
             for errors in check(op, args, op.bind(kernels, variant), loose=loose):
@@ -173,6 +174,10 @@ samples = {
     "mlp_relu2": [(x, w, randn(9, 33))],
     "mlp_relu2_dpre": [(torch.randn(12, 9), torch.randn(9, 33), torch.rand(12, 33))],
     "adamw_": [(*lists, torch.rand(2, 6))],
+    "muon_": [
+        ([m[0], m[1]], [m[2], m[3]], torch.rand(2, *m.shape[1:]), second, torch.rand(4), [3.0, -3.0, 1.0] * 2, m.dtype)
+        for m, second in ((torch.randn(4, 5, 3), torch.rand(2, 5, 1)), (torch.randn(4, 3, 5), torch.rand(2, 1, 5)))
+    ],
     "attention": [(aq, ak, ak, 3, "triton", None, None, None), (aq, ak, ak, 9, "triton", *cuts)],
     "attention_backward": [
         (do, aq.detach(), ak.detach(), ak.detach(), do, torch.rand(2, 4, 6), w, "triton", *c)
@@ -210,6 +215,8 @@ class All(nn.Module):
         with torch.no_grad():
             lists = [self.lam.detach() + 0], [x[0, 0, :2]], [x[0, 1, :2] + 0], [x[0, 2, :2].square()]
             kernels.adamw_(*lists, torch.rand(1, 6))
+            bank = [x.detach()[0] + 0, x.detach()[1] + 0]
+            kernels.muon_(bank, [x[1], x[0]], x + 0, x[:, :1].square(), torch.rand(4), [(3.0, -3.0, 1.0)])
         with torch.no_grad():
             kernels.softcap_cross_entropy_((x.detach() @ self.table.T).flatten(0, 1), targets.flatten())
         return kernels.softcap_linear_cross_entropy(x, self.table, targets)
