@@ -31,7 +31,7 @@ class Variant:
 # Two blocks instead of eight, one micro-batch, one polynomial: what is found does not depend on that, and a variant takes a second.
 SMALLER: Edits = (
     ("DEVICE_BATCH_SIZE = 128 ", "DEVICE_BATCH_SIZE = 256 "),
-    ("in POLAR_EXPRESS:", "in POLAR_EXPRESS[:1]:"),
+    ("row, POLAR_EXPRESS,", "row, POLAR_EXPRESS[:1],"),
     ("DEPTH = 8 ", "DEPTH = 2 "),
     ("    DEPTH=4,\n", "    DEPTH=2,\n"),
     (
