@@ -96,7 +96,7 @@ class Attention(nn.Module):
         gate = None if self.gate is None else self.gate(x[..., : self.gate_channels])  # [B, T, H], 0 at the start
         ve = None if ve is None else ve.unflatten(-1, (self.heads, -1))
         q, k, v = kernels.linear_qkv_rope_norm(x, weight, cos, sin, self.heads, ve, gate)  # [B, T, H, K] each
-        return self.proj(kernels.attention(q, k, v, window).flatten(2))
+        return kernels.linear(kernels.attention(q, k, v, window).flatten(2), self.proj.weight)
 
 
 class MLP(nn.Module):

@@ -353,6 +353,34 @@ OPERATORS = {
             torch_ops=("muon_",),
         ),
         Operator(
+            name="linear",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
+                _randn(s["N"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "N": 512},
+                "baseline wide": {"B": 128, "T": 2048, "D": 512, "N": 2048},
+                "baseline narrow": {"B": 128, "T": 2048, "D": 2048, "N": 512},
+                "baseline qkv": {"B": 128, "T": 2048, "D": 512, "N": 1536},
+                "odd": {"B": 3, "T": 370, "D": 200, "N": 72},
+                "long": {"B": 4, "T": 65536, "D": 512, "N": 2048},
+                "tiny": {"B": 1, "T": 1, "D": 16, "N": 8},
+            },
+            tolerance=PRODUCTS,
+            gradients=(0, 1),
+            rows=(0,),
+            bytes=_costs(
+                lambda s: 2.0 * (s["B"] * s["T"] * (s["D"] + s["N"]) + s["N"] * s["D"]),
+                lambda s: 2.0 * (s["B"] * s["T"] * (2 * s["D"] + 2 * s["N"]) + 2 * s["N"] * s["D"]),
+            ),
+            flops=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
+            ),
+            module="kernels.weight_gradient",
+            torch_ops=("linear", "weight_gradient"),
+        ),
+        Operator(
             name="rms_norm",
             make=lambda s, dtype, device: [_randn(s["B"], s["T"], s["D"], dtype=dtype, device=device)],
             shapes=_BTD,

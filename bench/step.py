@@ -38,12 +38,16 @@ __all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step", "step_of", "sw
 # Device kernels (or CPU operators) by name; the first pattern that matches.
 GROUPS = (
     ("attention", r"flash|fmha|attention|sdpa|flex|softmax"),
-    ("loss", r"softcap|cross_entropy|nll_loss|log_softmax|logsumexp"),
-    ("matrix products", r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm)|_mm_|splitK"),
-    ("embedding", r"embedding|index_put|indexing_backward|radix|aten::index"),
+    ("loss", r"softcap|cross_entropy|exp_product|_finish_kernel|nll_loss|log_softmax|logsumexp"),
     ("optimizer", r"multi_tensor|foreach|lerp|adamw|muon"),
+    (
+        "matrix products",
+        r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm|linear)|_mm_|splitK|_product_kernel|linear_qkv"
+        r"|weight_gradient|sum_parts",
+    ),
+    ("embedding", r"embedding|index_put|indexing_backward|radix|aten::index"),
     ("copies", r"memcpy|memset|copy_|aten::(stack|cat)|CatArray"),
-    ("fused elementwise", r"triton_"),
+    ("fused elementwise", r"triton_|_residual_norm_|_qkv_(forward|backward)_kernel"),
 )
 # Of the baseline architecture: MFLOP and KB of ideal traffic a token, all layers, forward and backward, everything
 # fused that can be. Estimates from counting bytes and operations; times come from this machine's own ceilings.

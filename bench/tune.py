@@ -26,7 +26,7 @@ from bench import device as dev
 from bench.accuracy import fresh, outputs, upstream
 from bench.operators import OPERATORS
 from harness.errors import UsageError
-from kernels import flash, linear_qkv, mlp, muon, qkv, residual_norm, token_embedding, tuning
+from kernels import flash, linear_qkv, mlp, muon, qkv, residual_norm, token_embedding, tuning, weight_gradient
 from kernels import linear_cross_entropy as lce
 from kernels import softcap_cross_entropy as ce
 
@@ -106,6 +106,19 @@ def _attention(kernel: str) -> Iterator[Candidate]:
                 yield Candidate(kernel, key, default, flash.search_space(kernel), work)
 
 
+def _weight_gradient() -> Iterator[Candidate]:
+    """At every shape of the baseline: the projections, the MLP, QKV, the language model's head."""
+    m = 128 * 2048
+    for n, d in ((512, 512), (2048, 512), (512, 2048), (1536, 512), (8192, 512)):
+        dy, x = (torch.randn(m, width, device=dev.device()).bfloat16() for width in (n, d))
+
+        def work(dy: Any = dy, x: Any = x) -> list[torch.Tensor]:
+            return [torch.ops.hotloop.weight_gradient(dy, x)]
+
+        key = weight_gradient.config_key(n, d)
+        yield Candidate("weight_gradient", key, weight_gradient.default_config(), weight_gradient.search_space(), work)
+
+
 def _muon() -> Iterator[Candidate]:
     """Both symmetric products of an iteration: many square matrices, and few tall ones."""
     for matrices, rows, cols in ((32, 512, 512), (8, 2048, 512)):
@@ -133,6 +146,7 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
     ),
     "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit",)),
     "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
+    "weight_gradient": _weight_gradient,
     "muon_product": _muon,
     "attention_forward": lambda: _attention("attention_forward"),
     "attention_dq": lambda: _attention("attention_dq"),

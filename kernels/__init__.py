@@ -21,6 +21,7 @@ from kernels.reference import apply_rope_norm, rms_norm
 from kernels.residual_norm import residual_rms_norm
 from kernels.softcap_cross_entropy import softcap_cross_entropy_
 from kernels.token_embedding import TokenOrder, embedding, token_order
+from kernels.weight_gradient import linear
 
 __all__ = [
     "KernelError",
@@ -31,6 +32,7 @@ __all__ = [
     "document_offsets",
     "embedding",
     "implementations",
+    "linear",
     "linear_qkv_rope_norm",
     "mlp_relu2",
     "muon_",

@@ -36,8 +36,8 @@ HAVE_TRITON = WANT_TRITON and importlib.util.find_spec("triton") is not None
 
 # Operations that have a Triton kernel; the others have only their reference so far.
 TRITON_OPERATORS = (
-    "adamw_", "attention", "embedding", "linear_qkv_rope_norm", "mlp_relu2", "muon_", "qkv_rope_norm",
-    "residual_rms_norm", "softcap_cross_entropy_", "softcap_linear_cross_entropy",
+    "adamw_", "attention", "embedding", "linear", "linear_qkv_rope_norm", "mlp_relu2", "muon_",
+    "qkv_rope_norm", "residual_rms_norm", "softcap_cross_entropy_", "softcap_linear_cross_entropy",
 )  # fmt: skip
 # No kernel is a default before it was measured to win end to end on a GPU (docs/performance.md).
 DEFAULTS: frozenset[str] = frozenset()

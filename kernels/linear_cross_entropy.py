@@ -29,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import product, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.softcap_cross_entropy import check, launch
+from kernels.weight_gradient import weight_gradient
 
 if HAVE_TRITON:
     import triton
@@ -201,7 +202,7 @@ def _exp(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, share: Tens
 
 def _gradients(x: Tensor, weight: Tensor, dlogits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """dx [M, D] and dW [V, D] from row-scaled gradients of the logits."""
-    return ((dlogits @ weight) * scale).to(x.dtype), dlogits.T @ (x * scale).to(x.dtype)
+    return ((dlogits @ weight) * scale).to(x.dtype), weight_gradient(dlogits, (x * scale).to(x.dtype))
 
 
 # ---- operators --------------------------------------------------------------------------------------------------

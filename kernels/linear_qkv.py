@@ -4,7 +4,8 @@
 
 A tile is one or two whole heads wide, so norm and rotation stay inside of it and s is never written. The backward pass
 needs no s either: with n = q or k as attention took them and r the reciprocal root, saved in fp32, dy = r (h - n mean(h
-n)), ds = rotate^-1(dy), by the kernel of `kernels.qkv`; then dx = ds W and dW = ds^T x are the vendor library's.
+n)), ds = rotate^-1(dy), by the kernel of `kernels.qkv`; then dx = ds W and dW = ds^T x, by
+`kernels.weight_gradient` while `linear` is on, else the vendor library's.
 
 Bytes, elements of b bytes, M tokens, width D, N = (H + 2G) K: forward read x and ve, write q, k, v: M (D + G K + N) b.
 Backward read the three gradients, q, k and ve, write ds and dve: M (2 N + (H + G) K + 2 G K) b; then ds twice and x,
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, qkv, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from kernels.weight_gradient import weight_gradient
 
 if HAVE_TRITON:
     import triton
@@ -221,7 +223,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, _unused: Any) -> tup
     given = (dq.contiguous(), dk.contiguous(), dv.contiguous())
     ds, dve, dgate = _backward_op(q, k, r, cos, sin, ve, gate, *given)
     flat = ds.view(-1, weight.shape[0])
-    dx, dweight = (flat @ weight).view_as(x), flat.T @ x.view(-1, x.shape[-1])
+    dx, dweight = (flat @ weight).view_as(x), weight_gradient(flat, x.view(-1, x.shape[-1]))
     return dx, dweight, None, None, dve if ve is not None else None, dgate if gate is not None else None, None
 
 

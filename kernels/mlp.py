@@ -4,7 +4,7 @@
 
 Forward, the first product's epilogue squares, so the pre-activation is never written. Backward needs only y:
 relu(pre) = sqrt(y), so dpre = (dout W_proj) 2 sqrt(y), in the epilogue of the product that forms dout W_proj. The
-other four products (out, dW_proj, dx, dW_fc) are the vendor library's.
+products out and dx are the vendor library's, dW_proj and dW_fc too unless `linear` is on.
 
 Bytes, elements of b bytes, M tokens, widths D and N: forward read x, write y, read y, write out: M (2 D + 2 N) b.
 Backward read dout and y, write dpre; dout and y again for dW_proj; dpre twice, x, write dx: M (4 D + 5 N) b. The
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from kernels.weight_gradient import weight_gradient
 
 if HAVE_TRITON:
     import triton
@@ -183,7 +184,7 @@ def _backward(ctx: Any, dout: Tensor | None, _unused: Tensor | None) -> tuple[Te
         return None, None, None
     dout = dout.contiguous()
     dpre = _dpre_op(dout, w_proj, y)
-    return dpre @ w_fc, dpre.T @ x, dout.T @ y
+    return dpre @ w_fc, weight_gradient(dpre, x), weight_gradient(dout, y)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

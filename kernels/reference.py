@@ -17,6 +17,7 @@ __all__ = [
     "apply_rope_norm",
     "attention",
     "embedding",
+    "linear",
     "linear_qkv_rope_norm",
     "mlp_relu2",
     "muon_",
@@ -72,6 +73,11 @@ def apply_rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x[..., :half], x[..., half:]
     cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
     return rms_norm(torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T: x [..., D], weight [N, D] -> [..., N]."""
+    return F.linear(x, weight)
 
 
 def qkv_rope_norm(

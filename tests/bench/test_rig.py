@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -283,6 +284,12 @@ def test_kernels_are_grouped_by_their_names() -> None:
         "something_new": "other",
     }.items():
         assert group_of(name) == group, name
+
+
+def test_every_kernel_of_ours_has_a_group() -> None:
+    names = [n for p in (ROOT / "kernels").glob("*.py") for n in re.findall(r"def (_\w+_kernel)\(", p.read_text())]
+    assert len(names) > 15
+    assert [n for n in names if group_of(n) == "other"] == []
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ HONEST: dict[str, Variant] = {
     "flex attention": Variant((
         ("import torch\n", "import torch\nfrom torch.nn.attention.flex_attention import create_block_mask, flex_attention\n"),
         ("\nclass Attention(nn.Module):", "\nFLEX = torch.compile(flex_attention)\n\n\nclass Attention(nn.Module):"),
-        ("        return self.proj(kernels.attention(q, k, v, window).flatten(2))\n",
+        ("        return kernels.linear(kernels.attention(q, k, v, window).flatten(2), self.proj.weight)\n",
          "        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, x.size(1), x.size(1), device=x.device)\n"
          "        y = FLEX(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask)\n"
          "        return self.proj(y.transpose(1, 2).flatten(2))\n"),

@@ -214,7 +214,7 @@ eager = model.loss(tokens, targets)
 compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(tokens, targets)
 torch.testing.assert_close(compiled, eager)
 names = {n.target.__name__ for g in explained.graphs for n in g.graph.nodes if "hotloop" in str(n.target)}
-assert len(names) == 6, names
+assert len(names) == 7, names
 """
     )
 

@@ -95,10 +95,9 @@ def test_a_wrong_kernel_is_found() -> None:
     assert all(e.fine for e in check(op, args, reference.mlp_relu2))
 
 
-def run(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | INTERPRETER, capture_output=True, text=True
-    )
+def run(script: str, kernels: str = "triton") -> str:
+    env = os.environ | INTERPRETER | {"HOTLOOP_KERNELS": kernels}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -108,7 +107,8 @@ def test_the_kernel_is_right_through_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     sizes = {shape: sizes_of(OPERATORS[name], shape) for shape in SMALL}
     # bfloat16 is allowed the interpreter's truncation, which doubles the error of rounding.
-    run(f"""
+    run(
+        f"""
 import torch, kernels
 from bench.accuracy import check
 from bench.operators import OPERATORS
@@ -121,13 +121,15 @@ for shape, sizes in {sizes}.items():
         args = op.make(sizes, dtype, torch.device("cpu"))
         for variant in ("", *op.variants):
             # The interpreter multiplies the bits of bfloat16 in tl.dot; an fp16 sum of exp(15) is out of its range.
-            unserved = ("mlp_relu2", "attention", "linear_qkv_rope_norm", "muon_")
+            unserved = ("mlp_relu2", "attention", "linear_qkv_rope_norm", "muon_", "linear")
             products = op.name in unserved and dtype == torch.bfloat16
             if products or (variant == "exp" and dtype != torch.float32):
                 continue
             for errors in check(op, args, op.bind(kernels, variant), loose=loose):
                 assert errors.fine, (shape, dtype, variant, errors)
-""")
+""",
+        name,
+    )  # alone: with `linear` on, the others' weight gradients would be its products
 
 
 def test_every_registered_operator_passes_opcheck_and_is_in_the_table() -> None:
@@ -173,6 +175,8 @@ samples = {
     ],
     "mlp_relu2": [(x, w, randn(9, 33))],
     "mlp_relu2_dpre": [(torch.randn(12, 9), torch.randn(9, 33), torch.rand(12, 33))],
+    "linear": [(x, w)],
+    "weight_gradient": [(torch.randn(12, 9), torch.randn(12, 16))],
     "adamw_": [(*lists, torch.rand(2, 6))],
     "muon_": [
         ([m[0], m[1]], [m[2], m[3]], torch.rand(2, *m.shape[1:]), second, torch.rand(4), [3.0, -3.0, 1.0] * 2, m.dtype)
@@ -211,7 +215,7 @@ class All(nn.Module):
         q, k, v = q + again[0], k + again[1], v + again[2]
         q = kernels.apply_rope_norm(q, cos, sin)
         x, h = kernels.residual_rms_norm(x, kernels.attention(q, k, v, 3).sum(2))
-        x = x + kernels.mlp_relu2(h, self.up, self.up)
+        x = x + kernels.linear(kernels.mlp_relu2(h, self.up, self.up), self.up)
         with torch.no_grad():
             lists = [self.lam.detach() + 0], [x[0, 0, :2]], [x[0, 1, :2] + 0], [x[0, 2, :2].square()]
             kernels.adamw_(*lists, torch.rand(1, 6))
