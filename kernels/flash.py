@@ -30,6 +30,8 @@ if HAVE_TRITON:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    from kernels.product import dot
+
 __all__ = [
     "HEAD_DIMS",
     "KERNELS",
@@ -207,7 +209,7 @@ if HAVE_TRITON:
         """Take in the key blocks begin .. end: acc [ROWS, K], total and top [ROWS], in powers of two."""
         for start in range(begin, end, COLUMNS):
             k = _load(k_x, b, start, group, T, stride_k, COLUMNS, K, TMA)
-            s = tl.dot(q, k.T, input_precision="ieee")
+            s = dot(q, k.T)
             if MASK:
                 column = start + tl.arange(0, COLUMNS)
                 s = tl.where(_seen(row[:, None], column[None, :], window, first[:, None], DOCUMENTS, True), s, -1.0e30)
@@ -217,7 +219,7 @@ if HAVE_TRITON:
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None]
             v = _load(v_x, b, start, group, T, stride_v, COLUMNS, K, TMA)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            acc = dot(p.to(v.dtype), v, acc)
             top = higher
         return acc, total, top
 
@@ -275,14 +277,14 @@ if HAVE_TRITON:
         """Add the key blocks begin .. end to dq [ROWS, K]; lse in powers of two."""
         for start in range(begin, end, COLUMNS):
             k = _load(k_x, b, start, group, T, stride_k, COLUMNS, K, TMA)
-            p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])
+            p = tl.exp2(dot(q, k.T) * scale - lse[:, None])
             if MASK:
                 column = start + tl.arange(0, COLUMNS)
                 p = tl.where(_seen(row[:, None], column[None, :], window, first[:, None], DOCUMENTS, True), p, 0.0)
             v = _load(v_x, b, start, group, T, stride_v, COLUMNS, K, TMA)
             below = tl.zeros([q.shape[0], COLUMNS], tl.float32) - delta[:, None]
-            ds = p * tl.dot(do, v.T, below, input_precision="ieee")
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            ds = p * dot(do, v.T, below)
+            dq = dot(ds.to(k.dtype), k, dq)
         return dq
 
     @triton.jit
@@ -339,16 +341,16 @@ if HAVE_TRITON:
             row = start + tl.arange(0, ROWS)
             q = _load(q_x, b, start, head, T, stride_q, ROWS, K, TMA)
             lse = _load_scalars(lse_x, b, head, start, T, H, ROWS, TMA) * 1.4426950408889634
-            p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])
+            p = tl.exp2(dot(k, q.T) * scale - lse[None, :])
             if MASK:
                 p = tl.where(_seen(row[None, :], column[:, None], window, last[:, None], DOCUMENTS, False), p, 0.0)
             do = _load(do_x, b, start, head, T, stride_do, ROWS, K, TMA)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dv = dot(p.to(do.dtype), do, dv)
             # The sum starts at -delta: one register an element less than a difference afterwards.
             delta = _load_scalars(delta_x, b, head, start, T, H, ROWS, TMA)
             below = tl.zeros([COLUMNS, ROWS], tl.float32) - delta[None, :]
-            ds = p * tl.dot(v, do.T, below, input_precision="ieee")
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            ds = p * dot(v, do.T, below)
+            dk = dot(ds.to(q.dtype), q, dk)
         return dk, dv
 
     @triton.jit

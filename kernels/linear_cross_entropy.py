@@ -35,7 +35,7 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import halves, load_tile, tile_order
+    from kernels.product import dot, halves, load_tile, tile_order
 
 __all__ = ["METHODS", "compile_cases", "default_config", "search_space", "softcap_linear_cross_entropy"]
 
@@ -92,7 +92,7 @@ if HAVE_TRITON:
         for start in range(0, D, DEPTH):
             x_tile = load_tile(x, first, start, M, D, ROWS, DEPTH, TMA)
             w_tile = load_tile(w, tile_v * COLUMNS, start, V, D, COLUMNS, DEPTH, TMA)
-            logits = tl.dot(x_tile, w_tile.T, logits, input_precision="ieee")
+            logits = dot(x_tile, w_tile.T, logits)
         # In two halves, so that the epilogue's temporaries fit beside the accumulator.
         left, right = halves(logits, ROWS, COLUMNS)
         row = first + tl.arange(0, ROWS)

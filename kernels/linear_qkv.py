@@ -30,7 +30,7 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import halves, load_tile, tile_order
+    from kernels.product import dot, halves, load_tile, tile_order
 
 __all__ = ["compile_cases", "default_config", "linear_qkv_rope_norm", "search_space"]
 
@@ -117,7 +117,7 @@ if HAVE_TRITON:
         for start in range(0, D, DEPTH):
             x_tile = load_tile(x, first, start, M, D, ROWS, DEPTH, TMA)
             w_tile = load_tile(w, head * K, start, N, D, HEADS * K, DEPTH, TMA)
-            s = tl.dot(x_tile, w_tile.T, s, input_precision="ieee")
+            s = dot(x_tile, w_tile.T, s)
         row = first + tl.arange(0, ROWS)
         if HEADS == 1:
             _finish(s, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H, G, K,

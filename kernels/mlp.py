@@ -27,7 +27,7 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import halves, load_tile, tile_order
+    from kernels.product import dot, halves, load_tile, tile_order
 
 __all__ = ["compile_cases", "default_config", "mlp_relu2", "search_space"]
 
@@ -85,7 +85,7 @@ if HAVE_TRITON:
                 w_tile = load_tile(w, start, column, D, N, DEPTH, COLUMNS, TMA)
             else:
                 w_tile = load_tile(w, column, start, N, D, COLUMNS, DEPTH, TMA).T
-            total = tl.dot(a_tile, w_tile, total, input_precision="ieee")
+            total = dot(a_tile, w_tile, total)
         # In two halves, so that the epilogue's temporaries fit beside the accumulator.
         left, right = halves(total, ROWS, COLUMNS)
         row = first + tl.arange(0, ROWS)

@@ -35,6 +35,8 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
+    from kernels.product import dot
+
 __all__ = ["compile_cases", "config_key", "default_config", "muon_", "search_space"]
 
 DTYPES = (torch.bfloat16, torch.float32)  # of the products; fp16 has no room for gradients that are not normalised
@@ -141,7 +143,7 @@ if HAVE_TRITON:
             deep = depth + start < K
             left = tl.load(p_a, mask=(row < S)[:, None] & deep[None, :], other=0.0)
             right = tl.load(p_b, mask=deep[:, None] & (column < S)[None, :], other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+            total = dot(left, right, total)
             p_a += step
             p_b += step
         out_ptr += matrix * S * S

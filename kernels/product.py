@@ -1,7 +1,8 @@
-"""What the kernels with a matrix product share: the order of tiles, and loads by pointer or by TMA descriptor."""
+"""What the kernels with a matrix product share: the order of tiles, loads by pointer or TMA descriptor, the product."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,16 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # The interpreter multiplies the bits of bfloat16.
+    WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+    @triton.jit
+    def dot(left, right, total=None):
+        """left right, added to total if given; fp32 operands at their full precision."""
+        if WIDEN:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        return tl.dot(left, right, total, input_precision="ieee")
 
     @triton.jit
     def tile_order(tile, tiles_m, tiles_n, GROUP: tl.constexpr):

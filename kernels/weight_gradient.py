@@ -27,7 +27,7 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import load_tile, tile_order
+    from kernels.product import dot, load_tile, tile_order
 
 __all__ = ["compile_cases", "config_key", "default_config", "linear", "parts", "search_space", "weight_gradient"]
 
@@ -95,7 +95,7 @@ if HAVE_TRITON:
         for start in range(first, tl.minimum(first + SPAN, M), DEPTH):
             left = load_tile(dy, start, tile_n * ROWS, M, N, DEPTH, ROWS, TMA).T
             right = load_tile(x, start, tile_d * COLUMNS, M, D, DEPTH, COLUMNS, TMA)
-            total = tl.dot(left, right, total, input_precision="ieee")
+            total = dot(left, right, total)
         row = tile_n * ROWS + tl.arange(0, ROWS)
         column = tile_d * COLUMNS + tl.arange(0, COLUMNS)
         at = (tl.program_id(1) * N + row).to(tl.int64)[:, None] * D + column[None, :]

@@ -106,7 +106,7 @@ def run(script: str, kernels: str = "triton") -> str:
 def test_the_kernel_is_right_through_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
     sizes = {shape: sizes_of(OPERATORS[name], shape) for shape in SMALL}
-    # bfloat16 is allowed the interpreter's truncation, which doubles the error of rounding.
+    # bfloat16 is allowed the interpreter's truncation at every step where hardware rounds.
     run(
         f"""
 import torch, kernels
@@ -117,14 +117,11 @@ op = OPERATORS[{name!r}]
 assert kernels.implementations()[op.name] == "triton: interpreter"
 for shape, sizes in {sizes}.items():
     for dtype in op.dtypes:
-        loose = 6e-3 if dtype == torch.bfloat16 else None
+        loose = 1e-2 if dtype == torch.bfloat16 else None
         args = op.make(sizes, dtype, torch.device("cpu"))
         for variant in ("", *op.variants):
-            # The interpreter multiplies the bits of bfloat16 in tl.dot; an fp16 sum of exp(15) is out of its range.
-            unserved = ("mlp_relu2", "attention", "linear_qkv_rope_norm", "muon_", "linear")
-            products = op.name in unserved and dtype == torch.bfloat16
-            if products or (variant == "exp" and dtype != torch.float32):
-                continue
+            if variant == "exp" and dtype != torch.float32:
+                continue  # an fp16 sum of exp(15) is out of its range
             for errors in check(op, args, op.bind(kernels, variant), loose=loose):
                 assert errors.fine, (shape, dtype, variant, errors)
 """,

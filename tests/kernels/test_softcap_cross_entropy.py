@@ -98,8 +98,8 @@ for b, t, d, v in ((2, 65, 48, 203), (1, 1, 16, 7), (4, 32, 64, 2048)):
             plain = both(reference.softcap_linear_cross_entropy, x, w)
             ours = both(kernels.softcap_linear_cross_entropy, x, w)
             for name, o, p, y in zip(("loss", "dx", "dw"), ours, plain, truth):
-                # bfloat16 is allowed the interpreter's truncation, which doubles the error of rounding.
-                least = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+                # bfloat16 is allowed the interpreter's truncation at every step where hardware rounds.
+                least = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
                 limit = max(1.5 * distance(p, y), least)
                 assert distance(o, y) <= limit, (name, b, t, d, v, cap, dtype, distance(o, y), distance(p, y))
 """,
