@@ -87,16 +87,17 @@ class Attention(nn.Module):
         self.k = nn.Linear(dim, dim, bias=False)
         self.v = nn.Linear(dim, dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
-        self.gate_channels = hp.GATE_CHANNELS
         gated = has_value_embedding(layer, hp.DEPTH)
         self.gate = nn.Linear(hp.GATE_CHANNELS, self.heads, bias=False) if gated else None
 
-    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: kernels.Norm, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int
+    ) -> tuple[Tensor, kernels.Norm]:
         weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
-        gate = None if self.gate is None else self.gate(x[..., : self.gate_channels])  # [B, T, H], 0 at the start
+        gate = None if self.gate is None else self.gate.weight  # [H, GATE_CHANNELS], 0 at the start
         ve = None if ve is None else ve.unflatten(-1, (self.heads, -1))
-        q, k, v = kernels.linear_qkv_rope_norm(x, weight, cos, sin, self.heads, ve, gate)  # [B, T, H, K] each
-        return kernels.linear(kernels.attention(q, k, v, window).flatten(2), self.proj.weight)
+        x, q, k, v = kernels.norm_linear_qkv(x, norm, weight, cos, sin, self.heads, ve, gate)  # q, k, v [B, T, H, K]
+        return kernels.linear_residual(kernels.attention(q, k, v, window).flatten(2), self.proj.weight, x)
 
 
 class MLP(nn.Module):
@@ -105,8 +106,8 @@ class MLP(nn.Module):
         self.fc = nn.Linear(dim, 4 * dim, bias=False)
         self.proj = nn.Linear(4 * dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.mlp_relu2(x, self.fc.weight, self.proj.weight)
+    def forward(self, x: Tensor, norm: kernels.Norm, *mix: Tensor) -> tuple[Tensor, kernels.Norm]:
+        return kernels.norm_mlp_relu2(x, norm, self.fc.weight, self.proj.weight, *mix)
 
 
 class Block(nn.Module):
@@ -156,14 +157,15 @@ class GPT(nn.Module):
         cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
         order = kernels.token_order(tokens, self.wte.num_embeddings)
         x = x0 = kernels.rms_norm(kernels.embedding(tokens, self.wte.weight, order))
-        branch = None  # what the last branch computed, not yet added to the residual stream x
-        for i, block in enumerate(self.blocks):
+        # The residual stream x, and what its norm takes. A block reads resid_scalar x + x0_scalar x0.
+        mixes = [(x0, self.resid_scalars[i], self.x0_scalars[i]) for i in range(self.depth)]
+        x, norm = kernels.residual_rms_norm(x, None, *mixes[0])
+        for i, (block, mix) in enumerate(zip(self.blocks, [*mixes[1:], ()], strict=True)):
             table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
             ve = None if table is None else kernels.embedding(tokens, table, order)
-            x, normed = kernels.residual_rms_norm(x, branch, x0, self.resid_scalars[i], self.x0_scalars[i])
-            x, normed = kernels.residual_rms_norm(x, block.attention(normed, ve, cos, sin, self.windows[i]))
-            branch = block.mlp(normed)
-        return kernels.residual_rms_norm(x, branch)[1]
+            x, norm = block.attention(x, norm, ve, cos, sin, self.windows[i])
+            x, norm = block.mlp(x, norm, *mix)
+        return kernels.normalized(x, norm)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V], fp32. The harness scores with this; training uses `loss`."""

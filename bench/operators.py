@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kernels
+
 __all__ = ["OPERATORS", "PASSES", "Operator", "Tolerance"]
 
 Sizes = Mapping[str, int]
@@ -436,6 +438,99 @@ OPERATORS = {
             ),
             module="kernels.mlp",
             torch_ops=("mlp_relu2", "mlp_relu2_dpre"),
+        ),
+        Operator(
+            name="linear_residual",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["N"], dtype=dtype, device=device),
+                _randn(s["D"], s["N"], dtype=dtype, device=device, std=s["N"] ** -0.5),
+                *(_randn(s["B"], s["T"], s["D"], dtype=dtype, device=device) for _ in range(2)),
+                torch.tensor(0.9, device=device),
+                torch.tensor(0.2, device=device),
+            ],
+            call=lambda function, *args: function(*args)[0],  # what the norm takes has no gradient of its own
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "N": 512},
+                "odd": {"B": 3, "T": 37, "D": 200, "N": 72},
+                "long": {"B": 4, "T": 65536, "D": 512, "N": 512},
+                "tiny": {"B": 1, "T": 1, "D": 16, "N": 8},
+            },
+            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds after each of five operations")},
+            gradients=(0, 1, 2, 3, 4, 5),
+            rows=(0, 2, 3),
+            # a, x and x0 in, the stream out. Then g, a, x and x0 in, da, dx and dx0 out.
+            bytes=_costs(
+                lambda s: 2.0 * (s["B"] * s["T"] * (s["N"] + 3 * s["D"]) + s["N"] * s["D"]),
+                lambda s: 2.0 * (s["B"] * s["T"] * (2 * s["N"] + 5 * s["D"]) + 2 * s["N"] * s["D"]),
+            ),
+            flops=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
+            ),
+            module="kernels.residual_linear",
+            torch_ops=("linear_residual",),
+        ),
+        Operator(
+            name="norm_linear_qkv",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device, std=2.0),
+                _randn((s["H"] + 2 * s["G"]) * s["K"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
+                *_rope(s["T"], s["K"], dtype, device),
+                s["H"],
+                _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
+                _randn(s["G"], s["C"], dtype=dtype, device=device, std=s["C"] ** -0.5),
+            ],
+            call=lambda function, x, *args: function(x, kernels.squares(x), *args),
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "H": 4, "G": 4, "K": 128, "C": 32},
+                "odd": {"B": 3, "T": 37, "D": 200, "H": 3, "G": 1, "K": 64, "C": 12},
+                "long": {"B": 4, "T": 65536, "D": 512, "H": 4, "G": 4, "K": 128, "C": 32},
+                "tiny": {"B": 1, "T": 1, "D": 16, "H": 1, "G": 1, "K": 16, "C": 8},
+            },
+            tolerance=PRODUCTS | {BF16: Tolerance(6e-3, "a gate rounded twice, of few columns")},
+            gradients=(0, 1, 5, 6),
+            rows=(0, 5),
+            # x and ve in, q, k, v out. Then the four gradients, q, k, v, ve and x in, those of the product, ve and x
+            # out; the first of these twice more, and x.
+            bytes=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * (s["D"] + s["K"] * (s["H"] + 3 * s["G"])),
+                lambda s: 2.0 * s["B"] * s["T"] * (4 * s["D"] + s["K"] * (5 * s["H"] + 12 * s["G"])),
+            ),
+            flops=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * (s["D"] * s["K"] * (s["H"] + 2 * s["G"]) + s["G"] * s["C"]),
+                lambda s: 4.0 * s["B"] * s["T"] * (s["D"] * s["K"] * (s["H"] + 2 * s["G"]) + s["G"] * s["C"]),
+            ),
+            module="kernels.residual_stream",  # the kernel of its own; the others are those of qkv and linear_qkv
+            torch_ops=("norm_linear_qkv", "norm_linear_qkv_backward", "stream_gradient"),
+        ),
+        Operator(
+            name="norm_mlp_relu2",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device, std=2.0),
+                _randn(s["N"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
+                _randn(s["D"], s["N"], dtype=dtype, device=device, std=s["N"] ** -0.5),
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
+                torch.tensor(0.9, device=device),
+                torch.tensor(0.2, device=device),
+            ],
+            call=lambda function, x, *args: function(x, kernels.squares(x), *args)[0],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "N": 2048},
+                "odd": {"B": 3, "T": 37, "D": 200, "N": 72},
+                "long": {"B": 4, "T": 65536, "D": 512, "N": 2048},
+                "tiny": {"B": 1, "T": 1, "D": 16, "N": 8},
+            },
+            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds what it squares, then the square")},
+            gradients=(0, 1, 2, 3, 4, 5),
+            rows=(0, 3),
+            bytes=_costs(
+                lambda s: 2.0 * (s["B"] * s["T"] * (4 * s["D"] + 2 * s["N"]) + 2 * s["N"] * s["D"]),
+                lambda s: 2.0 * (s["B"] * s["T"] * (7 * s["D"] + 5 * s["N"]) + 4 * s["N"] * s["D"]),
+            ),
+            flops=_costs(
+                lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 8.0 * s["B"] * s["T"] * s["D"] * s["N"]
+            ),
+            module="kernels.mlp",
+            torch_ops=("norm_mlp_relu2", "norm_mlp_relu2_dpre"),
         ),
         Operator(
             name="embedding",

@@ -31,7 +31,7 @@ from harness.spec import PRESETS, Spec, batch_divisor
 from harness.trainer import load_train_module
 from harness.walls import project_root
 from kernels import attend
-from kernels.dispatch import TRITON_OPERATORS, implementations
+from kernels.dispatch import TOGETHER, TRITON_OPERATORS, implementations
 
 __all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step", "step_of", "switches", "time_step"]
 
@@ -43,7 +43,7 @@ GROUPS = (
     (
         "matrix products",
         r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm|linear)|_mm_|splitK|_product_kernel|linear_qkv"
-        r"|weight_gradient|sum_parts",
+        r"|weight_gradient|sum_parts|linear_residual|stream_gradient",
     ),
     ("embedding", r"embedding|index_put|indexing_backward|radix|aten::index"),
     ("copies", r"memcpy|memset|copy_|aten::(stack|cat)|CatArray"),
@@ -207,7 +207,9 @@ def switches(train: Path, preset: str, say: Callable[[str], None] = print) -> in
     rates: list[float] = []
     code = "import sys; from bench.cli import main; sys.exit(main())"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = [{"HOTLOOP_KERNELS": name} for name in ("reference", *TRITON_OPERATORS, "triton")]
+    alone = [name for name in TRITON_OPERATORS if name not in TOGETHER]
+    names = ("reference", *alone, ",".join(sorted(TOGETHER)), "triton")
+    settings = [{"HOTLOOP_KERNELS": name} for name in names]
     settings += [{"HOTLOOP_KERNELS": "reference", "HOTLOOP_ATTENTION": name} for name in attend.backends(device)[0]]
     settings.append(settings[0])
     for setting in settings:

@@ -26,7 +26,19 @@ from bench import device as dev
 from bench.accuracy import fresh, outputs, upstream
 from bench.operators import OPERATORS
 from harness.errors import UsageError
-from kernels import flash, linear_qkv, mlp, muon, qkv, residual_norm, token_embedding, tuning, weight_gradient
+from kernels import (
+    flash,
+    linear_qkv,
+    mlp,
+    muon,
+    qkv,
+    residual_linear,
+    residual_norm,
+    residual_stream,
+    token_embedding,
+    tuning,
+    weight_gradient,
+)
 from kernels import linear_cross_entropy as lce
 from kernels import softcap_cross_entropy as ce
 
@@ -145,6 +157,12 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
         "linear_qkv_rope_norm", "linear_qkv", linear_qkv, "", lambda s: (f"K={s['K']}", s["K"])
     ),
     "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit",)),
+    "linear_residual": lambda: _operator(
+        "linear_residual", "linear_residual", residual_linear, "", lambda s: ("16 bit",)
+    ),
+    "stream_gradient": lambda: _operator(
+        "norm_mlp_relu2", "stream_gradient", residual_stream, "", lambda s: ("16 bit",)
+    ),
     "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
     "weight_gradient": _weight_gradient,
     "muon_product": _muon,

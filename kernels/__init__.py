@@ -16,15 +16,21 @@ from kernels.linear_cross_entropy import softcap_linear_cross_entropy
 from kernels.linear_qkv import linear_qkv_rope_norm
 from kernels.mlp import mlp_relu2
 from kernels.muon import muon_
+from kernels.norm_mlp import norm_mlp_relu2
+from kernels.norm_qkv import norm_linear_qkv
 from kernels.qkv import qkv_rope_norm
 from kernels.reference import apply_rope_norm, rms_norm
+from kernels.residual_linear import linear_residual
 from kernels.residual_norm import residual_rms_norm
+from kernels.residual_stream import Norm, Squares, normalized, squares
 from kernels.softcap_cross_entropy import softcap_cross_entropy_
 from kernels.token_embedding import TokenOrder, embedding, token_order
 from kernels.weight_gradient import linear
 
 __all__ = [
     "KernelError",
+    "Norm",
+    "Squares",
     "TokenOrder",
     "adamw_",
     "apply_rope_norm",
@@ -34,12 +40,17 @@ __all__ = [
     "implementations",
     "linear",
     "linear_qkv_rope_norm",
+    "linear_residual",
     "mlp_relu2",
     "muon_",
+    "norm_linear_qkv",
+    "norm_mlp_relu2",
+    "normalized",
     "qkv_rope_norm",
     "residual_rms_norm",
     "rms_norm",
     "softcap_cross_entropy_",
     "softcap_linear_cross_entropy",
+    "squares",
     "token_order",
 ]

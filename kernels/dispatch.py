@@ -2,8 +2,8 @@
 
 A Triton kernel can run on tensors of a CUDA device of compute capability 8.0 or newer. By default those of DEFAULTS
 do: the ones that were measured to win end to end on a GPU. `HOTLOOP_KERNELS` asks for something else: `reference` for
-none, `triton` for all, or operators with commas between; what is asked for and cannot run is an error. Where
-TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too.
+none, `triton` for all, or operators with commas between (those of TOGETHER as one); what is asked for and cannot run is
+an error. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kernels import tuning
 __all__ = [
     "DEFAULTS",
     "HAVE_TRITON",
+    "TOGETHER",
     "TRITON_OPERATORS",
     "CompileCase",
     "KernelError",
@@ -36,9 +37,12 @@ HAVE_TRITON = WANT_TRITON and importlib.util.find_spec("triton") is not None
 
 # Operations that have a Triton kernel; the others have only their reference so far.
 TRITON_OPERATORS = (
-    "adamw_", "attention", "embedding", "linear", "linear_qkv_rope_norm", "mlp_relu2", "muon_",
-    "qkv_rope_norm", "residual_rms_norm", "softcap_cross_entropy_", "softcap_linear_cross_entropy",
+    "adamw_", "attention", "embedding", "linear", "linear_qkv_rope_norm", "linear_residual", "mlp_relu2", "muon_",
+    "norm_linear_qkv", "norm_mlp_relu2", "qkv_rope_norm", "residual_rms_norm", "softcap_cross_entropy_",
+    "softcap_linear_cross_entropy",
 )  # fmt: skip
+# Each of these takes what another leaves, so they run together or not at all.
+TOGETHER = frozenset({"linear_residual", "norm_linear_qkv", "norm_mlp_relu2"})
 # No kernel is a default before it was measured to win end to end on a GPU (docs/performance.md).
 DEFAULTS: frozenset[str] = frozenset()
 REFERENCE_OPERATORS = ("apply_rope_norm", "rms_norm")
@@ -86,7 +90,7 @@ def wanted() -> frozenset[str]:
             f"HOTLOOP_KERNELS={ASKED!r}: {unknown[0]!r} is no kernel; say auto, reference, triton, or some of "
             f"{','.join(TRITON_OPERATORS)}"
         )
-    return names
+    return names | TOGETHER if names & TOGETHER else names
 
 
 def _decide(device: str) -> tuple[bool, str]:

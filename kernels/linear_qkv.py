@@ -31,8 +31,9 @@ if HAVE_TRITON:
     import triton.language as tl
 
     from kernels.product import dot, halves, load_tile, tile_order
+    from kernels.residual_stream import row_root
 
-__all__ = ["compile_cases", "default_config", "linear_qkv_rope_norm", "search_space"]
+__all__ = ["compile_cases", "default_config", "empty", "launch", "linear_qkv_rope_norm", "search_space"]
 
 HEAD_DIMS = (16, 32, 64, 128)
 
@@ -104,11 +105,13 @@ if HAVE_TRITON:
 
     @triton.jit
     def _linear_qkv_kernel(
-        x, w, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, D, T, eps,
-        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-        DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+        x, w, squares_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, D, T, PARTS, eps,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
+        HEADS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     ):  # fmt: skip
-        """x [M, D], w [(H + 2G) K, D] -> q [M, H, K], k and v [M, G, K], r fp32 [M, H + G]."""
+        """x [M, D], w [(H + 2G) K, D] -> q [M, H, K], k and v [M, G, K], r fp32 [M, H + G]. NORM: rows of x are yet to
+        be normalised, by squares fp32 [PARTS, M].
+        """
         N: tl.constexpr = (H + 2 * G) * K
         tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), (H + 2 * G + HEADS - 1) // HEADS, GROUP)
         first = tile_m * ROWS
@@ -119,6 +122,8 @@ if HAVE_TRITON:
             w_tile = load_tile(w, head * K, start, N, D, HEADS * K, DEPTH, TMA)
             s = dot(x_tile, w_tile.T, s)
         row = first + tl.arange(0, ROWS)
+        if NORM:
+            s *= row_root(squares_ptr, row, PARTS, M, D, eps, ROWS)[:, None]
         if HEADS == 1:
             _finish(s, head, row, cos_ptr, sin_ptr, ve_ptr, gate_ptr, q_ptr, k_ptr, v_ptr, r_ptr, M, T, eps, H, G, K,
                     VE, ROWS)  # fmt: skip
@@ -131,14 +136,16 @@ if HAVE_TRITON:
 
 
 def compile_cases() -> list[CompileCase]:
-    """For 16-bit elements and heads of 64 and 128, with and without value embeddings: default and tuned."""
+    """For 16-bit elements and heads of 64 and 128, with and without value embeddings, of normalised rows and of others:
+    default and tuned.
+    """
     cases = []
     for head_dim in (64, 128):
         shipped = [(default_config(head_dim, False), (80,)), (default_config(head_dim, True), (90, 100))]
         shipped += [(config, (90,)) for config in tuning.of_all_gpus("linear_qkv", f"K={head_dim}")]
         for config, capabilities in shipped:
-            for ve in (True, False):
-                constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve} | config
+            for ve, norm in ((True, False), (False, False), (True, True), (False, True)):
+                constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve, "NORM": norm} | config
                 options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
                 depth, columns = config["DEPTH"], config["HEADS"] * head_dim
                 names = ("x", "w", "cos_ptr", "sin_ptr", "ve_ptr", "gate_ptr", "q_ptr", "k_ptr", "v_ptr")
@@ -146,15 +153,48 @@ def compile_cases() -> list[CompileCase]:
                 if config["TMA"]:
                     signature["x"] = f"tensordesc<bf16[{config['ROWS']},{depth}]>"
                     signature["w"] = f"tensordesc<bf16[{columns},{depth}]>"
-                signature |= {"r_ptr": "*fp32", "M": "i32", "D": "i32", "T": "i32", "eps": "fp32"}
+                signature |= {"squares_ptr": "*fp32", "r_ptr": "*fp32", "eps": "fp32"}
+                signature |= dict.fromkeys(("M", "D", "T", "PARTS"), "i32")
                 tile = f"{config['ROWS']}x{columns}x{depth}{' tma' if config['TMA'] else ''}"
-                words = f"K={head_dim}{' ve' if ve else ''} {tile}"
+                words = f"K={head_dim}{' ve' if ve else ''}{' norm' if norm else ''} {tile}"
                 key = f"{words} warps={config['num_warps']} stages={config['num_stages']}"
                 case = CompileCase(
                     key, _linear_qkv_kernel, signature, constants, options, capabilities, tensor_cores=True
                 )
                 cases.append(case)
     return cases
+
+
+def launch(
+    x: Tensor, weight: Tensor, partial: Tensor | None, cos: Tensor, sin: Tensor, ve: Tensor | None,
+    gate: Tensor | None, heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x [B, T, D], weight [(H + 2G) K, D], and sums of squares fp32 [S, B T] where x is yet to be normalised ->
+    q [B, T, H, K], k, v [B, T, G, K], r fp32 [B, T, H + G].
+    """
+    b, t, d = x.shape
+    q, k, v, r = empty(x, weight, cos, heads)
+    groups, head_dim = k.shape[2:]
+    if b * t:
+        config = launch_config(head_dim, x.dtype, d)
+        rows, columns, depth, tma = config["ROWS"], config["HEADS"], config["DEPTH"], config["TMA"]
+        grid = (-(-b * t // rows) * -(-(heads + 2 * groups) // columns),)
+        _linear_qkv_kernel[grid](
+            product.operand(x.view(-1, d), rows, depth, tma),
+            product.operand(weight, columns * head_dim, depth, tma), x if partial is None else partial, cos, sin,
+            x if ve is None else ve, x if gate is None else gate, q, k, v, r, b * t, d, t,
+            0 if partial is None else partial.shape[0], reference.NORM_EPS,
+            H=heads, G=groups, K=head_dim, VE=ve is not None, NORM=partial is not None, **config,
+        )  # fmt: skip
+    return q, k, v, r
+
+
+def empty(x: Tensor, weight: Tensor, cos: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `launch` returns, uninitialised."""
+    (b, t, _), k = x.shape, 2 * cos.shape[1]
+    g = (weight.shape[0] // k - heads) // 2
+    q, keys, v = (x.new_empty(b, t, n, k) for n in (heads, g, g))
+    return q, keys, v, x.new_empty(b, t, heads + g, dtype=torch.float32)
 
 
 # ---- operators --------------------------------------------------------------------------------------------------
@@ -165,34 +205,14 @@ def _op(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [B, T, D], weight [(H + 2G) K, D] -> q [B, T, H, K], k, v [B, T, G, K], r fp32 [B, T, H + G]."""
-    b, t, d = x.shape
-    q, k, v, r = _empty(x, weight, cos, heads)
-    groups, head_dim = k.shape[2:]
-    if b * t:
-        config = launch_config(head_dim, x.dtype, d)
-        rows, columns, depth, tma = config["ROWS"], config["HEADS"], config["DEPTH"], config["TMA"]
-        grid = (-(-b * t // rows) * -(-(heads + 2 * groups) // columns),)
-        _linear_qkv_kernel[grid](
-            product.operand(x.view(-1, d), rows, depth, tma),
-            product.operand(weight, columns * head_dim, depth, tma), cos, sin, x if ve is None else ve,
-            x if gate is None else gate, q, k, v, r, b * t, d, t, reference.NORM_EPS,
-            H=heads, G=groups, K=head_dim, VE=ve is not None, **config,
-        )  # fmt: skip
-    return q, k, v, r
-
-
-def _empty(x: Tensor, weight: Tensor, cos: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (b, t, _), k = x.shape, 2 * cos.shape[1]
-    g = (weight.shape[0] // k - heads) // 2
-    q, keys, v = (x.new_empty(b, t, n, k) for n in (heads, g, g))
-    return q, keys, v, x.new_empty(b, t, heads + g, dtype=torch.float32)
+    return launch(x, weight, None, cos, sin, ve, gate, heads)
 
 
 @_op.register_fake
 def _(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, ve: Any, gate: Any, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(x, weight, cos, heads)
+    return empty(x, weight, cos, heads)
 
 
 @torch.library.custom_op("hotloop::linear_qkv_rope_norm_backward", mutates_args=())
@@ -201,7 +221,7 @@ def _backward_op(
     dk: Tensor, dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k as they came out, r, and the gradients of q, k, v -> those of the product [B, T, H + 2G, K], ve and gate."""
-    return qkv.launch_backward(None, (q, k, r), cos, sin, ve, gate, dq, dk, dv)
+    return qkv.launch_backward(None, (q, k, r), cos, sin, ve, gate, dq, dk, dv)[:3]
 
 
 @_backward_op.register_fake
@@ -238,6 +258,23 @@ def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 # ---- public function --------------------------------------------------------------------------------------------
 
 
+def check(
+    name: str, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, ve: Tensor | None, gate: Tensor | None
+) -> None:
+    """Raises KernelError for what the kernel does not serve."""
+    k = 2 * cos.shape[-1]
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] % k:
+        raise KernelError(
+            f"{name} needs x [B, T, D] and weight [(H + 2G) {k}, D], not {list(x.shape)} and {list(weight.shape)}"
+        )
+    if x.dtype not in qkv.DTYPES or weight.dtype != x.dtype or k not in HEAD_DIMS:
+        raise KernelError(
+            f"{name} serves bfloat16, float16 and float32, x and weight alike, K one of {HEAD_DIMS}, not {x.dtype} and "
+            f"{weight.dtype} with K = {k}"
+        )
+    qkv.check(x.shape[0], x.shape[1], weight.shape[0] // k, k, x.dtype, cos, sin, heads, ve, gate)
+
+
 def linear_qkv_rope_norm(
     x: Tensor,
     weight: Tensor,
@@ -272,18 +309,7 @@ def linear_qkv_rope_norm(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         ve, gate = (y if y is None else y.to(dtype) for y in (ve, gate))
-    if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] % k:
-        raise KernelError(
-            f"linear_qkv_rope_norm needs x [B, T, D] and weight [(H + 2G) {k}, D], not {list(x.shape)} and "
-            f"{list(weight.shape)}"
-        )
-    (b, t, _), all_heads = x.shape, weight.shape[0] // k
-    if x.dtype not in qkv.DTYPES or weight.dtype != x.dtype or k not in HEAD_DIMS:
-        raise KernelError(
-            f"linear_qkv_rope_norm serves bfloat16, float16 and float32, x and weight alike, K one of {HEAD_DIMS}, not "
-            f"{x.dtype} and {weight.dtype} with K = {k}"
-        )
-    qkv.check(b, t, all_heads, k, x.dtype, cos, sin, heads, ve, gate)
+    check("linear_qkv_rope_norm", x, weight, cos, sin, heads, ve, gate)
     x, weight, cos, sin = x.contiguous(), weight.contiguous(), cos.contiguous(), sin.contiguous()
     ve, gate = (y if y is None else y.contiguous() for y in (ve, gate))
     q, keys, v, _r = _op(x, weight, cos, sin, ve, gate, heads)

@@ -28,8 +28,9 @@ if HAVE_TRITON:
     import triton.language as tl
 
     from kernels.product import dot, halves, load_tile, tile_order
+    from kernels.residual_stream import row_root
 
-__all__ = ["compile_cases", "default_config", "mlp_relu2", "search_space"]
+__all__ = ["compile_cases", "default_config", "empty_share", "launch", "launch_config", "mlp_relu2", "search_space"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,12 +69,16 @@ if HAVE_TRITON:
 
     @triton.jit
     def _mlp_product_kernel(
-        a, w, y_ptr, out_ptr, M, N, D,
-        BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-        TMA: tl.constexpr,
+        a, w, y_ptr, out_ptr, squares_ptr, share_ptr, M, N, D, PARTS, eps,
+        BACKWARD: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+        GROUP: tl.constexpr, TMA: tl.constexpr,
     ):  # fmt: skip
         """Forward: a = x [M, D], w = W_fc [N, D] -> out = relu(a w^T)^2 [M, N].
         Backward: a = dout [M, D], w = W_proj [D, N], y [M, N] -> out = (a w) 2 sqrt(y) [M, N].
+
+        NORM: the a of the forward pass was x, not norm(x). By squares fp32 [PARTS, M] each row is scaled by r, which
+        normalises it; backward, share fp32 [halves of tiles of N, M] becomes the rows' sums of out relu(pre): r <dpre,
+        pre>.
         """
         tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
         first = tile_m * ROWS
@@ -86,44 +91,57 @@ if HAVE_TRITON:
             else:
                 w_tile = load_tile(w, column, start, N, D, COLUMNS, DEPTH, TMA).T
             total = dot(a_tile, w_tile, total)
+        row = first + tl.arange(0, ROWS)
+        scale = tl.full([ROWS], 1.0, tl.float32)
+        if NORM:
+            scale = row_root(squares_ptr, row, PARTS, M, D, eps, ROWS)
         # In two halves, so that the epilogue's temporaries fit beside the accumulator.
         left, right = halves(total, ROWS, COLUMNS)
-        row = first + tl.arange(0, ROWS)
         at = column + tl.arange(0, COLUMNS // 2)
-        _finish(left, row, at, y_ptr, out_ptr, M, N, BACKWARD)
-        _finish(right, row, at + COLUMNS // 2, y_ptr, out_ptr, M, N, BACKWARD)
+        p_share = share_ptr + tile_n * 2 * M
+        _finish(left, row, at, scale, y_ptr, out_ptr, p_share, M, N, BACKWARD, NORM)
+        _finish(right, row, at + COLUMNS // 2, scale, y_ptr, out_ptr, p_share + M, M, N, BACKWARD, NORM)
 
     @triton.jit
-    def _finish(total, row, column, y_ptr, out_ptr, M, N, BACKWARD: tl.constexpr):
+    def _finish(
+        total, row, column, scale, y_ptr, out_ptr, p_share, M, N, BACKWARD: tl.constexpr, NORM: tl.constexpr
+    ):  # fmt: skip
         at = row.to(tl.int64)[:, None] * N + column[None, :]
         inside = (row < M)[:, None] & (column < N)[None, :]
         if BACKWARD:
-            result = total * (2.0 * tl.sqrt(tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)))
+            active = tl.sqrt(tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32))
+            result = total * (2.0 * active)
+            if NORM:
+                result *= scale[:, None]
+                tl.store(p_share + row, tl.sum(result * active, 1), mask=row < M)
         else:
+            if NORM:
+                total *= scale[:, None]
             active = tl.maximum(total, 0.0)
             result = active * active
         tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both directions for 16-bit elements, default and tuned."""
+    """Both directions for 16-bit elements, of normalised rows and of others: default and tuned."""
     cases = []
-    for backward in (False, True):
-        key = f"{'backward' if backward else 'forward'} 16 bit"
+    for backward, norm in ((False, False), (True, False), (False, True), (True, True)):
+        key = f"{'backward' if backward else 'forward'}{' norm' if norm else ''} 16 bit"
         tuned = tuning.of_all_gpus("mlp_product", "16 bit")
         shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
         for config, capabilities in [*shipped, *((c, (90,)) for c in tuned)]:
-            constants = {"BACKWARD": backward} | config
+            constants = {"BACKWARD": backward, "NORM": norm} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
-            signature = dict.fromkeys(("a", "w", "y_ptr", "out_ptr"), "*bf16") | {"M": "i32", "N": "i32", "D": "i32"}
+            signature = dict.fromkeys(("a", "w", "y_ptr", "out_ptr"), "*bf16")
+            signature |= dict.fromkeys(("squares_ptr", "share_ptr"), "*fp32") | {"eps": "fp32"}
+            signature |= {"M": "i32", "N": "i32", "D": "i32", "PARTS": "i32"}
             rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
             if config["TMA"]:
                 signature["a"] = f"tensordesc<bf16[{rows},{depth}]>"
                 signature["w"] = (
                     f"tensordesc<bf16[{depth},{columns}]>" if backward else f"tensordesc<bf16[{columns},{depth}]>"
                 )
-            tile = f"{rows}x{columns}x{depth}{' tma' if config['TMA'] else ''}"
-            name = f"{key} {tile} warps={options['num_warps']} stages={options['num_stages']}"
+            name = f"{key} {product.tile_name(config)} warps={options['num_warps']} stages={options['num_stages']}"
             case = CompileCase(
                 name, _mlp_product_kernel, signature, constants, options, capabilities, tensor_cores=True
             )
@@ -131,20 +149,31 @@ def compile_cases() -> list[CompileCase]:
     return cases
 
 
-def _product(a: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
-    """a [M, D], w -> [M, N]; with y the backward product."""
+def launch(a: Tensor, w: Tensor, y: Tensor | None, partial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """a [M, D], w -> [M, N]; with y the backward product. With the forward pass's `partial` sums of squares fp32 [S, M]
+    of rows yet to be normalised, each is scaled by r; backward, r <dpre, pre> follows, fp32 [halves of tiles of N, M].
+    """
     m, d = a.shape
     n = w.shape[0] if y is None else w.shape[1]
     out = torch.empty(m, n, dtype=a.dtype, device=a.device)
     config = launch_config(a.dtype, d, n)
     rows, columns, depth, tma = config["ROWS"], config["COLUMNS"], config["DEPTH"], config["TMA"]
+    share = empty_share(a, n) if partial is not None and y is not None else out
     if m:
         _mlp_product_kernel[(-(-m // rows) * -(-n // columns),)](
             product.operand(a, rows, depth, tma),
             product.operand(w, *((columns, depth) if y is None else (depth, columns)), tma),
-            a if y is None else y, out, m, n, d, BACKWARD=y is not None, **config,
+            a if y is None else y, out, a if partial is None else partial, share, m, n, d,
+            0 if partial is None else partial.shape[0], reference.NORM_EPS, BACKWARD=y is not None,
+            NORM=partial is not None, **config,
         )  # fmt: skip
-    return out
+    return out, share
+
+
+def empty_share(a: Tensor, n: int) -> Tensor:
+    """For a product of a [M, D] with N columns."""
+    tiles = -(-n // launch_config(a.dtype, a.shape[1], n)["COLUMNS"])
+    return torch.empty(2 * tiles, a.shape[0], dtype=torch.float32, device=a.device)
 
 
 # ---- operators --------------------------------------------------------------------------------------------------
@@ -153,7 +182,7 @@ def _product(a: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
 @torch.library.custom_op("hotloop::mlp_relu2_dpre", mutates_args=())
 def _dpre_op(dout: Tensor, w_proj: Tensor, y: Tensor) -> Tensor:
     """dout [M, D], w_proj [D, N], y [M, N] -> gradient of the pre-activation [M, N]."""
-    return _product(dout, w_proj, y)
+    return launch(dout, w_proj, y)[0]
 
 
 @_dpre_op.register_fake
@@ -164,7 +193,7 @@ def _(dout: Tensor, w_proj: Tensor, y: Tensor) -> Tensor:
 @torch.library.custom_op("hotloop::mlp_relu2", mutates_args=())
 def _op(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, D], w_fc [N, D], w_proj [E, N] -> (out [M, E], y [M, N])."""
-    y = _product(x, w_fc, None)
+    y = launch(x, w_fc, None)[0]
     return y @ w_proj.T, y
 
 

@@ -56,7 +56,7 @@ if HAVE_TRITON:
         return tile
 
 
-__all__ = ["launch_config", "operand"]
+__all__ = ["launch_config", "operand", "tile_name"]
 
 
 def launch_config(
@@ -74,3 +74,8 @@ def launch_config(
 def operand(x: Tensor, rows: int, columns: int, tma: int) -> Any:
     """x [M, N] as `load_tile` takes it. Descriptors need rows of a multiple of 16 bytes."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]) if tma else x
+
+
+def tile_name(config: dict[str, int]) -> str:
+    """128x256x64 tma"""
+    return f"{config['ROWS']}x{config['COLUMNS']}x{config['DEPTH']}{' tma' if config['TMA'] else ''}"

@@ -100,12 +100,16 @@ if HAVE_TRITON:
 
     @triton.jit
     def _qkv_backward_kernel(
-        x_ptr, q_ptr, k_ptr, r_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, dve_ptr,
-        dgate_ptr, M, T, eps,
-        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, SAVED: tl.constexpr, ROWS: tl.constexpr,
+        x_ptr, q_ptr, k_ptr, v_ptr, r_ptr, root_ptr, cos_ptr, sin_ptr, ve_ptr, gate_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr,
+        dve_ptr, dgate_ptr, share_ptr, M, T, eps,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, VE: tl.constexpr, SAVED: tl.constexpr, NORM: tl.constexpr,
+        ROWS: tl.constexpr,
     ):  # fmt: skip
         """Gradients of q, k, v -> those of x [M, H + 2G, K], ve [M, G, K], gate [M, G]. SAVED: by q [M, H, K], k [M, G,
         K] and the reciprocal roots fp32 [M, H + G] of the forward pass, instead of by x.
+
+        NORM: x was a product of rows that it scaled by root fp32 [M]. So are its gradient and the gate's here, and
+        share fp32 [H + 2G, M], their parts of <dx, x> + <dgate, gate>; for values by v [M, G, K].
         """
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         head = tl.program_id(1)
@@ -113,6 +117,9 @@ if HAVE_TRITON:
         half = tl.arange(0, K // 2)[None, :]
         wide = row.to(tl.int64)
         at = (wide * (H + 2 * G) + head) * K + half
+        root = 1.0
+        if NORM:
+            root = tl.load(root_ptr + row, mask=inside, other=0.0)
         if head < H + G:
             p_in = dq_ptr + (wide * H + head) * K + half
             p_out = q_ptr + (wide * H + head) * K + half
@@ -134,6 +141,9 @@ if HAVE_TRITON:
                 n1 = y1 * r
                 n2 = y2 * r
             mean = ((tl.sum(h1 * n1, 1) + tl.sum(h2 * n2, 1)) / K)[:, None]
+            if NORM:  # a normalised head does not change with its scale, but for eps
+                tl.store(share_ptr + head * M + row, root * (eps * r * r * K * mean), mask=inside)
+                r *= root
             d1 = r * (h1 - n1 * mean)
             d2 = r * (h2 - n2 * mean)
             tl.store(dx_ptr + at, (d1 * cos - d2 * sin).to(dx_ptr.dtype.element_ty), mask=inside)
@@ -142,17 +152,25 @@ if HAVE_TRITON:
             own = wide * G + head - H - G
             h1 = tl.load(dv_ptr + own * K + half, mask=inside, other=0.0).to(tl.float32)
             h2 = tl.load(dv_ptr + own * K + half + K // 2, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + at, h1.to(dx_ptr.dtype.element_ty), mask=inside)
-            tl.store(dx_ptr + at + K // 2, h2.to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + at, (h1 * root).to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + at + K // 2, (h2 * root).to(dx_ptr.dtype.element_ty), mask=inside)
+            share = tl.zeros([ROWS, 1], tl.float32)
             if VE:
-                s = tl.sigmoid(tl.load(gate_ptr + own, mask=inside, other=0.0).to(tl.float32))
+                gate = tl.load(gate_ptr + own, mask=inside, other=0.0).to(tl.float32)
+                s = tl.sigmoid(gate)
                 e1 = tl.load(ve_ptr + own * K + half, mask=inside, other=0.0).to(tl.float32)
                 e2 = tl.load(ve_ptr + own * K + half + K // 2, mask=inside, other=0.0).to(tl.float32)
                 tl.store(dve_ptr + own * K + half, (2.0 * s * h1).to(dve_ptr.dtype.element_ty), mask=inside)
                 tl.store(dve_ptr + own * K + half + K // 2, (2.0 * s * h2).to(dve_ptr.dtype.element_ty), mask=inside)
                 total = (tl.sum(h1 * e1, 1) + tl.sum(h2 * e2, 1))[:, None]
                 dgate = 2.0 * s * (1.0 - s) * total
-                tl.store(dgate_ptr + own, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+                tl.store(dgate_ptr + own, (dgate * root).to(dgate_ptr.dtype.element_ty), mask=inside)
+                share += dgate * gate - 2.0 * s * total
+            if NORM:
+                v1 = tl.load(v_ptr + own * K + half, mask=inside, other=0.0).to(tl.float32)
+                v2 = tl.load(v_ptr + own * K + half + K // 2, mask=inside, other=0.0).to(tl.float32)
+                share += (tl.sum(h1 * v1, 1) + tl.sum(h2 * v2, 1))[:, None]
+                tl.store(share_ptr + head * M + row, root * share, mask=inside)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -167,13 +185,15 @@ def compile_cases() -> list[CompileCase]:
                     ("forward", _qkv_forward_kernel, ("q_ptr", "k_ptr", "v_ptr")),
                     ("backward", _qkv_backward_kernel, gradients),
                     ("backward saved", _qkv_backward_kernel, gradients),
+                    ("backward norm", _qkv_backward_kernel, gradients),
                 ):
                     names = ("x_ptr", "cos_ptr", "sin_ptr", "ve_ptr", "gate_ptr", *more)
                     signature = dict.fromkeys(names, "*bf16") | {"M": "i32", "T": "i32", "eps": "fp32"}
                     constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve, "ROWS": config["ROWS"]}
                     if way != "forward":
-                        signature |= {"q_ptr": "*bf16", "k_ptr": "*bf16", "r_ptr": "*fp32"}
-                        constants["SAVED"] = way == "backward saved"
+                        signature |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+                        signature |= dict.fromkeys(("r_ptr", "root_ptr", "share_ptr"), "*fp32")
+                        constants |= {"SAVED": way != "backward", "NORM": way == "backward norm"}
                     options = {"num_warps": config["num_warps"]}
                     key = f"{way} K={head_dim}{' ve' if ve else ''} ROWS={config['ROWS']} warps={config['num_warps']}"
                     cases.append(CompileCase(key, function, signature, constants, options))
@@ -210,7 +230,7 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, ve: Any, gate: Any, heads: int) -> 
 def _backward_op(
     qkv: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, gate: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(qkv, None, cos, sin, ve, gate, dq, dk, dv)
+    return launch_backward(qkv, None, cos, sin, ve, gate, dq, dk, dv)[:3]
 
 
 @_backward_op.register_fake
@@ -229,19 +249,26 @@ def empty_gradients(dq: Tensor, dk: Tensor, ve: Tensor | None, gate: Tensor | No
 
 def launch_backward(
     qkv: Tensor | None, saved: tuple[Tensor, Tensor, Tensor] | None, cos: Tensor, sin: Tensor, ve: Tensor | None,
-    gate: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """By qkv [B, T, H + 2G, K], or by what was `saved` instead: q, k, and the reciprocal roots fp32 [B, T, H + G]."""
+    gate: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, norm: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """By qkv [B, T, H + 2G, K], or by what was `saved` instead: q, k, and the reciprocal roots fp32 [B, T, H + G].
+
+    norm: v [B, T, G, K], and fp32 [B T], what the product scaled its rows by. So are then the first and third result,
+    and the last, fp32 [H + 2G, B T]: parts of <dqkv, qkv> + <dgate, gate>; else it is empty.
+    """
     b, t, heads, k = dq.shape
     dqkv, dve, dgate = empty_gradients(dq, dk, ve, gate)
+    share = dq.new_empty(dqkv.shape[2] if norm else 0, b * t, dtype=torch.float32)
     if b * t:
         config = launch_config(k)
+        q, keys, r = saved or (dq, dk, dq)
+        v, root = norm or (dv, dq)
         _qkv_backward_kernel[(-(-b * t // config["ROWS"]), dqkv.shape[2])](
-            dqkv if qkv is None else qkv, *(saved or (dq, dk, dq)), cos, sin, dq if ve is None else ve,
-            dq if gate is None else gate, dq, dk, dv, dqkv, dve, dgate, b * t, t, reference.NORM_EPS,
-            H=heads, G=dk.shape[2], K=k, VE=ve is not None, SAVED=saved is not None, **config,
+            dqkv if qkv is None else qkv, q, keys, v, r, root, cos, sin, dq if ve is None else ve,
+            dq if gate is None else gate, dq, dk, dv, dqkv, dve, dgate, share, b * t, t, reference.NORM_EPS,
+            H=heads, G=dk.shape[2], K=k, VE=ve is not None, SAVED=saved is not None, NORM=norm is not None, **config,
         )  # fmt: skip
-    return dqkv, dve, dgate
+    return dqkv, dve, dgate, share
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

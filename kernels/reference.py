@@ -19,8 +19,11 @@ __all__ = [
     "embedding",
     "linear",
     "linear_qkv_rope_norm",
+    "linear_residual",
     "mlp_relu2",
     "muon_",
+    "norm_linear_qkv",
+    "norm_mlp_relu2",
     "qkv_rope_norm",
     "residual_rms_norm",
     "rms_norm",
@@ -118,6 +121,50 @@ def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
     """relu(x W_fc^T)^2 W_proj^T. x [..., D], w_fc [N, D], w_proj [E, N] -> [..., E]."""
     pre = F.linear(x, w_fc)
     return F.linear(F.relu(pre).square().to(pre.dtype), w_proj)  # CUDA's autocast would leave fp32 between them
+
+
+def linear_residual(
+    a: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    x0: Tensor | None = None,
+    lam: Tensor | None = None,
+    mu: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`residual_rms_norm` of x with the branch a W^T. a [..., N], weight [D, N], x and x0 [..., D]."""
+    return residual_rms_norm(x, F.linear(a, weight), x0, lam, mu)
+
+
+def norm_linear_qkv(
+    x: Tensor,
+    norm: object,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    ve: Tensor | None = None,
+    w_gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x itself, and `linear_qkv_rope_norm` of its RMS norm, whose first C columns make the gate: w_gate [G, C].
+
+    x [B, T, D]; `norm`, what is known of x's norm, is not needed here.
+    """
+    normed = rms_norm(x)
+    gate = None if w_gate is None else F.linear(normed[..., : w_gate.size(1)], w_gate)
+    return x, *linear_qkv_rope_norm(normed, weight, cos, sin, heads, ve, gate)
+
+
+def norm_mlp_relu2(
+    x: Tensor,
+    norm: object,
+    w_fc: Tensor,
+    w_proj: Tensor,
+    x0: Tensor | None = None,
+    lam: Tensor | None = None,
+    mu: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`residual_rms_norm` of x with the branch `mlp_relu2` of its RMS norm. x, x0 [..., D]; `norm` as above."""
+    return residual_rms_norm(x, mlp_relu2(rms_norm(x), w_fc, w_proj), x0, lam, mu)
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:

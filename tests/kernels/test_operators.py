@@ -139,13 +139,14 @@ assert registered == {name for op in OPERATORS.values() for name in op.torch_ops
 def randn(*shape): return torch.randn(*shape, requires_grad=True)
 x, w, t = randn(12, 16), randn(33, 16), torch.randint(0, 33, (12,))
 order = list(kernels.token_order(t, 33))
-h, g = randn(2, 6, 16), torch.randn(2, 6, 16)
+hidden, g = randn(2, 6, 16), torch.randn(2, 6, 16)
 qkv, cos, sin, ve, gate = randn(2, 5, 8, 16), torch.randn(5, 8), torch.randn(5, 8), randn(2, 5, 2, 16), randn(2, 5, 2)
 dq, dkv = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16)
 lam, mu = torch.tensor(0.9, requires_grad=True), torch.tensor(0.2, requires_grad=True)
 aq, ak, do = randn(2, 6, 4, 16), randn(2, 6, 2, 16), torch.randn(2, 6, 4, 16)
 from kernels.attend import _bounds
 cuts = _bounds(torch.tensor([0, 2, 12]), 2, 6)
+none, rows, h = (None, None, None), torch.rand(2, 12), torch.randn(12, 16)
 lists = [[torch.rand(5), torch.rand(3, 3).bfloat16()] for _ in range(4)]
 samples = {
     "softcap_linear_cross_entropy": [(x, w, t, 15.0, "inplace"), (x, w, t, 15.0, "exp"), (x, w, t, None, "inplace")],
@@ -153,10 +154,10 @@ samples = {
     "softcap_cross_entropy_": [(torch.randn(12, 33), t, 15.0, torch.ones(1))],
     "embedding": [(t, w, order)],
     "embedding_backward": [(torch.randn(12, 16), order, 33)],
-    "residual_rms_norm": [(h, g, g, lam, mu), (h, None, None, None, None), (h, g, None, None, None)],
+    "residual_rms_norm": [(hidden, g, g, lam, mu), (hidden, None, *none), (hidden, g, *none)],
     "residual_rms_norm_backward": [
         tuple(None if v is None else v.detach() for v in s)
-        for s in ((h, g, g, lam, mu, g, g), (h, None, None, None, None, g, g))
+        for s in ((hidden, g, g, lam, mu, g, g), (hidden, None, *none, g, g))
     ],
     "qkv_rope_norm": [(qkv, cos, sin, ve, gate, 4), (qkv, cos, sin, None, None, 4)],
     "qkv_rope_norm_backward": [
@@ -173,6 +174,20 @@ samples = {
     "mlp_relu2": [(x, w, randn(9, 33))],
     "mlp_relu2_dpre": [(torch.randn(12, 9), torch.randn(9, 33), torch.rand(12, 33))],
     "linear": [(x, w)],
+    "linear_residual": [(randn(12, 33), randn(16, 33), x, x, lam, mu), (randn(12, 33), randn(16, 33), x, *none)],
+    "norm_mlp_relu2": [(x, rows, w, randn(16, 33), x, lam, mu), (x, rows, w, randn(16, 33), *none)],
+    "norm_mlp_relu2_dpre": [(x.detach(), torch.randn(16, 33), torch.rand(12, 33), rows)],
+    "norm_linear_qkv": [
+        (torch.randn(2, 5, 9), torch.randn(128, 9), torch.rand(1, 10), cos, sin, ve.detach(), gate.detach(), 4)
+    ],
+    "norm_linear_qkv_backward": [
+        (dq, dkv, dkv, torch.rand(2, 5, 6), torch.rand(10), cos, sin, *embedded, dq, dkv, dkv)
+        for embedded in ((ve.detach(), gate.detach()), (None, None))
+    ],
+    "stream_gradient": [
+        (torch.randn(12, 33), w.detach(), h, h, h, lam.detach(), mu.detach(), rows, rows, None, None),
+        (torch.randn(12, 33), w.detach(), h, h, *none, rows, rows, torch.randn(12, 2), torch.randn(2, 8)),
+    ],
     "weight_gradient": [(torch.randn(12, 9), torch.randn(12, 16))],
     "adamw_": [(*lists, torch.rand(2, 6))],
     "muon_": [
@@ -213,6 +228,12 @@ class All(nn.Module):
         q = kernels.apply_rope_norm(q, cos, sin)
         x, h = kernels.residual_rms_norm(x, kernels.attention(q, k, v, 3).sum(2))
         x = x + kernels.linear(kernels.mlp_relu2(h, self.up, self.up), self.up)
+        x, norm = kernels.linear_residual(h, self.up, x)
+        assert isinstance(norm, kernels.Squares)
+        x, q, k, v = kernels.norm_linear_qkv(x, norm, self.qkv, cos, sin, 2, ve, self.up[:2, :9])
+        x, norm = kernels.linear_residual((q + k + v).flatten(2).repeat(1, 1, 2)[..., :16], self.up, x)
+        x, norm = kernels.norm_mlp_relu2(x, norm, self.up, self.up, x0, self.lam[0], self.lam[1])
+        x = kernels.normalized(x, norm)
         with torch.no_grad():
             lists = [self.lam.detach() + 0], [x[0, 0, :2]], [x[0, 1, :2] + 0], [x[0, 2, :2].square()]
             kernels.adamw_(*lists, torch.rand(1, 6))

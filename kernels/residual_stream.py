@@ -1,0 +1,284 @@
+"""The residual stream x without its normalised copies: what a product that reads norm(x) gives back to x.
+
+    r = 1 / sqrt(mean(x^2) + 2^-23);  pre = (r x) W^T;  dpre' = r dpre
+    dx = dpre' W + g - r^2 <dpre, pre> / D x [+ dgate' W_gate];  dW = dpre'^T x
+
+The norm has no gain, so r is one number a row: the product that reads x scales by it in its epilogue, and the product
+that makes x leaves what it takes, sums of squares of each row by tiles of columns (`Squares`). Backward, <dn, n> =
+<dpre W, n> = <dpre, pre>, again one number a row, which whoever forms dpre sums up (`share`, times r); so the norm's
+gradient is an epilogue too, and it adds the stream's own gradient g on the way. Where x was mixed on, out = lam (x +
+branch) + mu x0, all of dx takes a lam, and the same pass gives dx0 = mu g, <g, x> and <g, x0>. The algebra in fp64 is
+in `tests/kernels/test_norm_free.py`.
+
+Bytes of the gradient, elements of b bytes, dpre [M, N], x [M, D]: read dpre, g, x, write dx: M (N + 3 D) b, and read
+x0, write dx0 where mixed. Operations: 2 M N D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import product, reference, tuning
+from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError
+
+if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+
+    from kernels.product import dot, halves, load_tile, tile_order
+
+__all__ = [
+    "DTYPES",
+    "Norm",
+    "Squares",
+    "check_mix",
+    "compile_cases",
+    "default_config",
+    "gradient",
+    "normalized",
+    "reciprocal_root",
+    "search_space",
+    "squares",
+    "squares_of",
+]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Squares(NamedTuple):
+    """Sums of squares of the rows of x [..., D], by S blocks of its columns: partial fp32 [S, M]. It has no gradient:
+    that of the norm goes to x where `Squares` is used.
+    """
+
+    partial: Tensor
+
+
+Norm = Tensor | Squares  # of x: the normalised x itself, or what it takes to normalise
+
+
+def squares(x: Tensor) -> Squares:
+    """Of any x [..., D]."""
+    return Squares(x.detach().float().square().sum(-1).view(1, -1))
+
+
+def normalized(x: Tensor, norm: Norm) -> Tensor:
+    """RMS norm of x [..., D], by the `norm` that came with it."""
+    return reference.rms_norm(x) if isinstance(norm, Squares) else norm
+
+
+def reciprocal_root(partial: Tensor, dim: int) -> Tensor:
+    """fp32 [S, M] -> fp32 [M], 1 / sqrt(mean(x^2) + 2^-23)."""
+    return (partial.sum(0) / dim + reference.NORM_EPS).rsqrt()
+
+
+def launch_config(dtype: torch.dtype, *widths: int) -> dict[str, int]:
+    """Tile, warps and stages: as tuned on this GPU, else by architecture."""
+    return product.launch_config("stream_gradient", "16 bit", default_config, dtype, *widths)
+
+
+def default_config(modern: bool = True) -> dict[str, int]:
+    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128."""
+    columns, depth = (256, 64) if modern else (128, 32)
+    return {
+        "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
+        "num_stages": 3,
+    }  # fmt: skip
+
+
+def search_space() -> list[dict[str, int]]:
+    """Configurations worth timing on Hopper."""
+    return [
+        {
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": tma, "num_warps": warps,
+            "num_stages": stages,
+        }
+        for rows, columns, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (256, 128, 8))
+        for depth, stages in ((64, 3), (64, 4), (32, 4))
+        for tma in (1, 0)
+    ]  # fmt: skip
+
+
+# ---- kernel -----------------------------------------------------------------------------------------------------
+
+if HAVE_TRITON:
+
+    @triton.jit
+    def row_sum(partial_ptr, row, PARTS, M, ROWS: tl.constexpr):
+        """partial fp32 [PARTS, M] -> the sums of rows, fp32 [ROWS], added in order."""
+        total = tl.zeros([ROWS], tl.float32)
+        for part in range(0, PARTS):
+            total += tl.load(partial_ptr + part * M + row, mask=row < M, other=0.0)
+        return total
+
+    @triton.jit
+    def row_root(squares_ptr, row, PARTS, M, D, eps, ROWS: tl.constexpr):
+        """1 / sqrt(mean(x^2) + eps) of rows of D, fp32 [ROWS]."""
+        return tl.rsqrt(row_sum(squares_ptr, row, PARTS, M, ROWS) / D + eps)
+
+    @triton.jit
+    def _gradient_part(
+        total, row, column, lam, mu, back, g_ptr, x_ptr, x0_ptr, dgate_ptr, w_gate_ptr, dx_ptr, dx0_ptr, M, D, CHANNELS,
+        MIX: tl.constexpr, GATES: tl.constexpr,
+    ):  # fmt: skip
+        """A part of a tile; (its share of <g, x>, of <g, x0>)."""
+        inside = (row < M)[:, None] & (column < D)[None, :]
+        at = row.to(tl.int64)[:, None] * D + column[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total += g - back[:, None] * x
+        if MIX:
+            total *= lam
+        for gate in tl.static_range(GATES):
+            left = tl.load(dgate_ptr + row * GATES + gate, mask=row < M, other=0.0).to(tl.float32)
+            right = tl.load(w_gate_ptr + gate * CHANNELS + column, mask=column < CHANNELS, other=0.0).to(tl.float32)
+            total += left[:, None] * right[None, :]
+        tl.store(dx_ptr + at, total.to(dx_ptr.dtype.element_ty), mask=inside)
+        of_x = 0.0
+        of_x0 = 0.0
+        if MIX:
+            of_x = tl.sum(tl.sum(g * x, 1), 0)
+            x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            of_x0 = tl.sum(tl.sum(g * x0, 1), 0)
+            tl.store(dx0_ptr + at, (mu * g).to(dx0_ptr.dtype.element_ty), mask=inside)
+        return of_x, of_x0
+
+    @triton.jit
+    def _stream_gradient_kernel(
+        dpre, w, g_ptr, x_ptr, x0_ptr, lam_ptr, mu_ptr, squares_ptr, share_ptr, dgate_ptr, w_gate_ptr, dx_ptr, dx0_ptr,
+        partial_ptr, M, N, D, PARTS, SHARES, CHANNELS, eps,
+        MIX: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+        GROUP: tl.constexpr, TMA: tl.constexpr,
+    ):  # fmt: skip
+        """dpre [M, N] times r, w [N, D], g, x, x0 [M, D]; squares fp32 [PARTS, M]; share fp32 [SHARES, M], adding up to
+        r <dpre, pre>; dgate [M, GATES] times r, w_gate [GATES, CHANNELS] -> dx, dx0 [M, D]; partial fp32 [tiles, 2].
+        """
+        tile_m, tile_d = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(D, COLUMNS), GROUP)
+        first = tile_m * ROWS
+        column = tile_d * COLUMNS
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, N, DEPTH):
+            left = load_tile(dpre, first, start, M, N, ROWS, DEPTH, TMA)
+            right = load_tile(w, start, column, N, D, DEPTH, COLUMNS, TMA)
+            total = dot(left, right, total)
+        lam = tl.load(lam_ptr).to(tl.float32) if MIX else 1.0
+        mu = tl.load(mu_ptr).to(tl.float32) if MIX else 0.0
+        row = first + tl.arange(0, ROWS)
+        r = row_root(squares_ptr, row, PARTS, M, D, eps, ROWS)
+        back = r * row_sum(share_ptr, row, SHARES, M, ROWS) / D
+        # In quarters, so that what the epilogue loads fits beside the accumulator.
+        at = column + tl.arange(0, COLUMNS // 4)
+        of_x = 0.0
+        of_x0 = 0.0
+        left, right = halves(total, ROWS, COLUMNS)
+        for side in tl.static_range(2):
+            half = left
+            if side == 1:
+                half = right
+            one, other = halves(half, ROWS, COLUMNS // 2)
+            start = at + side * (COLUMNS // 2)
+            a, b = _gradient_part(one, row, start, lam, mu, back, g_ptr, x_ptr, x0_ptr, dgate_ptr, w_gate_ptr, dx_ptr,
+                                  dx0_ptr, M, D, CHANNELS, MIX, GATES)  # fmt: skip
+            c, d = _gradient_part(other, row, start + COLUMNS // 4, lam, mu, back, g_ptr, x_ptr, x0_ptr, dgate_ptr,
+                                  w_gate_ptr, dx_ptr, dx0_ptr, M, D, CHANNELS, MIX, GATES)  # fmt: skip
+            of_x += a + c
+            of_x0 += b + d
+        if MIX:
+            tl.store(partial_ptr + tl.program_id(0) * 2, of_x)
+            tl.store(partial_ptr + tl.program_id(0) * 2 + 1, of_x0)
+
+
+def compile_cases() -> list[CompileCase]:
+    """For 16-bit elements: plain, mixed, and with gates; default and tuned."""
+    cases = []
+    shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
+    shipped += [(config, (90,)) for config in tuning.of_all_gpus("stream_gradient", "16 bit")]
+    for config, capabilities in shipped:
+        for mix, gates in ((False, 0), (True, 0), (False, 4)):
+            constants = {"MIX": mix, "GATES": gates} | config
+            options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
+            names = ("dpre", "w", "g_ptr", "x_ptr", "x0_ptr", "dgate_ptr", "w_gate_ptr", "dx_ptr", "dx0_ptr")
+            signature = dict.fromkeys(names, "*bf16")
+            signature |= dict.fromkeys(("lam_ptr", "mu_ptr", "squares_ptr", "share_ptr", "partial_ptr"), "*fp32")
+            signature |= dict.fromkeys(("M", "N", "D", "PARTS", "SHARES", "CHANNELS"), "i32")
+            signature["eps"] = "fp32"
+            rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
+            if config["TMA"]:
+                signature["dpre"] = f"tensordesc<bf16[{rows},{depth}]>"
+                signature["w"] = f"tensordesc<bf16[{depth},{columns}]>"
+            words = f"{'mixed' if mix else 'plain'}{' gates' if gates else ''}"
+            key = f"{words} {product.tile_name(config)} warps={options['num_warps']} stages={options['num_stages']}"
+            cases.append(
+                CompileCase(
+                    key, _stream_gradient_kernel, signature, constants, options, capabilities, tensor_cores=True
+                )
+            )
+    return cases
+
+
+# ---- operator ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hotloop::stream_gradient", mutates_args=())
+def gradient(
+    dpre: Tensor, weight: Tensor, g: Tensor, x: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None,
+    partial: Tensor, share: Tensor, dgate: Tensor | None, w_gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of x: dpre [M, N] (times r), weight [N, D], g and x [M, D]; x0 [M, D], lam and mu [] where x was
+    mixed on; partial fp32 [S, M]; share fp32 [P, M], which adds up to r <dpre, pre>; dgate [M, G] (times r) and w_gate
+    [G, C] where the first C columns of x gate something.
+
+    Returns:
+        dx [M, D]; dx0 [M, D], or empty; fp32 [2]: <g, x> and <g, x0>, zeros where not mixed.
+    """
+    (m, n), d = dpre.shape, x.shape[1]
+    config = launch_config(x.dtype, n, d)
+    rows, columns, depth, tma = config["ROWS"], config["COLUMNS"], config["DEPTH"], config["TMA"]
+    tiles = -(-m // rows) * -(-d // columns)
+    dx, dx0 = torch.empty_like(x), torch.empty_like(x) if x0 is not None else x.new_empty(0)
+    sums = torch.empty(tiles if x0 is not None else 0, 2, dtype=torch.float32, device=x.device)
+    if tiles:
+        _stream_gradient_kernel[(tiles,)](
+            product.operand(dpre, rows, depth, tma), product.operand(weight, depth, columns, tma), g, x,
+            x if x0 is None else x0, x if lam is None else lam, x if mu is None else mu, partial, share,
+            x if dgate is None else dgate, x if w_gate is None else w_gate, dx, dx0 if x0 is not None else x,
+            sums if x0 is not None else partial, m, n, d, partial.shape[0], share.shape[0],
+            0 if w_gate is None else w_gate.shape[1], reference.NORM_EPS,
+            MIX=x0 is not None, GATES=0 if dgate is None else dgate.shape[1], **config,
+        )  # fmt: skip
+    return dx, dx0, sums.sum(0)
+
+
+@gradient.register_fake
+def _(
+    dpre: Tensor, weight: Tensor, g: Tensor, x: Tensor, x0: Any, lam: Any, mu: Any, partial: Tensor, share: Tensor,
+    dgate: Any, w_gate: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx0 = torch.empty_like(x) if x0 is not None else x.new_empty(0)
+    return torch.empty_like(x), dx0, x.new_empty(2, dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.hotloop.stream_gradient)
+def _flops(dpre: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * dpre[0] * dpre[1] * weight[1])
+
+
+# ---- checks that its users share --------------------------------------------------------------------------------
+
+
+def squares_of(name: str, x: Tensor, norm: Squares) -> Tensor:
+    """fp32 [S, M]. Raises KernelError where they are of another x."""
+    if norm.partial.ndim != 2 or norm.partial.shape[1] != x.numel() // x.shape[-1]:
+        raise KernelError(f"{name}: squares {list(norm.partial.shape)} are not those of x {list(x.shape)}")
+    return norm.partial
+
+
+def check_mix(name: str, x: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None) -> None:
+    """Raises KernelError for an x0 that comes without its scalars, or does not fit."""
+    if (x0 is None) != (lam is None) or (x0 is None) != (mu is None):
+        raise KernelError(f"{name}: x0, lam and mu come together or not at all")
+    if x0 is not None and (x0.shape != x.shape or x0.dtype != x.dtype):
+        raise KernelError(f"{name}: x0 {x0.dtype} {list(x0.shape)} does not fit x, {x.dtype} {list(x.shape)}")

@@ -1,0 +1,210 @@
+"""The residual stream without normalised activations: its algebra in fp64, then what the kernels make of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+EPS = 2.0**-23
+M, D, N, E = 7, 12, 20, 5
+
+
+def wide(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def root(x: Tensor) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+
+
+def agree(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    for mine, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+
+
+def test_the_norms_gradient_needs_one_number_a_row_of_what_follows() -> None:
+    """dx = r dpre W - r^2 <dpre, pre> / D x, whatever product reads the normalised x."""
+    torch.manual_seed(0)
+    for size in (1.0, 1e-4):  # the second: as large as sqrt(eps), where the norm is no norm any more
+        x, w, dpre = wide(M, D), wide(N, D), torch.randn(M, N, dtype=torch.float64)
+        x = (x.detach() * size).requires_grad_()
+        pre = (x * root(x)) @ w.T
+        wanted = torch.autograd.grad(pre, (x, w), dpre)
+        with torch.no_grad():
+            r = root(x)
+            c = (dpre * pre).sum(-1, keepdim=True) / D
+            agree(((r * dpre) @ w - r.square() * c * x, (r * dpre).T @ x), wanted)
+
+
+def test_the_mlps_gradients_by_its_squared_activation_and_row_sums() -> None:
+    """share = r <dpre, pre> serves the norm, and the branch's part of dlam."""
+    torch.manual_seed(1)
+    x, x0, lam, mu = wide(M, D), wide(M, D), wide(), wide()
+    w_fc, w_proj, g = wide(N, D), wide(D, N), torch.randn(M, D, dtype=torch.float64)
+    y = F.relu((x * root(x)) @ w_fc.T).square()
+    mixed = lam * (x + y @ w_proj.T) + mu * x0
+    wanted = torch.autograd.grad(mixed, (x, w_fc, w_proj, x0, lam, mu), g)
+    with torch.no_grad():
+        r = root(x)
+        dpre = r * (g @ w_proj) * 2 * y.sqrt()
+        share = (dpre * y.sqrt()).sum(-1, keepdim=True)
+        dx = lam * (dpre @ w_fc + g - r * share / D * x)
+        dlam = (g * x).sum() + (share / (2 * r)).sum()
+        agree((dx, lam * (dpre.T @ x), lam * (g.T @ y), mu * g, dlam, (g * x0).sum()), wanted)
+
+
+def test_the_qkv_projections_gradients_by_what_attention_took() -> None:
+    """Of a head that is normalised again nothing is left but eps; of values, what they were before their embedding."""
+    torch.manual_seed(2)
+    x, w_q, w_v, w_gate = wide(M, D), wide(N, D), wide(N, D), wide(1, E)
+    ve, h, dv = wide(M, N), torch.randn(M, N, dtype=torch.float64), torch.randn(M, N, dtype=torch.float64)
+    n = x * root(x)
+    s_q, gate = n @ w_q.T, n[:, :E] @ w_gate.T
+    q, v = s_q * root(s_q), n @ w_v.T + 2 * torch.sigmoid(gate) * ve
+    g = torch.randn(M, D, dtype=torch.float64)
+    wanted = torch.autograd.grad((q, v, x * 1), (x, w_q, w_v, w_gate), (h, dv, g))
+    with torch.no_grad():
+        r, r_q, s = root(x), root(s_q), torch.sigmoid(gate)
+        mean = (h * q).mean(-1, keepdim=True)
+        ds_q = r_q * (h - q * mean)
+        dgate = 2 * s * (1 - s) * (dv * ve).sum(-1, keepdim=True)
+        of_q = EPS * r_q.square() * N * mean
+        of_v = (dv * (v - 2 * s * ve)).sum(-1, keepdim=True)
+        agree((of_q,), ((ds_q * s_q).sum(-1, keepdim=True),))
+        c = (of_q + of_v + dgate * gate) / D
+        dx = r * (ds_q @ w_q + dv @ w_v) + g - r.square() * c * x
+        dx[:, :E] += r * dgate @ w_gate
+        found = (dx, (r * ds_q).T @ x, (r * dv).T @ x, (r * dgate).T @ x[:, :E])
+        agree(found, wanted)
+
+
+def run(script: str, which: str = "norm_mlp_relu2") -> None:
+    """With the three kernels of the stream on: one brings the others."""
+    pytest.importorskip("triton")
+    env = os.environ | {"HOTLOOP_KERNELS": which, "TRITON_INTERPRET": "1"}
+    script = "import torch, kernels\nfrom kernels import reference\ntorch.manual_seed(0)\n" + script
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+STREAM = """
+from types import SimpleNamespace
+b, t, d, heads, k, n = 2, 19, 48, 3, 16, 88
+names = ("x", "x0", "qkv", "proj", "fc", "out", "ve", "gate", "lam", "mu")
+shapes = ((b, t, d), (b, t, d), (9 * k, d), (d, heads * k), (n, d), (d, n), (b, t, heads, k), (heads, 12), (), ())
+angle = torch.arange(t)[:, None] * torch.rand(k // 2)
+def stream(f, p, blocks=2):
+    x, norm = f.residual_rms_norm(p.x0, None, p.x, p.lam, p.mu)
+    for block in range(blocks):
+        embedded = (p.ve, p.gate) if block else ()
+        x, q, key, v = f.norm_linear_qkv(x, norm, p.qkv, angle.cos(), angle.sin(), heads, *embedded)
+        x, norm = f.linear_residual((q * key + v).flatten(2), p.proj, x)
+        assert (f is kernels) == isinstance(norm, kernels.Squares)
+        x, norm = f.norm_mlp_relu2(x, norm, p.fc, p.out, *((p.x0, p.lam, p.mu) if block else ()))
+    return kernels.normalized(x, norm)
+"""
+
+
+def test_a_stream_of_blocks_has_the_references_values_and_gradients() -> None:
+    """Squares go from producer to consumer, gradients of stream and branches meet; with gates and mixes and without."""
+    run(
+        STREAM
+        + """
+values = [torch.randn(s, dtype=torch.float64) * 0.5 for s in shapes]
+def results(f, dtype, **changes):
+    p = SimpleNamespace(**{n: (v * changes.get(n, 1)).to(dtype).requires_grad_() for n, v in zip(names, values)})
+    out = stream(f, p)
+    flow = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    return [out, *torch.autograd.grad(out, list(vars(p).values()), flow)]
+for changes in ({}, {"x": 1e-3, "x0": 1e-3}, {"x": 100.0}, {"lam": 0.0}, {"mu": 0.0}):
+    truth = results(reference, torch.float64, **changes)
+    for what, mine, true in zip(("out", *names), results(kernels, torch.float32, **changes), truth):
+        least = (b * t * d) ** 0.5 if true.ndim == 0 else 1.0  # a scalar's is a sum that may cancel
+        error = float((mine.detach().double() - true.detach()).norm() / true.detach().norm().clamp_min(least))
+        assert error < 2e-5, (changes, what, error)
+"""
+    )
+
+
+def test_one_graph_and_no_sum_of_the_streams_gradients() -> None:
+    """The gradient of x after a projection is added in the epilogue of that before it: no pass adds the two."""
+    run(
+        STREAM
+        + """
+from functorch.compile import make_boxed_func, nop
+from torch._dynamo.backends.common import aot_autograd
+backward = []
+def keep(graph, _): backward.append(graph); return make_boxed_func(graph)
+p = SimpleNamespace(**{n: torch.randn(s, requires_grad=True) for n, s in zip(names, shapes)})
+whole = lambda: stream(kernels, p).square().sum()
+eager = torch.autograd.grad(whole(), list(vars(p).values()))
+compiled = torch.compile(whole, fullgraph=True, backend=aot_autograd(fw_compiler=nop, bw_compiler=keep))
+found = torch.autograd.grad(compiled(), list(vars(p).values()))
+for mine, want in zip(found, eager):
+    torch.testing.assert_close(mine, want)
+calls = [n for g in backward for n in g.graph.nodes if n.op == "call_function"]
+assert sum("stream_gradient" in str(n.target) for n in calls) == 3  # of four: the first QKV had a normalised x
+made = {n for n in calls if "stream_gradient" in str(n.target)}
+for n in calls:  # in order: what only picks or views one of its results
+    if any(word in str(n.target) for word in ("getitem", "view")) and made & set(n.all_input_nodes):
+        made.add(n)
+added = [n for n in calls if "aten.add" in str(n.target) and made & set(n.all_input_nodes)]
+added = [n for n in added if n.meta["val"].shape == (b, t, d)]
+assert len(added) == 2, added  # dx0 to the gradient of x0; and before the first QKV, which takes no part in this
+"""
+    )
+
+
+def test_what_the_stream_refuses() -> None:
+    run(
+        """
+x, w, angle = torch.randn(2, 5, 8), torch.randn(9 * 16, 8), torch.rand(5, 8)
+squares = kernels.squares(x)
+lam = torch.ones(())
+def refused(words, f, *args):
+    try:
+        f(*args)
+    except kernels.KernelError as e:
+        assert words in str(e), e
+    else:
+        raise AssertionError(words)
+refused("come together", kernels.linear_residual, x, torch.randn(8, 8), x, x)
+refused("does not fit x", kernels.linear_residual, x, torch.randn(8, 8), x, x.half(), lam, lam)
+refused("not [2, 5, 8], [8, 9], [2, 5, 8]", kernels.linear_residual, x, torch.randn(8, 9), x)
+refused("all alike, not torch.float32, torch.float16", kernels.linear_residual, x, torch.randn(8, 8).half(), x)
+refused("squares [1, 10] are not those of x [2, 4, 8]",
+        kernels.norm_mlp_relu2, x[:, :4], squares, *torch.randn(2, 8, 8))
+refused("w_proj [D, N], not", kernels.norm_mlp_relu2, x, squares, torch.randn(9, 8), torch.randn(9, 8))
+refused("come together", kernels.norm_mlp_relu2, x, squares, torch.randn(9, 8), torch.randn(8, 9), x)
+refused("not torch.float64", kernels.norm_mlp_relu2, x.double(), squares, *torch.randn(2, 8, 8).double())
+ve, deep = torch.randn(2, 5, 3, 16), torch.rand(5, 12)
+refused("ve and w_gate come together", kernels.norm_linear_qkv, x, squares, w, angle, angle, 3, ve)
+refused("w_gate torch.float32 [3, C], C <= 8, not torch.float32 [3, 9]",
+        kernels.norm_linear_qkv, x, squares, w, angle, angle, 3, ve, torch.randn(3, 9))
+refused("K one of", kernels.norm_linear_qkv, x, squares, torch.randn(9 * 24, 8), deep, deep, 3)
+refused("9 heads are no H + 2G with H = 2", kernels.norm_linear_qkv, x, squares, w, angle, angle, 2)
+"""
+    )
+
+
+def test_a_normalised_tensor_is_taken_too() -> None:
+    """What starts the stream, and what kernels leave that are off: the plain kernels serve it, with the same result."""
+    run(
+        """
+x, w_fc, w_proj = torch.randn(2, 5, 8), torch.randn(9, 8), torch.randn(8, 9)
+by_squares = kernels.norm_mlp_relu2(x, kernels.squares(x), w_fc, w_proj)
+by_norm = kernels.norm_mlp_relu2(x, kernels.rms_norm(x), w_fc, w_proj)
+assert isinstance(by_squares[1], kernels.Squares) and isinstance(by_norm[1], torch.Tensor)
+torch.testing.assert_close(by_squares[0], by_norm[0])
+torch.testing.assert_close(kernels.normalized(*by_squares), by_norm[1])
+torch.testing.assert_close(by_squares[1].partial.sum(0), by_squares[0].square().sum(-1).flatten())
+"""
+    )
