@@ -74,7 +74,7 @@ def inputs(name: str, shape: str) -> list[list[Any]]:
     return [first, *(op.make(op.shapes[shape], DTYPE, dev.device()) for _ in range(dev.rotations(size) - 1))]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)  # every implementation of a shape, for all its passes
 def verdict(name: str, shape: str, implementation: str) -> tuple[bool, str]:
     """Whether an implementation is right on these very tensors, and its errors in words."""
     errors = check(OPERATORS[name], inputs(name, shape)[0], implementation_of(name, implementation))

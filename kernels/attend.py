@@ -11,8 +11,10 @@ What is named and cannot run is an error that says how to get it.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +78,13 @@ def _make_plan(device: str) -> Plan:
     if device == "cuda":
         ranking = tuning.measured("attention")
         words = f"cuda sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
-        for name in {forced, *(names[0] for names in ranking.values()), _first(unable)} - {"", "reference", *unable}:
-            if not BACKENDS[name].trusted and (wrong := _wrong(name)):
+        unasked = [name for name, backend in BACKENDS.items() if backend.unasked]
+        for names in [[forced]] if forced else [*ranking.values(), unasked]:  # in each, down to one that is right
+            for name in names:
+                if name == "reference" or name in unable:
+                    continue
+                if BACKENDS[name].trusted or not (wrong := _wrong(name)):
+                    break
                 unable[name] = wrong
     if forced in unable:
         raise KernelError(f"attention backend {forced} was asked for and cannot run: {unable[forced]}")
@@ -104,13 +111,17 @@ def _unable(backend: Backend, device: str) -> str:
     return f"it needs CUDA, and the tensors are on {device}"
 
 
-def _wrong(name: str) -> str:
+@functools.cache
+@torch.inference_mode(False)  # the first call may be an evaluation's
+@torch.enable_grad()
+@torch.autocast("cuda", enabled=False)
+def _wrong(name: str, device: str = "cuda") -> str:
     """What is wrong with a backend that others wrote, tried on a small example; empty where nothing is. A package of
     another version can take its arguments otherwise, and then computes something else without a word.
     """
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     q, k, v, do = (
-        torch.randn(2, 256, heads, 64, device="cuda", generator=generator).bfloat16() for heads in (2, 1, 1, 2)
+        torch.randn(2, 256, heads, 64, device=device, generator=generator).bfloat16() for heads in (2, 1, 1, 2)
     )
     for window in (256, 100):
         if BACKENDS[name].missing(banded=window < 255):
@@ -123,8 +134,8 @@ def _wrong(name: str) -> str:
         except Exception as e:  # whatever somebody else's package raises
             return f"it fails here: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
         true = reference.attention(wide[0], wide[1], wide[2], window)
-        for ours, theirs in zip(found, [true, *torch.autograd.grad(true, wide, do.float())], strict=True):
-            error = float((ours.float() - theirs).norm() / theirs.norm())
+        for ours, theirs in zip(found, [true.detach(), *torch.autograd.grad(true, wide, do.float())], strict=True):
+            error = float((ours.detach().float() - theirs).norm() / theirs.norm())
             if not error < 2e-2:
                 return f"its answers are wrong here: off by {error:.1e} at a window of {window}"
     return ""
@@ -147,10 +158,10 @@ def _ranked(plan: Plan, head_dim: int, t: int, window: int) -> list[str]:
 
 @torch.compiler.assume_constant_result
 def _choose(
-    device: str, dtype: torch.dtype, t: int, head_dim: int, window: int, documents: bool, named: str | None
+    device: str, dtype: torch.dtype, t: int, head_dim: int, window: int, documents: int, named: str | None
 ) -> str:
-    """The backend of one call, decided outside of the graph that is compiled. Raises KernelError where the one that is
-    asked for cannot serve it.
+    """The backend of one call, decided outside of the graph that is compiled; `documents`: at most so many, 0 for none.
+    Raises KernelError where the one that is asked for cannot serve it.
     """
     plan = _plan(device)
 
@@ -165,13 +176,27 @@ def _choose(
         raise KernelError(f"attention backend {forced} was asked for and cannot run: {why}")
     if forced or device != "cuda":
         return forced or "reference"
-    return next((name for name in _ranked(plan, head_dim, t, window) if not refusal(name)), "reference")
+    found = next((name for name in _ranked(plan, head_dim, t, window) if not refusal(name)), "")
+    if not found:
+        warnings.warn(
+            f"no fast attention serves {dtype} with head dim {head_dim}{' and documents' if documents else ''}: the "
+            "reference runs, which forms all scores",
+            stacklevel=2,
+        )
+    return found or "reference"
 
 
 def backends(device: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """(backends that run on this device type, the others with why not)."""
     plan = _plan(device)
     return plan.able, plan.unable
+
+
+def _first_of(plan: Plan, key: str, names: list[str]) -> str:
+    """Of a measured order, what runs here."""
+    t, w = (int(part.split("=")[1]) for part in key.split()[1:])
+    not_here = {"", *plan.unable, *(plan.unbanded if w < t - 1 else ())}
+    return next((name for name in names if name not in not_here), "reference")
 
 
 def _describe(device: str) -> str:
@@ -181,9 +206,7 @@ def _describe(device: str) -> str:
         return "reference: asked for" if plan.forced == "reference" else f"{plan.forced}: {plan.device}"
     if device != "cuda":
         return f"reference: {device} tensors"
-    fastest = [
-        f"{key}: {next((n for n in names if n in plan.able), 'reference')}" for key, names in plan.ranking.items()
-    ]
+    fastest = [f"{key}: {_first_of(plan, key, names)}" for key, names in plan.ranking.items()]
     if not fastest:
         return f"{_first(plan.unable) or 'reference'}: {plan.device}, where none was measured"
     return "; ".join(fastest) + f" ({'; '.join(filter(None, (plan.device, tuning.notice())))})"
@@ -304,7 +327,8 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, window)
     t, head_dim = q.shape[1], q.shape[3]
-    name = _choose(q.device.type, q.dtype, t, head_dim, window, cu_seqlens is not None, backend)
+    documents = 0 if cu_seqlens is None else len(cu_seqlens) - 1 + q.shape[0]  # the ends of rows cut them
+    name = _choose(q.device.type, q.dtype, t, head_dim, window, documents, backend)
     if name == "reference":
         return reference.attention(q, k, v, window, cu_seqlens)
     offsets, first, last = None, None, None
@@ -342,21 +366,23 @@ def _bounds(cu_seqlens: Tensor, b: int, t: int) -> tuple[Tensor, Tensor, Tensor]
     return offsets.int(), first.int().view(b, t), last.int().view(b, t)
 
 
-def document_offsets(tokens: Tensor, start: int) -> Tensor:
+def document_offsets(tokens: Tensor, start: int, most: int | None = None) -> Tensor:
     """Where documents begin, for `attention`'s cu_seqlens: at each row's beginning and at each token `start`.
 
     Args:
         tokens: int64 [B, T].
         start: the token that every document begins with.
+        most: documents that there can be, rows that begin within one counted; None for B T, as if each token were one.
+            The flash backends launch for each and serve up to 65,535. Where there are more after all, the last ones
+            count as one.
 
     Returns:
-        int32 [B T + 1], the documents' first positions in the flattened tokens, filled up with B T: as long as if each
-        token were a document, so that its shape depends on no value. The flash backends launch for every entry; cut
-        what is never used where documents are known to be longer.
+        int32 [most + 1], the documents' first positions in the flattened tokens, filled up with B T, so that its shape
+        depends on no value.
     """
     flat = tokens.flatten()
     begins = flat == start
     begins[:: tokens.shape[1]] = True
     position = torch.arange(len(flat) + 1, device=tokens.device, dtype=torch.int32)
     found = torch.where(begins, position[:-1], len(flat)).sort().values
-    return torch.cat((found, position[-1:]))
+    return torch.cat((found[:most], position[-1:]))

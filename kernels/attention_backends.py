@@ -6,16 +6,18 @@
 Shapes: q, o, do [B, T, H, K]; k and v [B, T, G, K]; lse fp32 [B, H, T], natural logarithms. `offsets` (int32
 [N + 1], of all tokens) and `bounds` (two int32 [B, T]) say where documents begin and end, or are None.
 
-Everything that other people wrote runs with its deterministic flag, since runs must repeat to the bit. Nothing is
-imported before it is asked for.
+What other people wrote runs with its deterministic flag where it has one, since runs must repeat to the bit: cuDNN's
+whole rows through torch have none, and what was measured to vary is ranked nowhere. Nothing is imported before it is
+asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +44,7 @@ class Backend:
         band_module: that must be importable for windows narrower than the row.
         capabilities: major compute capabilities of NVIDIA GPUs that it runs on.
         dtypes: that it takes.
-        documents: whether it takes them.
+        documents: how many it takes in all rows together; 0 for none.
         forward, backward: see above; None for one that differentiates itself (`own`).
         head_dims: that it takes; () for any multiple of 8 up to 256.
         trusted: ours or torch's; what others wrote is tried on a small example before it is used.
@@ -55,7 +57,7 @@ class Backend:
     capabilities: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = HALVES
     band_module: str = ""
-    documents: bool = True
+    documents: int = 65_535  # those of FlashAttention launch a grid with that as its limit
     forward: Forward | None = None
     backward: Backward | None = None
     own: Callable[..., Tensor] | None = None
@@ -71,14 +73,15 @@ class Backend:
             return f"windows narrower than the row need {self.band_module}; {self.install}"
         return ""
 
-    def refusal(self, dtype: torch.dtype, head_dim: int, documents: bool) -> str:
-        """Why it does not serve such a call; empty where it does."""
+    def refusal(self, dtype: torch.dtype, head_dim: int, documents: int) -> str:
+        """Why it does not serve such a call; empty where it does. `documents`: 0 for none."""
         if dtype not in self.dtypes:
             return f"it takes {', '.join(str(d)[6:] for d in self.dtypes)}, not {str(dtype)[6:]}"
         if (self.head_dims and head_dim not in self.head_dims) or head_dim % 8 or head_dim > 256:
             return f"it takes head dims {', '.join(map(str, self.head_dims)) or '8, 16, .. 256'}, not {head_dim}"
-        if documents and not self.documents:
-            return "it has no documents"
+        if documents > self.documents:
+            most = f"up to {self.documents} documents, not {documents}; document_offsets has an argument for that"
+            return f"it takes {most}" if self.documents else "it has no documents"
         return ""
 
 
@@ -171,18 +174,29 @@ def _torch_backward(
         do, q, k, v, o = _packed(do, q, k, v, o)
         lse = _lse_packed(lse)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a generator that nothing is drawn from
-    # Its deterministic mode follows torch.use_deterministic_algorithms.
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
-    try:
+    with _deterministic():
         grads = torch.ops.aten._flash_attention_backward(
             do.contiguous(), q, k, v, o, lse, offsets, offsets, t, t, 0.0, True, state, state.new_empty(0),
             window_size_left=None if left < 0 else left, window_size_right=None if left < 0 else 0,
         )  # fmt: skip
-    finally:
-        torch._C._set_deterministic_algorithms(was[0], warn_only=was[1])
     dq, dk, dv = (g.view(shape) for g, shape in zip(grads, shapes, strict=True))
     return dq, dk, dv
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """The mode that torch's flash attention takes as an order: under warn_only it warns, and adds by atomics. What the
+    mode fills anew is memory that is written anyway.
+    """
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _flash2_forward(
@@ -421,22 +435,33 @@ def _cudnn_handle(index: int) -> Any:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
     """torch's FlexAttention. Inside torch.compile it is part of the graph; outside, on a GPU, compiled by itself."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    b, t, heads, _ = q.shape
+    function: Any = flex_attention
+    if torch.compiler.is_compiling():
+        mask = _flex_mask(q.shape[0], q.shape[1], window, q.device.type, bounds)
+    else:
+        known = _flex_mask if bounds else _flex_mask_kept
+        mask = known(q.shape[0], q.shape[1], window, q.device.type, bounds)
+        function = _flex_compiled() if q.is_cuda else flex_attention
+    heads = q.shape[2]
+    out: Tensor = function(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=k.shape[2] != heads
+    )
+    return out.transpose(1, 2)
+
+
+def _flex_mask(b: int, t: int, window: int, device: str, bounds: tuple[Tensor, Tensor] | None) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         inside = (j <= i) & (i - j <= window)
         return inside if bounds is None else inside & (j >= bounds[0][b, i])
 
-    mask = create_block_mask(seen, b if bounds else None, None, t, t, device=q.device.type)
-    function: Any = flex_attention
-    if q.is_cuda and not torch.compiler.is_compiling():
-        function = _flex_compiled()
-    out: Tensor = function(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=k.shape[2] != heads
-    )
-    return out.transpose(1, 2)
+    return create_block_mask(seen, b if bounds else None, None, t, t, device=device)
+
+
+_flex_mask_kept = functools.lru_cache(maxsize=8)(_flex_mask)  # without documents it depends on sizes alone
 
 
 @functools.cache
@@ -468,15 +493,17 @@ BACKENDS = {
             (8, 9, 10, 12), forward=_flash2_forward, backward=_flash2_backward,
         ),
         Backend(
-            "cudnn", "", "pip install nvidia-cudnn-frontend", (8, 9, 10), band_module="cudnn", documents=False,
+            "cudnn", "", "pip install nvidia-cudnn-frontend", (8, 9, 10), band_module="cudnn", documents=0,
             head_dims=(64, 128), forward=_cudnn_forward, backward=_cudnn_backward,
         ),
         Backend(
             "flex", "", "", (8, 9, 10, 12), dtypes=(*HALVES, torch.float32), own=_flex, trusted=True, unasked=False,
+            documents=2**31,
         ),
         Backend(
             "triton", "triton", "make install", (8, 9, 10), dtypes=(*HALVES, torch.float32),
             head_dims=flash.HEAD_DIMS, forward=_triton_forward, backward=_triton_backward, trusted=True, unasked=False,
+            documents=2**31,
         ),
     )
 }  # fmt: skip

@@ -30,6 +30,11 @@ def test_backends_are_ranked_by_what_they_gain_on_the_reference_of_their_own_rou
     assert ranking(rows) == {"K=128 T=2048 W=1024": ["triton", "torch", "flash3"], "K=128 T=8192 W=8192": ["torch"]}
 
 
+def test_what_does_not_repeat_is_no_choice_however_fast() -> None:
+    varying = Row("attention", "baseline", "both", "cudnn", 9.0, 9.0, 9.0, 9.0, 0.9, True, 0.0, 1000, 3)
+    assert ranking([row("torch", 2.0), varying]) == {"K=128 T=2048 W=1024": ["torch"]}
+
+
 def test_where_the_reference_does_not_fit_the_time_decides() -> None:
     slow = Row("attention", "long", "both", "torch", 300.0, 299.0, 301.0, 0.0, 0.5, True)
     fast = Row("attention", "long", "both", "hotloop", 200.0, 199.0, 201.0, 0.0, 0.5, True)

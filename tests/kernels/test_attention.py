@@ -99,6 +99,11 @@ offsets = kernels.document_offsets(tokens, 3)
 starts = sorted({0, t, *(i for i, x in enumerate(tokens.flatten().tolist()) if x == 3)})
 assert offsets.tolist() == starts + [b * t] * (b * t + 1 - len(starts))
 assert max(errors(qkv, do, 40, offsets, SMALL)) < 1e-5
+short = kernels.document_offsets(tokens, 3, most=len(starts) + 2)
+assert short.tolist() == starts + [b * t] * 3
+assert kernels.document_offsets(tokens, 3, most=2).tolist() == [*starts[:2], b * t]
+part = torch.randn(8 * 16 * 3 + 1)[1:].view(1, 8, 3, 16)  # whole, and where no descriptor may begin
+assert flash._tokenwise(part).data_ptr() % 16 == 0 and torch.equal(flash._tokenwise(part), part)
 """)
 
 
@@ -195,17 +200,19 @@ def test_the_fastest_measured_backend_that_is_there_is_taken(monkeypatch: pytest
     plan = chosen.Plan("", ("torch", "cudnn", "triton"), {"flash4": "not here"}, {"cudnn": "no bands"}, ranking, "cuda")
     monkeypatch.setitem(chosen._plans, "cuda", plan)
 
-    def pick(t: int, window: int, dtype: torch.dtype = torch.bfloat16, documents: bool = False, k: int = 128) -> str:
+    def pick(t: int, window: int, dtype: torch.dtype = torch.bfloat16, documents: int = 0, k: int = 128) -> str:
         return chosen._choose("cuda", dtype, t, k, window, documents, None)
 
     assert pick(2048, 2048) == "cudnn"  # flash4 is not installed
     assert pick(2048, 1024) == "triton"  # cudnn was measured to be faster, and lacks what bands need
     assert pick(4096, 4096) == "cudnn"  # the nearest length that was measured, in proportion
     assert pick(8192, 8192) == "triton"
-    assert pick(2048, 2048, documents=True) == "torch"
-    assert pick(2048, 2048, torch.float32) == "reference"  # nobody else takes it unasked
+    assert pick(2048, 2048, documents=9) == "torch"
     assert pick(2048, 2048, k=64) == "torch"  # never measured
-    assert pick(2048, 2048, k=36) == "reference"
+    with pytest.warns(UserWarning, match="the reference runs"):
+        assert pick(2048, 2048, torch.float32) == "reference"  # nobody else takes it unasked
+    with pytest.warns(UserWarning, match="the reference runs"):
+        assert pick(2048, 2048, k=36) == "reference"
 
 
 def _probabilities(q: Tensor, k: Tensor, left: int, cu: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -363,6 +370,110 @@ def test_wrappers_of_other_peoples_packages(
             torch.testing.assert_close(mine, true)
             for a, b in zip(*(torch.autograd.grad(x, (q, k, v), do) for x in (mine, true)), strict=True):
                 torch.testing.assert_close(a, b)
+
+
+def test_programs_that_walk_over_tiles_have_as_much_to_do(tmp_path: Path) -> None:
+    """Static strides over the launcher's order, at a GPU's number of programs: the longest against the average."""
+    jitted = tmp_path / "order.py"  # Triton reads the source from a file
+    jitted.write_text("""
+import triton, triton.language as tl
+from kernels.flash import _tile_of
+@triton.jit
+def order(out, tiles, T, H, ROWS: tl.constexpr, HEADS: tl.constexpr, ALL: tl.constexpr):
+    tile = tl.arange(0, ALL)
+    b, head, start = _tile_of(tile, tiles, T, H, ROWS, HEADS)
+    tl.store(out + tile, (b * H + head) * T + start)
+""")
+    run(
+        f"import sys; sys.path.append({str(tmp_path)!r})"
+        + """
+from order import order
+def load(t, window, rows, heads, together):
+    tiles = rows * heads * (t // 128)
+    out = torch.empty(tiles, dtype=torch.int64)
+    order[(1,)](out, tiles, t, heads, ROWS=128, HEADS=together, ALL=tiles)
+    assert torch.equal(out.sort().values, torch.arange(0, rows * heads * t, 128))  # each tile once
+    first = out % t
+    blocks = (first + 128) // 128 - (first - window).clamp(min=0) // 128 + 1
+    work = torch.zeros(132).scatter_add_(0, torch.arange(tiles) % 132, blocks.float())
+    return float(work.max() / work.mean())
+for t, window, rows in ((2048, 2048, 128), (2048, 1024, 128), (8192, 8192, 16)):
+    assert load(t, window, rows, 4, flash.heads_together(1)) < 1.06, (t, window)
+assert load(2048, 2048, 128, 4, flash.heads_together(0)) > 1.15
+"""
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_package_is_tried_whatever_mode_asks_first(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation asks under inference_mode. A right package passes, one that computes something else does not."""
+    monkeypatch.setattr(others, "_importable", lambda module: True)
+    for stand_in, wanted in ((Flash2(), ""), (Wrong(), "its answers are wrong here")):
+        monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", stand_in)
+        with mode():
+            found = chosen._wrong.__wrapped__("flash2", "cpu")
+        assert found.startswith(wanted) and bool(found) == bool(wanted), found
+
+
+class Wrong(Flash2):
+    """Of a version that scales otherwise."""
+
+    def _flash_attn_forward(self, *args: Any, **rest: Any) -> Any:
+        out, *more = super()._flash_attn_forward(*args, **rest)
+        return (out * 1.1, *more)
+
+
+def test_the_first_right_package_of_a_measured_order_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(others, "_importable", lambda module: True)
+    monkeypatch.setattr(chosen, "_unable", lambda backend, device: "" if "flash" in backend.name else "not here")
+    monkeypatch.setattr(chosen, "_wrong", lambda name: (tried.append(name), "wrong" if name == "flash4" else "")[1])
+    monkeypatch.setattr(chosen.tuning, "measured", lambda _: {"K=128 T=2048 W=1024": ["flash4", "flash2", "flash3"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    plan = chosen._make_plan("cuda")
+    assert tried == ["flash4", "flash2", "flash3"]  # the last for calls that none was measured for
+    assert plan.unable["flash4"] == "wrong"
+    monkeypatch.setitem(chosen._plans, "cuda", plan)
+    assert chosen._describe("cuda").startswith("K=128 T=2048 W=1024: flash2")
+
+
+def test_the_record_names_no_backend_that_lacks_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranking = {"K=128 T=2048 W=1024": ["cudnn", "flash3"], "K=128 T=2048 W=2048": ["cudnn", "flash3"]}
+    plan = chosen.Plan("", ("flash3", "cudnn"), {}, {"cudnn": "no front end"}, ranking, "cuda sm_90")
+    monkeypatch.setitem(chosen._plans, "cuda", plan)
+    assert chosen._describe("cuda").startswith("K=128 T=2048 W=1024: flash3; K=128 T=2048 W=2048: cudnn")
+
+
+def test_a_reference_on_a_gpu_is_said_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chosen._plans, "cuda", chosen.Plan("", ("torch",), {}, {}, {}, "cuda sm_90"))
+    with pytest.warns(UserWarning, match=r"no fast attention serves torch\.float32 with head dim 64"):
+        assert chosen._choose("cuda", torch.float32, 256, 64, 256, 0, None) == "reference"
+    assert chosen._choose("cuda", torch.bfloat16, 256, 64, 256, 65_535, None) == "torch"
+    with pytest.warns(UserWarning, match="and documents"):
+        assert chosen._choose("cuda", torch.bfloat16, 256, 64, 256, 65_536, None) == "reference"
+    with pytest.raises(kernels.KernelError, match=r"up to 65535 documents, not 70000; document_offsets"):
+        chosen._choose("cuda", torch.bfloat16, 256, 64, 256, 70_000, "torch")
+
+
+def test_torchs_flash_attention_is_ordered_to_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under warn_only, as a training runs, it would warn and add by atomics."""
+    seen = []
+
+    def spy(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **rest: Any) -> Any:
+        mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        seen.append((*mode, torch.utils.deterministic.fill_uninitialized_memory))
+        return q, k, v
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", spy, raising=False)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    try:
+        q = torch.randn(1, 8, 2, 16)
+        others._torch_backward(q, q, q, q, q, q[..., 0].transpose(1, 2), 8, None, None)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch._C._set_deterministic_algorithms(False)
+    assert seen == [(True, False, False)]
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_torchs_own_kernels_take_what_they_are_given() -> None:
