@@ -270,8 +270,8 @@ for table in (model.wte, *model.value_embeds.values()):
 model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
 seen = set()
 for name in ("embedding", "residual_rms_norm", "linear_qkv_rope_norm", "attention", "mlp_relu2"):
-    def watched(*args, f=getattr(kernels, name), name=name):
-        out = f(*args)
+    def watched(*args, f=getattr(kernels, name), name=name, **more):
+        out = f(*args, **more)
         seen.update((name, o.dtype) for o in (out if isinstance(out, tuple) else (out,)))
         return out
     setattr(kernels, name, watched)

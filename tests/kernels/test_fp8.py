@@ -84,6 +84,7 @@ def test_rounding_takes_the_nearest_code_under_the_least_power_of_two(dtype: tor
     assert torch.equal(torch.frexp(scale)[0], torch.full_like(scale, 0.5))
     assert torch.equal((q.double() * scale.double()).cpu()[1:], by_the_list(x, dtype)[1:])
     assert not q[0].double().any()
+    assert scale[1] * torch.finfo(dtype).max == 448 and scale[2] == 2 * scale[1]
     transposed = quantize(x.T[:, :8].contiguous().T, dtype)
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(quantize(x[:8], dtype), transposed, strict=True))
 
