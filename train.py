@@ -29,6 +29,7 @@ WINDOW_PATTERN = "SSSL"  # attention windows, repeated over the blocks: L full, 
 SOFTCAP = 15.0  # logits are squashed into (-SOFTCAP, SOFTCAP)
 ROPE_BASE = 10000.0  # wavelength base of the rotary positions
 GATE_CHANNELS = 32  # first channels of the block's input that gate its value embedding
+FP8 = ""  # products in 8 bits: "", "mlp", "lm_head" or "mlp lm_head"; "e5m2" beside them: their inputs' gradients too
 
 # Batch
 TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step
@@ -79,6 +80,14 @@ def has_value_embedding(layer: int, depth: int) -> bool:
     return layer % 2 == (depth - 1) % 2
 
 
+def fp8_of(hp: SimpleNamespace, product: str) -> str:
+    """How the kernels multiply `product`: "" for not in 8 bits, else the type of what flows back (see linear_fp8)."""
+    words = hp.FP8.split()
+    if unknown := sorted(set(words) - {"mlp", "lm_head", "e5m2"}):
+        raise ValueError(f"FP8 knows mlp, lm_head and e5m2, not {unknown[0]!r}")
+    return "" if product not in words else "e5m2" if "e5m2" in words else "bf16"
+
+
 class Attention(nn.Module):
     def __init__(self, hp: SimpleNamespace, dim: int, layer: int) -> None:
         super().__init__()
@@ -101,20 +110,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int) -> None:
+    def __init__(self, hp: SimpleNamespace, dim: int) -> None:
         super().__init__()
+        self.fp8 = fp8_of(hp, "mlp")
         self.fc = nn.Linear(dim, 4 * dim, bias=False)
         self.proj = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x: Tensor, norm: kernels.Norm, *mix: Tensor) -> tuple[Tensor, kernels.Norm]:
-        return kernels.norm_mlp_relu2(x, norm, self.fc.weight, self.proj.weight, *mix)
+        return kernels.norm_mlp_relu2(x, norm, self.fc.weight, self.proj.weight, *mix, fp8=self.fp8)
 
 
 class Block(nn.Module):
     def __init__(self, hp: SimpleNamespace, dim: int, layer: int) -> None:
         super().__init__()
         self.attention = Attention(hp, dim, layer)
-        self.mlp = MLP(dim)
+        self.mlp = MLP(hp, dim)
 
 
 class GPT(nn.Module):
@@ -128,6 +138,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(Block(hp, dim, i) for i in range(hp.DEPTH))
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
+        self.head_fp8 = fp8_of(hp, "lm_head")
         self.resid_scalars = nn.Parameter(torch.ones(hp.DEPTH))
         self.x0_scalars = nn.Parameter(torch.full((hp.DEPTH,), 0.1))
         layers = [i for i in range(hp.DEPTH) if has_value_embedding(i, hp.DEPTH)]
@@ -168,7 +179,7 @@ class GPT(nn.Module):
         return kernels.normalized(x, norm)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V], fp32. The harness scores with this; training uses `loss`."""
+        """Logits [B, T, V], fp32. The harness scores with this, lm_head never in 8 bits; training uses `loss`."""
         with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
             logits = self.lm_head(self.hidden(tokens)).float()
         return self.softcap * torch.tanh(logits / self.softcap)
@@ -176,7 +187,9 @@ class GPT(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, without forming fp32 logits."""
         with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-            return kernels.softcap_linear_cross_entropy(self.hidden(tokens), self.lm_head.weight, targets, self.softcap)
+            return kernels.softcap_linear_cross_entropy(
+                self.hidden(tokens), self.lm_head.weight, targets, self.softcap, fp8=self.head_fp8
+            )
 
     def flops_per_token(self) -> int:
         """Forward and backward, by the formula of karpathy/autoresearch: 6 a matrix weight, 12 D a visible key."""

@@ -168,7 +168,7 @@ def _compare(
         if op.mean and not share:
             continue
         seeds = [g.double() * share if op.mean else g[piece].double() for g in grad]
-        truth = results(op.bind(reference), wide, op, seeds)
+        truth = results(op.truth, wide, op, seeds)
         narrow = results(op.bind(reference), part, op, [g[piece] for g in grad]) if plain is None else {}
         for what, value in truth.items():
             position = int(what.split()[1]) if what.startswith("gradient") else None

@@ -36,7 +36,7 @@ Function = Callable[..., Any]
 
 
 def has_kernel(op: Operator) -> bool:
-    return kernels.implementations().get(op.name, "").startswith("triton")
+    return kernels.implementations().get(op.name, "").startswith(("triton", "vendor"))
 
 
 def cases() -> list[Any]:
@@ -54,8 +54,8 @@ def cases() -> list[Any]:
 
 @functools.cache
 def compiled(name: str) -> Function:
-    """The reference under torch.compile; as it is on a CPU, where this is no measurement."""
-    function = OPERATORS[name].bind(reference)
+    """What has to be beaten, under torch.compile; as it is on a CPU, where this is no measurement."""
+    function = OPERATORS[name].exact or OPERATORS[name].bind(reference)
     if not ON_GPU:
         return function
     products = any(cost(sizes) for cost in OPERATORS[name].flops.values() for sizes in OPERATORS[name].shapes.values())
@@ -85,7 +85,9 @@ def verdict(name: str, shape: str, implementation: str) -> tuple[bool, str]:
 def implementation_of(name: str, implementation: str) -> Function:
     op = OPERATORS[name]
     if implementation.startswith("hotloop"):
-        return op.bind(kernels, implementation.removeprefix("hotloop").removeprefix("-"))
+        ours = op.bind(kernels, implementation.removeprefix("hotloop").removeprefix("-"))
+        # Without a kernel of ours it is PyTorch that is meant to be compiled.
+        return torch.compile(ours, dynamic=False, fullgraph=True) if ON_GPU and not op.module else ours
     if implementation == "eager":
         return op.bind(reference)
     loaded, missing = available(name)

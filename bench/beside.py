@@ -1,13 +1,16 @@
 """train.py beside the same model in plain PyTorch (bench/baseline.py): same tokens, same seeds, same harness.
 
     hotloop bench baseline [--pairs N] [--free]    speed, memory, score, where the time went, as ratios
+    hotloop bench baseline --set NAME=VALUE        the same of train.py with a constant changed, beside it as it is
 
 Both are trained in the sandbox and scored and audited as experiments are, in changing order. Nothing is recorded.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.budget import Budget
-from harness.errors import HotloopError, TrialError
+from harness.errors import HotloopError, TrialError, UsageError
 from harness.evaluate import Evaluator
 from harness.experiment import Settings
 from harness.machine import gpus, mfu_percent
@@ -24,7 +27,7 @@ from harness.spec import BudgetRule, Spec
 from harness.walls import project_root
 from harness.weights import check_weights
 
-__all__ = ["OURS", "PLAIN", "TOKENS", "Side", "main", "page", "source_of", "train_once"]
+__all__ = ["OURS", "PLAIN", "TOKENS", "Side", "main", "page", "pair_of", "source_of", "train_once"]
 
 OURS, PLAIN, FREE = "train.py", "plain PyTorch", "plain, not repeatable"
 TOKENS = {"laptop": 204_800, "h100": 40 * 2**19}  # of each training, where nothing else is asked for
@@ -75,6 +78,37 @@ def source_of(name: str) -> bytes:
     return source.replace(b"\nREPEATABLE = True\n", b"\nREPEATABLE = False\n") if name == FREE else source
 
 
+def pair_of(changes: Sequence[str], preset: str) -> dict[str, bytes]:
+    """What is compared, then what with: train.py and plain PyTorch, or train.py with `changes` and train.py as it is.
+
+    Args:
+        changes: `NAME=VALUE` each, a constant at the top of train.py and a literal of Python.
+
+    Raises:
+        UsageError: a change that is none of this preset's constants, or no literal.
+    """
+    source = source_of(OURS)
+    if not changes:
+        return {OURS: source, PLAIN: source_of(PLAIN)}
+    changed = source.decode()
+    for change in changes:
+        name, _, value = (part.strip() for part in change.partition("="))
+        try:
+            ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise UsageError(
+                f"--set takes NAME=VALUE with a literal of Python, such as 'FP8=\"mlp\"', not {change}"
+            ) from None
+        line = re.compile(rf"^({re.escape(name)} = )(.*?)(  #.*)?$", re.MULTILINE)
+        elsewhere = preset == "laptop" and re.search(rf"^    {re.escape(name)}=", changed, re.MULTILINE)
+        if not name.isidentifier() or len(line.findall(changed)) != 1 or elsewhere:
+            raise UsageError(f"--set {name}: train.py has no such constant that holds for the preset {preset}")
+        changed = line.sub(lambda found, value=value: f"{found[1]}{value}{found[3] or ''}", changed)  # type: ignore[misc]
+    if changed.encode() == source:
+        raise UsageError("--set changes nothing")
+    return {f"{OURS} with {', '.join(changes)}": changed.encode(), OURS: source}
+
+
 def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: float) -> Side:
     """Train and score one file.
 
@@ -113,34 +147,39 @@ def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: 
 
 def main(
     settings: Settings, tokens: float | None = None, pairs: int = 1, free: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, changes: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Train both `pairs` times, in changing order, and return the page.
 
     Raises:
+        UsageError: see `pair_of`.
         HotloopError: one of them ended without a score.
     """
     wanted = tokens or TOKENS[settings.preset.name]
-    names = [OURS, PLAIN, FREE] if free else [OURS, PLAIN]
+    sources = pair_of(changes, settings.preset.name)
+    base = list(sources)[1]
+    if free:
+        sources[FREE] = source_of(FREE)
+    names = list(sources)
     found: dict[str, list[Side]] = {name: [] for name in names}
     for pair in range(pairs):
         for name in names if pair % 2 else names[::-1]:
-            side = train_once(name, source_of(name), settings, 1, wanted)
+            side = train_once(name, sources[name], settings, 1, wanted)
             found[name].append(side)
             say(f"{name:<22} {side.step_tokens_per_s:>12,.0f} tokens/s  val_bpb {side.val_bpb:.6f}")
-    return page(found)
+    return page(found, base)
 
 
-def page(found: Mapping[str, Sequence[Side]]) -> str:
-    """Markdown: one column a file, and its ratio to plain PyTorch; medians over pairs.
+def page(found: Mapping[str, Sequence[Side]], base: str = PLAIN) -> str:
+    """Markdown: one column a file, and its ratio to `base`; medians over pairs.
 
     Args:
         found: name -> its trainings; those of one place make a pair.
     """
-    first = found[PLAIN][0]
+    first = found[base][0]
     on_gpu = first.device == "cuda"
     what = gpus()[0]["name"] if on_gpu and gpus() else "CPU figures: they prove the way, and say nothing of a GPU"
-    count = len(found[PLAIN])
+    count = len(found[base])
     ours = found[OURS][0].kernels
     fast = sorted(k for k, v in ours.items() if not v.startswith("reference"))
     head = " | ".join(found)
@@ -148,7 +187,7 @@ def page(found: Mapping[str, Sequence[Side]]) -> str:
         f"{first.tokens:,} tokens each in {first.steps} steps, {count} {'pair' if count == 1 else 'pairs'} ({what}).",
         f"Kernels in {OURS}: {', '.join(fast) or 'none, all are references'}.",
         "",
-        f"| | {head} | {' | '.join(f'{name} / plain' for name in found if name != PLAIN)} |",
+        f"| | {head} | {' | '.join(f'{name} / {base.split()[0]}' for name in found if name != base)} |",
         "|---|" + "---:|" * (2 * len(found) - 1),
     ]
 
@@ -158,8 +197,8 @@ def page(found: Mapping[str, Sequence[Side]]) -> str:
             return
         cells = [format(statistics.median(vs), form) for vs in values.values()]  # type: ignore[type-var]
         for name, vs in values.items():
-            if name != PLAIN:
-                each = [a / b for a, b in zip(vs, values[PLAIN], strict=True) if b] if ratio else []  # type: ignore[operator]
+            if name != base:
+                each = [a / b for a, b in zip(vs, values[base], strict=True) if b] if ratio else []  # type: ignore[operator]
                 cells.append(format(statistics.median(each), ratio) if each else "")
         lines.append(f"| {what} | {' | '.join(cells)} |")
 

@@ -103,6 +103,14 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
     parser.add_argument("--data", metavar="DIR")
     parser.add_argument("--tokens", type=float, metavar="N", help="of each training")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="NAME=VALUE",
+        help="train.py with a constant changed, beside train.py as it is; may be repeated",
+    )
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
 
 
@@ -199,7 +207,10 @@ def _baseline(args: argparse.Namespace) -> int:
 
     if args.pairs < 1:
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
-    return _shown(beside(settings_from(preset=args.preset, data=args.data), _tokens(args), args.pairs, args.free), args)
+    if args.free and args.changes:
+        raise UsageError("--free is of plain PyTorch, and --set compares train.py with itself")
+    settings = settings_from(preset=args.preset, data=args.data)
+    return _shown(beside(settings, _tokens(args), args.pairs, args.free, changes=args.changes), args)
 
 
 def _quality(args: argparse.Namespace) -> int:
@@ -209,7 +220,7 @@ def _quality(args: argparse.Namespace) -> int:
 
     out = args.out or (None if args.tiny else RESULTS)
     settings = settings_from(preset=args.preset, data=args.data)
-    found, page = quality(settings, args.seeds, _tokens(args), args.tiny, out)
+    found, page = quality(settings, args.seeds, _tokens(args), args.tiny, out, changes=args.changes)
     _shown(page, args)
     return 0 if found.within_noise else 1
 

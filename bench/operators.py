@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import reference
 
 __all__ = ["OPERATORS", "PASSES", "Operator", "Tolerance"]
 
@@ -68,7 +69,9 @@ class Operator:
         fold: turns (a tensor of the arguments or the results, the arguments) into one with more and smaller rows, where
             fp64 would be too large for whole ones.
         bytes, flops: pass -> cost of these sizes; bytes for 2-byte elements.
-        module: the file of its Triton kernel; "" where there is none yet.
+        exact: what an operator that rounds by design stands for, of the same arguments: its fp64 result is the truth,
+            and its compiled form is what has to be beaten. None: the reference.
+        module: the file of its Triton kernel; "" where there is none.
         torch_ops: registered operators behind it.
     """
 
@@ -85,6 +88,7 @@ class Operator:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     mean: bool = False
     fold: Callable[[Tensor, list[Any]], Tensor] | None = None
+    exact: Callable[..., Any] | None = None
     module: str = ""
     torch_ops: tuple[str, ...] = ()
 
@@ -94,6 +98,11 @@ class Operator:
         """
         function = functools.partial(getattr(module, self.name), **self.variants.get(variant, {}))
         return function if self.call is None else functools.partial(self.call, function)
+
+    @property
+    def truth(self) -> Callable[..., Any]:
+        """What is right, in fp64."""
+        return self.exact or self.bind(reference)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -151,6 +160,11 @@ _POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+# One factor rounded to e4m3, with three bits of mantissa, errs by 2.7e-2 in L2 (measured, normal and relu^2 numbers);
+# a product of two by the root of two times that.
+EIGHT_BITS = dict.fromkeys(
+    (BF16, FP16, FP32), Tolerance(4.2e-2, "both factors are rounded to e4m3: 2.7e-2 in L2 each, 3.8e-2 together")
+)
 _BTD = {
     "baseline": {"B": 128, "T": 2048, "D": 512},
     "odd": {"B": 3, "T": 37, "D": 200},
@@ -205,7 +219,11 @@ OPERATORS = {
             ),
             flops=_costs(lambda s: 2.0 * s["M"] * s["D"] * s["V"], lambda s: 4.0 * s["M"] * s["D"] * s["V"]),
             module="kernels.linear_cross_entropy",
-            torch_ops=("softcap_linear_cross_entropy", "softcap_linear_cross_entropy_chunked"),
+            torch_ops=(
+                "softcap_linear_cross_entropy",
+                "softcap_linear_cross_entropy_chunked",
+                "softcap_linear_cross_entropy_fp8",
+            ),
             variants={"exp": {"method": "exp"}, "chunked": {"method": "chunked"}},
         ),
         Operator(
@@ -381,6 +399,33 @@ OPERATORS = {
             ),
             module="kernels.weight_gradient",
             torch_ops=("linear", "weight_gradient"),
+        ),
+        Operator(
+            name="linear_fp8",
+            make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
+                _randn(s["N"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
+            ],
+            shapes={
+                "baseline": {"B": 128, "T": 2048, "D": 512, "N": 2048},
+                "baseline narrow": {"B": 128, "T": 2048, "D": 2048, "N": 512},
+                "baseline head": {"B": 128, "T": 2048, "D": 512, "N": 8192},
+                "odd": {"B": 3, "T": 37, "D": 208, "N": 80},
+                "long": {"B": 4, "T": 65536, "D": 512, "N": 2048},
+                "tiny": {"B": 1, "T": 1, "D": 16, "N": 16},
+            },
+            tolerance=EIGHT_BITS,
+            gradients=(0, 1),
+            rows=(0,),
+            bytes=_costs(
+                lambda s: 2.0 * (s["B"] * s["T"] * (s["D"] + s["N"]) + s["N"] * s["D"]),
+                lambda s: 2.0 * (s["B"] * s["T"] * (2 * s["D"] + 2 * s["N"]) + 2 * s["N"] * s["D"]),
+            ),
+            flops=_costs(
+                lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
+            ),
+            exact=reference.linear,
+            torch_ops=("scaled_product",),
         ),
         Operator(
             name="rms_norm",

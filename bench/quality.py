@@ -1,6 +1,7 @@
 """Does train.py learn as much from a token as plain PyTorch? Both under several seeds, at equal tokens.
 
     hotloop bench quality --seeds 5 [--preset laptop] [--tokens N] [--out FOLDER]
+    hotloop bench quality --seeds 5 --set NAME=VALUE    train.py with a constant changed, against train.py as it is
 
 Writes a JSON to bench/results/<device>/quality/: the runs, what they say, and on what.
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.beside import OURS, PLAIN, TOKENS, Side, small, source_of, train_once
+from bench.beside import TOKENS, Side, pair_of, small, train_once
 from harness.errors import UsageError
 from harness.experiment import Settings
 from harness.machine import cpu_name, environment, gpus
@@ -37,12 +38,13 @@ SMALL_TOKENS = 40 * 256
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the pairs say; a positive difference is a loss of quality in train.py. Bits per byte, but for the curve's.
+    """What the pairs say; a positive difference is a loss of quality in what is judged: train.py against plain PyTorch,
+    or a changed train.py against train.py. Bits per byte, but for the curve's.
 
     Attributes:
-        differences: train.py minus plain PyTorch, a pair each.
+        differences: what is judged minus what it is judged by, a pair each.
         error: standard error of their mean.
-        seed_sd: standard deviation of plain PyTorch over seeds; train.py's own would excuse a train.py that is erratic.
+        seed_sd: standard deviation over seeds of what it is judged by; its own would excuse what is erratic.
         allowed_mean / allowed_pair: two standard deviations of what seeds alone would do to the mean and to one pair.
         curve_share: share of the curve's points at which the mean difference of the losses is above what seeds explain.
         curve_largest_nats: the largest mean difference at any point.
@@ -105,12 +107,12 @@ def page(ours: Sequence[Side], plain: Sequence[Side]) -> str:
     told = (
         "cannot be told from zero" if abs(v.mean) <= 2 * v.error else "is there: more than two of its standard errors"
     )
+    judged, by = ours[0].name, plain[0].name
     lines = [
-        f"{OURS} against {PLAIN}, {len(ours)} seeds, {ours[0].tokens:,} tokens each in {ours[0].steps} steps "
-        f"({where}).",
-        f"Kernels in {OURS}: {', '.join(fast) or 'none, all are references'}.",
+        f"{judged} against {by}, {len(ours)} seeds, {ours[0].tokens:,} tokens each in {ours[0].steps} steps ({where}).",
+        f"Kernels in {judged}: {', '.join(fast) or 'none, all are references'}.",
         "",
-        f"| seed | {OURS} val_bpb | {PLAIN} val_bpb | difference |",
+        f"| seed | {judged} val_bpb | {by} val_bpb | difference |",
         "|---|---:|---:|---:|",
         *(
             f"| {a.seed} | {a.val_bpb:.6f} | {b.val_bpb:.6f} | {a.val_bpb - b.val_bpb:+.6f} |"
@@ -118,7 +120,7 @@ def page(ours: Sequence[Side], plain: Sequence[Side]) -> str:
         ),
         "",
         f"Mean difference {v.mean:+.6f} with a standard error of {v.error:.6f} over pairs: it {told}.",
-        f"Standard deviation of {PLAIN} over seeds {v.seed_sd:.6f}; seeds alone would move such a mean by up to "
+        f"Standard deviation of {by} over seeds {v.seed_sd:.6f}; seeds alone would move such a mean by up to "
         f"{v.allowed_mean:.6f} and one pair by up to {v.allowed_pair:.6f}.",
         f"Training losses: mean difference at most {v.curve_largest_nats:.6f} nats at any of {len(ours[0].curve)} "
         f"points; {v.curve_share:.0%} of them above what seeds explain.",
@@ -165,6 +167,7 @@ def main(
     tiny: bool = False,
     out: Path | None = None,
     say: Callable[[str], None] = print,
+    changes: Sequence[str] = (),
 ) -> tuple[Verdict, str]:
     """Train both under the seeds 1 to `seeds`; (what they say, its page).
 
@@ -172,25 +175,26 @@ def main(
         out: takes the JSON; None for none.
 
     Raises:
-        UsageError: too few seeds, or `tiny` with another preset than the laptop's.
+        UsageError: too few seeds, `tiny` with another preset than the laptop's, or see `pair_of`.
         HotloopError: a training ended without a score.
     """
     if seeds < 2:
         raise UsageError(f"--seeds must be at least 2, not {seeds}: the spread over seeds is the measure")
-    sources = {name: source_of(name) for name in (OURS, PLAIN)}
+    sources = pair_of(changes, settings.preset.name)
+    judged, by = sources
     wanted = tokens or (SMALL_TOKENS if tiny else TOKENS[settings.preset.name])
     if tiny:
         if settings.preset.name != "laptop":
             raise UsageError("--tiny is a size of the laptop preset; say --preset laptop")
         settings, shrink = small(settings)
         sources = {name: shrink(source) for name, source in sources.items()}
-    found: dict[str, list[Side]] = {OURS: [], PLAIN: []}
+    found: dict[str, list[Side]] = {judged: [], by: []}
     for seed in range(1, seeds + 1):
-        for name in (OURS, PLAIN) if seed % 2 else (PLAIN, OURS):
+        for name in (judged, by) if seed % 2 else (by, judged):
             found[name].append(train_once(name, sources[name], settings, seed, wanted))
-        a, b = (found[name][-1].val_bpb for name in (OURS, PLAIN))
-        say(f"seed {seed}: {OURS} {a:.6f}, {PLAIN} {b:.6f}, difference {a - b:+.6f}")
+        a, b = (found[name][-1].val_bpb for name in (judged, by))
+        say(f"seed {seed}: {judged} {a:.6f}, {by} {b:.6f}, difference {a - b:+.6f}")
     if out:
         facts = environment(settings.device, settings.threads)
-        say(f"written: {write(found[OURS], found[PLAIN], facts, out)}")
-    return verdict(found[OURS], found[PLAIN]), page(found[OURS], found[PLAIN])
+        say(f"written: {write(found[judged], found[by], facts, out)}")
+    return verdict(found[judged], found[by]), page(found[judged], found[by])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from kernels.adamw import adamw_
 from kernels.attend import attention, document_offsets
 from kernels.dispatch import KernelError, implementations
+from kernels.fp8 import linear_fp8
 from kernels.linear_cross_entropy import softcap_linear_cross_entropy
 from kernels.linear_qkv import linear_qkv_rope_norm
 from kernels.mlp import mlp_relu2
@@ -39,6 +40,7 @@ __all__ = [
     "embedding",
     "implementations",
     "linear",
+    "linear_fp8",
     "linear_qkv_rope_norm",
     "linear_residual",
     "mlp_relu2",

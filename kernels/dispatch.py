@@ -3,7 +3,8 @@
 A Triton kernel can run on tensors of a CUDA device of compute capability 8.0 or newer. By default those of DEFAULTS
 do: the ones that were measured to win end to end on a GPU. `HOTLOOP_KERNELS` asks for something else: `reference` for
 none, `triton` for all, or operators with commas between (those of TOGETHER as one); what is asked for and cannot run is
-an error. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too.
+an error. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's library computes
+needs no kernel of ours and is not named there: it runs where the hardware can, and under `reference` nowhere.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "HAVE_TRITON",
     "TOGETHER",
     "TRITON_OPERATORS",
+    "VENDOR_OPERATORS",
     "CompileCase",
     "KernelError",
     "choose",
@@ -46,6 +48,8 @@ TOGETHER = frozenset({"linear_residual", "norm_linear_qkv", "norm_mlp_relu2"})
 # No kernel is a default before it was measured to win end to end on a GPU (docs/performance.md).
 DEFAULTS: frozenset[str] = frozenset()
 REFERENCE_OPERATORS = ("apply_rope_norm", "rms_norm")
+# Operations whose fast form is the vendor library's; each says in `describe` whether it runs.
+VENDOR_OPERATORS = ("linear_fp8",)
 # Operators that choose among more than their kernel and their reference: name -> what runs on a device type.
 describe: dict[str, Callable[[str], str]] = {}
 
@@ -132,7 +136,7 @@ def implementations() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     can, why = _decide(device)
     table = dict.fromkeys(REFERENCE_OPERATORS, "reference: no kernel yet")
-    for name in TRITON_OPERATORS:
+    for name in (*TRITON_OPERATORS, *VENDOR_OPERATORS):
         if name in describe:
             table[name] = describe[name](device)
         elif can and name in wanted():

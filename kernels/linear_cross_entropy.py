@@ -12,6 +12,9 @@ E[target] -= Z (1 - t^2). Then dx = g / Z (E W) and dW = E^T (x g / Z).
 
 `chunked`: either of them over blocks of rows, dx and dW formed in the forward pass, where M V elements do not fit.
 
+In 8 bits (`fp8`) the product is `linear_fp8`'s, and the pass over its logits that of `inplace`. Its factors are rounded
+outside of the operator, for torch.compile to fuse with what made them.
+
 Bytes, elements of b bytes, beside the products' own x, W, dx and dW: `inplace` writes M V b, reads and writes it,
 reads it twice; `exp` writes it and reads it twice. Operations: three products of 2 M D V.
 
@@ -28,6 +31,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from kernels.fp8 import check_fp8, input_gradient, linear_fp8, scaled_product
 from kernels.softcap_cross_entropy import check, launch
 from kernels.weight_gradient import weight_gradient
 
@@ -173,9 +177,13 @@ def _inplace(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(summed loss times share, d loss / d logits, its row scale []): one product and one pass."""
-    logits = x @ weight.T
+    return _pass(x @ weight.T, targets, softcap, share)
+
+
+def _pass(logits: Tensor, targets: Tensor, softcap: float | None, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of logits, which are overwritten."""
     # One token's share of a mean underflows in fp16; there the products are scaled.
-    late = x.dtype == torch.float16
+    late = logits.dtype == torch.float16
     loss = launch(logits, targets, softcap, torch.ones_like(share) if late else share)
     return loss.sum() * share, logits, share if late else torch.ones_like(share)
 
@@ -200,9 +208,10 @@ def _exp(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, share: Tens
     return loss.sum() * share, e, scale[:, None]
 
 
-def _gradients(x: Tensor, weight: Tensor, dlogits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(x: Tensor, weight: Tensor, dlogits: Tensor, scale: Tensor, fp8: str = "") -> tuple[Tensor, Tensor]:
     """dx [M, D] and dW [V, D] from row-scaled gradients of the logits."""
-    return ((dlogits @ weight) * scale).to(x.dtype), weight_gradient(dlogits, (x * scale).to(x.dtype))
+    dx = input_gradient(dlogits, weight, fp8)
+    return (dx * scale).to(x.dtype), weight_gradient(dlogits, (x * scale).to(x.dtype))
 
 
 # ---- operators --------------------------------------------------------------------------------------------------
@@ -280,7 +289,44 @@ def _chunked_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | 
 _chunked_op.register_autograd(_chunked_backward, setup_context=_chunked_context)
 
 
-@register_flop_formula(torch.ops.hotloop.softcap_linear_cross_entropy)
+@torch.library.custom_op("hotloop::softcap_linear_cross_entropy_fp8", mutates_args=())
+def _fp8_op(
+    x: Tensor, weight: Tensor, xq: Tensor, x_scale: Tensor, wq: Tensor, w_scale: Tensor, targets: Tensor,
+    softcap: float | None, backward: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x [M, D] and weight [V, D], which the backward pass reads; both as `quantize` leaves them; targets [M] -> mean
+    loss [], gradients of the logits [M, V] but for a scale, that.
+    """
+    return _pass(scaled_product(xq, wq, x_scale, w_scale, x.dtype), targets, softcap, _share(targets))
+
+
+@_fp8_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, xq: Tensor, x_scale: Tensor, wq: Tensor, w_scale: Tensor, targets: Tensor,
+    softcap: float | None, backward: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scalar = x.new_empty((), dtype=torch.float32)
+    return scalar, x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(scalar)
+
+
+def _fp8_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], *output[1:])
+    ctx.fp8 = inputs[-1]
+    ctx.set_materialize_grads(False)
+
+
+def _fp8_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, dlogits, scale = ctx.saved_tensors
+    none = (None,) * 7
+    return (None, None, *none) if grad is None else (*_gradients(x, weight, dlogits, scale * grad, ctx.fp8), *none)
+
+
+_fp8_op.register_autograd(_fp8_backward, setup_context=_fp8_context)
+
+
+@register_flop_formula(
+    [torch.ops.hotloop.softcap_linear_cross_entropy, torch.ops.hotloop.softcap_linear_cross_entropy_fp8]
+)
 def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     return int(2 * x[0] * x[1] * weight[0])
 
@@ -294,8 +340,9 @@ def _chunked_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def softcap_linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, method: str | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, method: str | None = None, *,
+    fp8: str = "",
+) -> Tensor:  # fmt: skip
     """Mean cross-entropy of softcap(x W^T); see `reference`. No fp32 logits are formed.
 
     Args:
@@ -305,6 +352,8 @@ def softcap_linear_cross_entropy(
         softcap: None for no cap.
         method: `inplace`, `exp` (bounded caps only) or `chunked`; None for `inplace` where M V elements fit, else
             `chunked`. The reference, where it runs, knows no methods.
+        fp8: `bf16` or `e5m2`: the product by `linear_fp8`, with that backward pass, and no other method than
+            `inplace`; "" for none.
 
     Returns:
         scalar fp32, nats, differentiable in x and weight.
@@ -314,7 +363,11 @@ def softcap_linear_cross_entropy(
     """
     if method is not None and method not in METHODS:
         raise KernelError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
+    if fp8 and method not in (None, "inplace"):
+        raise KernelError(f"in 8 bits the loss has the method inplace, not {method}")
     if not choose("softcap_linear_cross_entropy", x.device.type):
+        if fp8:
+            return reference.mean_cross_entropy(linear_fp8(x, weight, fp8), targets, softcap)
         return reference.softcap_linear_cross_entropy(x, weight, targets, softcap)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -329,6 +382,13 @@ def softcap_linear_cross_entropy(
             f"method exp needs a softcap of at most {EXP_MAX_CAP[flat.dtype]} for {flat.dtype}, not {softcap}"
         )
     flat, weight, aims = flat.contiguous(), weight.contiguous(), targets.flatten().contiguous()
+    if fp8:
+        check_fp8(flat, weight, fp8)
+        if m * v > MAX_ELEMENTS:
+            raise KernelError(f"in 8 bits the loss takes up to {MAX_ELEMENTS} logits a pass, not {m} x {v}")
+        factors = [t for a in (flat, weight) for t in reference.quantize(a.detach(), reference.E4M3)]
+        mean: Tensor = _fp8_op(flat, weight, *factors, aims, softcap, fp8)[0]
+        return mean
     if method == "chunked" or (method is None and m * v > MAX_ELEMENTS):
         rows = max(1, min(m, CHUNK_ELEMENTS // v))
         loss: Tensor = _chunked_op(flat, weight, aims, softcap, rows)[0]

@@ -9,6 +9,9 @@ products out and dx are the vendor library's, dW_proj and dW_fc too unless `line
 Bytes, elements of b bytes, M tokens, widths D and N: forward read x, write y, read y, write out: M (2 D + 2 N) b.
 Backward read dout and y, write dpre; dout and y again for dW_proj; dpre twice, x, write dx: M (4 D + 5 N) b. The
 weights come on top. Operations: two products of 2 M D N forward, four backward.
+
+In 8 bits (`fp8`) both products are `linear_fp8`'s, and what lies between them is plain PyTorch, for torch.compile to
+fuse with the scales and the rounding of the second product's input.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, reference, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from kernels.fp8 import linear_fp8
 from kernels.weight_gradient import weight_gradient
 
 if HAVE_TRITON:
@@ -232,12 +237,13 @@ def _dpre_flops(dout: Any, w_proj: Any, *args: Any, **kwargs: Any) -> int:
 # ---- public function --------------------------------------------------------------------------------------------
 
 
-def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, fp8: str = "") -> Tensor:
     """relu(x W_fc^T)^2 W_proj^T; see `reference`.
 
     Args:
         x: [..., D]; under autocast it and the weights are taken in the autocast dtype.
         w_fc: [N, D]; w_proj: [E, N].
+        fp8: `bf16` or `e5m2`: both products by `linear_fp8`, with that backward pass; "" for none.
 
     Returns:
         [..., E].
@@ -245,6 +251,9 @@ def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
     Raises:
         KernelError: inputs that the kernel does not serve.
     """
+    if fp8:
+        pre = linear_fp8(x, w_fc, fp8)
+        return linear_fp8(F.relu(pre).square().to(pre.dtype), w_proj, fp8)
     if not choose("mlp_relu2", x.device.type):
         return reference.mlp_relu2(x, w_fc, w_proj)
     if torch.is_autocast_enabled(x.device.type):

@@ -98,6 +98,8 @@ def norm_mlp_relu2(
     x0: Tensor | None = None,
     lam: Tensor | None = None,
     mu: Tensor | None = None,
+    *,
+    fp8: str = "",
 ) -> tuple[Tensor, Norm]:
     """Norm, relu^2 MLP, residual mix, and what the next norm takes; see `reference`.
 
@@ -108,6 +110,7 @@ def norm_mlp_relu2(
         w_fc: [N, D]; w_proj: [D, N].
         x0: of x's shape and dtype, mixed in; comes with lam and mu.
         lam, mu: scalars [] on x's device, of a floating dtype.
+        fp8: as `mlp_relu2`, which then serves it.
 
     Returns:
         lam (x + MLP(norm(x))) + mu x0, and its norm.
@@ -116,8 +119,8 @@ def norm_mlp_relu2(
         KernelError: inputs that the kernel does not serve.
     """
     check_mix("norm_mlp_relu2", x, x0, lam, mu)
-    if not (choose("norm_mlp_relu2", x.device.type) and isinstance(norm, Squares)):
-        return residual_rms_norm(x, mlp.mlp_relu2(normalized(x, norm), w_fc, w_proj), x0, lam, mu)
+    if fp8 or not (choose("norm_mlp_relu2", x.device.type) and isinstance(norm, Squares)):
+        return residual_rms_norm(x, mlp.mlp_relu2(normalized(x, norm), w_fc, w_proj, fp8=fp8), x0, lam, mu)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_fc, w_proj = x.to(dtype), w_fc.to(dtype), w_proj.to(dtype)

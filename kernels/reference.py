@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "embedding",
     "linear",
+    "linear_fp8",
     "linear_qkv_rope_norm",
     "linear_residual",
     "mlp_relu2",
@@ -33,6 +35,9 @@ __all__ = [
 
 IGNORE = -1  # a target that counts in no loss
 NORM_EPS = 2.0**-23  # fp32's machine epsilon, whatever the dtype
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# A row whose largest element is smaller is scaled as if it were this, so that a row of zeros has a scale.
+FP8_SMALLEST, FP8_LARGEST = 2.0**-100, 2.0**126
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -83,6 +88,69 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row by a scale of its own: the least power of two that brings its largest element into the range of 8 bits.
+
+    A power of two, so that nothing but the conversion rounds: the same bits eagerly, compiled and on any device.
+    Numbers of bfloat16 over another scale lie halfway between two codes often, where the last bit of a division would
+    decide. The error is as large (docs/performance.md).
+
+    Args:
+        x: [M, N]; what is wider than fp32 is rounded to it.
+        dtype: E4M3 or E5M2.
+
+    Returns:
+        q [M, N] in dtype, contiguous, and scale fp32 [M, 1]; x is about q scale. A row with an element that is not
+        finite, or above 2^126, has the scale NaN, so that all that is made of it shows it.
+    """
+    x = x.float().contiguous()
+    amax, top = x.abs().amax(-1, keepdim=True), torch.finfo(dtype).max / 1.75  # a power of two, for both types
+    # The bits of the least power of two that is no less than amax / 1.75: a mantissa above 1.75 carries into the
+    # exponent. Its inverse has the exponent's mirror image.
+    bits = (amax.clamp(FP8_SMALLEST, FP8_LARGEST).view(torch.int32) + 0x1FFFFF) & 0x7F800000
+    power, inverse = bits.view(torch.float32), (0x7F000000 - bits).view(torch.float32)
+    return (x * (inverse * top)).to(dtype), torch.where(amax <= FP8_LARGEST, power / top, torch.nan)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [M, N] as `quantize` leaves it, fp32 (fp64 for fp64 inputs)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    q, scale = quantize(x, dtype)
+    return q.to(wide) * scale.to(wide)
+
+
+class _LinearFp8(torch.autograd.Function):
+    """x [M, D], weight [N, D] -> [M, N]; rounding counts as the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, backward: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.e5m2 = backward == "e5m2"
+        with torch.autocast(x.device.type, enabled=False):  # the product stays in fp32
+            return (_rounded(x, E4M3) @ _rounded(weight, E4M3).T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        dx = (_rounded(dy, E5M2) @ _rounded(weight.T, E4M3).T).to(x.dtype) if ctx.e5m2 else dy @ weight
+        return dx, dy.T @ x, None
+
+
+def linear_fp8(x: Tensor, weight: Tensor, backward: str = "bf16") -> Tensor:
+    """x W^T of x and W rounded to e4m3 by a scale a row, summed in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        x: [..., D]; weight: [N, D], of one dtype.
+        backward: `bf16`: dx = dy W and dW = dy^T x of what was not rounded, in the input's dtype; `e5m2`: dx of dy
+            rounded to e5m2 by a scale a row and of W rounded to e4m3 by a scale a column; dW as before.
+
+    Returns:
+        [..., N] of x's dtype. A row of x that is not finite gives a row of NaN.
+    """
+    out: Tensor = _LinearFp8.apply(x.reshape(-1, x.shape[-1]), weight, backward)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
 def qkv_rope_norm(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, ve: Tensor | None = None, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,10 +185,19 @@ def linear_qkv_rope_norm(
     return qkv_rope_norm(F.linear(x, weight).unflatten(-1, (-1, 2 * cos.size(-1))), cos, sin, heads, ve, gate)
 
 
-def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
-    """relu(x W_fc^T)^2 W_proj^T. x [..., D], w_fc [N, D], w_proj [E, N] -> [..., E]."""
-    pre = F.linear(x, w_fc)
-    return F.linear(F.relu(pre).square().to(pre.dtype), w_proj)  # CUDA's autocast would leave fp32 between them
+def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, fp8: str = "") -> Tensor:
+    """relu(x W_fc^T)^2 W_proj^T.
+
+    Args:
+        x: [..., D]; w_fc: [N, D]; w_proj: [E, N].
+        fp8: `bf16` or `e5m2`: both products by `linear_fp8`, with that backward pass; "" for none.
+
+    Returns:
+        [..., E].
+    """
+    pre = linear_fp8(x, w_fc, fp8) if fp8 else F.linear(x, w_fc)
+    y = F.relu(pre).square().to(pre.dtype)  # CUDA's autocast would leave fp32 between them
+    return linear_fp8(y, w_proj, fp8) if fp8 else F.linear(y, w_proj)
 
 
 def linear_residual(
@@ -162,9 +239,11 @@ def norm_mlp_relu2(
     x0: Tensor | None = None,
     lam: Tensor | None = None,
     mu: Tensor | None = None,
+    *,
+    fp8: str = "",
 ) -> tuple[Tensor, Tensor]:
     """`residual_rms_norm` of x with the branch `mlp_relu2` of its RMS norm. x, x0 [..., D]; `norm` as above."""
-    return residual_rms_norm(x, mlp_relu2(rms_norm(x), w_fc, w_proj), x0, lam, mu)
+    return residual_rms_norm(x, mlp_relu2(rms_norm(x), w_fc, w_proj, fp8=fp8), x0, lam, mu)
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -321,7 +400,18 @@ def softcap_cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | Non
     return loss
 
 
-def softcap_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
+def mean_cross_entropy(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Mean cross-entropy of softcapped logits [..., V] over the targets that are not -1: fp32 (fp64 for fp64)."""
+    logits = logits.flatten(0, -2)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
+
+
+def softcap_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, *, fp8: str = ""
+) -> Tensor:
     """Mean cross-entropy of softcap(x W^T) over the targets that are not -1.
 
     Args:
@@ -329,12 +419,10 @@ def softcap_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, sof
         weight: [V, D].
         targets: int64 [...].
         softcap: None for no cap.
+        fp8: `bf16` or `e5m2`: the product by `linear_fp8`, with that backward pass; "" for none.
 
     Returns:
         scalar, fp32 (fp64 for fp64 inputs), nats. NaN where no target counts.
     """
-    logits = F.linear(x, weight).flatten(0, -2)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
+    logits = linear_fp8(x, weight, fp8) if fp8 else F.linear(x, weight)
+    return mean_cross_entropy(logits, targets, softcap)

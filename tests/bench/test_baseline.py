@@ -54,6 +54,8 @@ def test_it_has_train_pys_hyperparameters() -> None:
             {k: v for k, v in vars(module.hyperparameters(spec)).items() if isinstance(v, int | float | str | tuple)}
             for module in (train, baseline)
         )
+        # Products in 8 bits are off until their speed and their quality are shown, and plain PyTorch has none.
+        assert ours.pop("FP8") == ""
         assert len(ours) > 20
         assert {name: plain[name] for name in ours} == ours
 

@@ -91,6 +91,46 @@ def test_the_third_column_is_another_file() -> None:
     )
 
 
+def test_a_constant_is_changed_where_it_stands() -> None:
+    pair = beside.pair_of(["FP8='mlp lm_head'", "DEPTH=12"], "h100")
+    assert list(pair) == ["train.py with FP8='mlp lm_head', DEPTH=12", OURS]
+    assert pair[OURS] == source_of(OURS)
+    ours, changed = (dict(enumerate(source.splitlines())) for source in (pair[OURS], next(iter(pair.values()))))
+    assert [changed[i] for i in ours if changed[i] != ours[i]] == [
+        ours[i].replace(b"DEPTH = 8", b"DEPTH = 12").replace(b'FP8 = ""', b"FP8 = 'mlp lm_head'")
+        for i in ours
+        if ours[i].startswith((b"DEPTH = ", b"FP8 = "))
+    ]
+    assert list(beside.pair_of([], "h100")) == [OURS, PLAIN]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("NO_SUCH=1", "no such constant"),
+        ("DEPTH=8", "the preset laptop"),  # the laptop's table overrides it
+        ("FP8=mlp", "a literal of Python"),
+        ("FP8", "a literal of Python"),
+        ('FP8=""', "changes nothing"),
+    ],
+)
+def test_a_change_that_would_not_show_is_refused(change: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        beside.pair_of([change], "laptop")
+
+
+def test_train_py_in_8_bits_is_trained_scored_and_audited(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole experiment twice; an audit that failed would end it."""
+    flags = ["--preset", "laptop", "--data", str(data), "--tokens", "12288", "--set", "FP8='mlp lm_head e5m2'"]
+    assert main(["baseline", *flags]) == 0
+    text = capsys.readouterr().out
+    name = "train.py with FP8='mlp lm_head e5m2'"
+    assert f"| | {name} | train.py | {name} / train.py |" in text
+    eight, ours = (float(x) for x in re.findall(r"val_bpb at equal tokens \| ([\d.]+) \| ([\d.]+)", text)[0])
+    assert eight != ours
+    assert eight == pytest.approx(ours, rel=2e-2)
+
+
 def test_gpu_check_takes_it_last_and_the_rest_is_ten_minutes() -> None:
     assert list(check.PARTS)[-1] == "baseline"
     assert check.PARTS["baseline"] < 600 and sum(check.PARTS.values()) - check.PARTS["baseline"] < 600
@@ -153,6 +193,7 @@ def test_a_tiny_comparison_of_quality(tmp_path: Path, data: Path, capsys: pytest
         (["baseline", "--pairs", "0"], "--pairs must be at least 1"),
         (["baseline", "--tokens", "0"], "--tokens must be a positive number"),
         (["quality", "--seeds", "1"], "--seeds must be at least 2"),
+        (["baseline", "--free", "--set", "FP8='mlp'"], "--set compares train.py with itself"),
         (["quality", "--tokens", "-5"], "--tokens must be a positive number"),
         (["quality", "--tokens", "5"], "train.py, seed 1, ended as invalid: one step of 4096 tokens costs more"),
         (["baseline", "--preset", "h100"], "nvidia-smi shows none"),

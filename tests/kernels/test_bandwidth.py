@@ -269,8 +269,8 @@ for table in (model.wte, *model.value_embeds.values()):
 model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
 seen = set()
 for name in ("embedding", "residual_rms_norm", "norm_linear_qkv", "attention", "linear_residual", "norm_mlp_relu2"):
-    def watched(*args, f=getattr(kernels, name), name=name):
-        out = f(*args)
+    def watched(*args, f=getattr(kernels, name), name=name, **more):
+        out = f(*args, **more)
         outs = out if isinstance(out, tuple) else (out,)
         seen.update((name, o.dtype) for o in outs if isinstance(o, torch.Tensor))
         return out
