@@ -87,6 +87,11 @@ class Outcome:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether its training was asked for results that repeat to the bit, as all were before there was a choice."""
+        return bool(self.environment.get("repeatable", True))
+
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Outcome:
         return cls(**body)

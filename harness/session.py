@@ -78,6 +78,7 @@ class Session:
     prewarmer: may have a trainer that is ready; None starts one cold.
     given: what compilers made before, for this trainer's; None for nothing.
     ask_compiled: ask for what its own made.
+    repeatable: whether the trainer is asked for results that repeat to the bit.
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class Session:
         prewarmer: Prewarmer | None = None,
         given: Pack | None = None,
         ask_compiled: bool = False,
+        repeatable: bool = True,
     ) -> None:
         self._stop, self._prewarmer = stop, prewarmer
         self._given, self._ask_compiled = given.data if given else b"", ask_compiled
-        self._baseline_cpu_s = baseline_cpu_s
+        self._baseline_cpu_s, self._repeatable = baseline_cpu_s, repeatable
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
         self.budget, self.folder, self.threads = budget, folder, threads
@@ -135,7 +137,8 @@ class Session:
 
     def _trainer(self) -> Trainer:
         """One that is ready, or a new one that is getting ready. Raises SandboxError."""
-        setup, log = Setup(self.sandbox, self.spec.device, self._limits, self.threads), self.folder / "log.txt"
+        setup = Setup(self.sandbox, self.spec.device, self._limits, self.threads, self._repeatable)
+        log = self.folder / "log.txt"
         trainer, why = self._prewarmer.take(setup, log) if self._prewarmer else (None, "")
         if trainer is None:
             trainer = Trainer(setup, self.folder, log)
@@ -151,7 +154,8 @@ class Session:
         if self.result.start["how"] == "cold":
             self._expect("ready", began + self._limits.start_s, "to start")
         sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
-        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads, **sizes)
+        how = {"spec": self.spec.as_dict(), "threads": self.threads, "repeatable": self._repeatable}
+        self._child.wire.send("hello", **how, **sizes)
         self._child.wire.send_bytes(self.source)
         self._child.wire.send_bytes(self._given)
         self._expect("started", began + self._limits.start_s, "to start")

@@ -135,7 +135,7 @@ def test_one_whose_imports_fail_is_replaced_by_a_cold_start(
     assert result.weights == cold.weights
 
 
-@pytest.mark.parametrize("what", ["seal", "versions", "threads", "limits", "variable"])
+@pytest.mark.parametrize("what", ["seal", "versions", "threads", "limits", "variable", "repeatable"])
 def test_one_of_another_seal_or_other_settings_is_not_used(
     ready: Prewarmer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -146,6 +146,8 @@ def test_one_of_another_seal_or_other_settings_is_not_used(
         monkeypatch.setattr(prewarm, "environment", lambda *_: {"versions": {"torch": "0.1"}})
     elif what == "threads":
         wanted = replace(wanted, threads=2)
+    elif what == "repeatable":
+        wanted = replace(wanted, repeatable=False)
     elif what == "limits":
         wanted = setup(processes=77)
     else:
