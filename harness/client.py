@@ -14,6 +14,7 @@ import copy
 import gc
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class Run:
         self._warm: set[tuple[int, int]] = set()
         self._losses: deque[tuple[int, torch.Tensor | float, torch.cuda.Event | None]] = deque()
         self._step = -1
+        self._began: _Mark | None = None  # of the first real batch
 
     def warmup(
         self,
@@ -135,6 +137,7 @@ class Run:
                 return
             progress = message["progress"]
             self._step = message["step"]
+            self._began = self._began or _Mark(self.spec.device)
             yield self._batch(message, *shape)
 
     def log(self, loss: torch.Tensor | float) -> None:
@@ -166,7 +169,10 @@ class Run:
         """
         while self._losses:
             self._send_loss()
+        ended = _Mark(self.spec.device)
         self._synchronize()
+        if self._began:
+            self._wire.send("trained", device_s=ended.since(self._began))
         state = {
             k.removeprefix("_orig_mod."): v.detach().to("cpu", copy=True).contiguous()
             for k, v in model.state_dict().items()
@@ -211,6 +217,22 @@ class Run:
     def _synchronize(self) -> None:
         if self.spec.device == "cuda":
             torch.cuda.synchronize()
+
+
+class _Mark:
+    """A point on the device's own clock; on a CPU on that of this process."""
+
+    def __init__(self, device: str) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device == "cuda" else None
+        if self._event:
+            self._event.record()
+        self._host_s = time.monotonic()
+
+    def since(self, earlier: _Mark) -> float:
+        """Seconds; the device must have got there."""
+        if self._event and earlier._event:
+            return float(earlier._event.elapsed_time(self._event)) / 1e3
+        return self._host_s - earlier._host_s
 
 
 def _tidy() -> None:

@@ -217,6 +217,8 @@ def _try(
         outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
         outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
         outcome.conditions["feed_late_s"] = trained.feed_late_s
+        if trained.device_s is not None:
+            outcome.conditions |= {"device_s": trained.device_s, "device_wall_s": trained.device_wall_s}
         outcome.mfu_percent = mfu_percent(settings.device, trained.flops_per_token, outcome.tokens_per_s)
         outcome.environment["kernels"] = trained.implementations
     outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()

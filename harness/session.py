@@ -58,6 +58,8 @@ class Trained:
     training_cpu_s: float = 0.0
     peak_mb: float = 0.0
     feed_late_s: float = 0.0  # that the trainer waited for rows, at most
+    device_s: float | None = None  # from the first batch to the last step, as the trainer's device told
+    device_wall_s: float = 0.0  # the same by the parent's clock
     depth: int | None = None
     flops_per_token: float | None = None
     implementations: dict[str, str] = field(default_factory=dict)
@@ -234,6 +236,7 @@ class Session:
         expected_s = self.budget.expected_s
         result, limits = self.result, self._limits
         began, cpu_s = self._clock(), self._child.cpu_s()
+        first = began  # when the first batch was on its way
         # Twice the allowed time ends a run that would be `overtime` anyway.
         stop = began + 2 * limits.overtime * expected_s + 5.0
         stall_s = max(limits.stall_s, 10 * max(self.budget.step_s.values()))
@@ -242,6 +245,9 @@ class Session:
             while True:
                 if message["kind"] == "log":
                     self._log(message, began)
+                elif message["kind"] == "trained" and result.steps:
+                    result.device_s = self._number(message, "device_s")
+                    result.device_wall_s = self._clock() - first
                 elif message["kind"] == "next":
                     asked = self._clock()
                     shape = self._shape(message)
@@ -254,6 +260,7 @@ class Session:
                         self._progress = self.budget.charge(shape)
                         self._serve(rows, result.steps % SLOTS, result.steps, self._progress, "train")
                         served = self._clock()
+                        first = first if result.steps else served
                         result.feed_late_s += served - asked
                         result.steps += 1
                         result.tokens += shape.tokens
@@ -267,6 +274,8 @@ class Session:
                     return message
                 deadline = min(stop, self._clock() + stall_s)
                 try:
+                    if self._clock() >= stop:  # also where one message comes after the other
+                        raise TimedOut
                     message = self._message(deadline, "")
                 except TimedOut:
                     if self._clock() >= stop:
