@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 
@@ -28,7 +29,7 @@ from harness.feed import Ring
 from harness.spec import Spec
 from harness.wire import Wire
 
-__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted"]
+__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted", "on_device"]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -196,12 +197,7 @@ class Run:
         return message
 
     def _batch(self, message: dict[str, Any], rows: int, seq_len: int) -> Batch:
-        # The parent fills the other slot meanwhile. A token goes to the GPU as two bytes, from pinned memory
-        # that torch gives out again only after the copy; as int16, which every device can widen.
-        data = torch.from_numpy(self._ring.get(message["slot"], rows, seq_len).view(np.int16))
-        if self.spec.device == "cuda":
-            data = data.pin_memory().to("cuda", non_blocking=True)
-        data = data.to(torch.int64) & 0xFFFF
+        data = on_device(self._ring.get(message["slot"], rows, seq_len), self.spec.device)  # the other slot is filled
         tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
         return Batch(tokens, targets, message["progress"], message["step"])
 
@@ -233,6 +229,18 @@ class _Mark:
         if self._event and earlier._event:
             return float(earlier._event.elapsed_time(self._event)) / 1e3
         return self._host_s - earlier._host_s
+
+
+def on_device(rows: npt.NDArray[np.uint16], device: str) -> torch.Tensor:
+    """Tokens as int64 on the device, copied, without waiting for what the device does.
+
+    A token goes there as two bytes, from pinned memory that torch gives out again only after the copy; as int16, which
+    every device can widen.
+    """
+    data = torch.from_numpy(rows.view(np.int16))
+    if device == "cuda":
+        data = data.pin_memory().to("cuda", non_blocking=True)
+    return data.to(torch.int64) & 0xFFFF
 
 
 def _tidy() -> None:
