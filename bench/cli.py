@@ -31,8 +31,9 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--part",
         action="append",
-        choices=["tests", "kernels", "step", "sandbox", "experiment", "baseline"],
-        help="only this; may be repeated; baseline (train.py beside plain PyTorch) is half of the time",
+        choices=["tests", "kernels", "step", "sandbox", "experiment", "baseline", "overheads"],
+        help="only this; may be repeated; baseline (train.py beside plain PyTorch) is half of the time, and overheads "
+        "(two short nights) is run only when it is named",
     )
     check.set_defaults(run=_check)
 
@@ -89,6 +90,14 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     side.add_argument("--pairs", type=int, default=1, metavar="N")
     side.add_argument("--free", action="store_true", help="plain PyTorch a second time, without repeatable results")
     side.set_defaults(run=_baseline)
+
+    beside = parts.add_parser("overheads", help="an experiment's time beside its training, against what it should be")
+    beside.add_argument("tags", nargs="*", metavar="TAG", help="nights under runs/; none for two short ones of its own")
+    beside.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    beside.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
+    beside.add_argument("--data", metavar="DIR")
+    beside.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
+    beside.set_defaults(run=_overheads)
 
     quality = parts.add_parser("quality", help="train.py against plain PyTorch under several seeds: equal quality?")
     _add_comparison(quality)
@@ -224,6 +233,18 @@ def _baseline(args: argparse.Namespace) -> int:
     if args.pairs < 1:
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
     return _shown(beside(settings_from(preset=args.preset, data=args.data), _tokens(args), args.pairs, args.free), args)
+
+
+def _overheads(args: argparse.Namespace) -> int:
+    from bench.overheads import main as overheads
+    from harness.single import read_train_source, settings_from
+
+    settings = None if args.tags else settings_from(preset=args.preset, data=args.data)
+    if not args.tags:
+        read_train_source(args.train)
+    good, page = overheads(args.tags, settings, args.train)
+    _shown(page, args)
+    return 0 if good else 1
 
 
 def _quality(args: argparse.Namespace) -> int:

@@ -176,7 +176,7 @@ def test_train_py_is_not_in_sight_before_the_job_is_there(tmp_path: Path, level:
         with taken:
             source = tiny_source(START="import time; time.sleep(60)")
             sizes = {"source_bytes": len(source), "compiled_bytes": 0}
-            taken.child.wire.send("hello", spec=SPEC.as_dict(), threads=1, **sizes)
+            taken.child.wire.send("hello", spec=SPEC.as_dict(), threads=1, repeatable=True, **sizes)
             taken.child.wire.send_bytes(source)
             assert [taken.child.wire.recv(60)["kind"] for _ in range(2)] == ["started", "imported"]
             assert (folder / "train.py").read_bytes() == source
