@@ -9,6 +9,7 @@ The baseline is that of karpathy/autoresearch: a GPT with rotary positions, QK-n
 scalars, relu^2 and sliding windows, trained by Muon and AdamW. Shapes: B batch, T time, D model, H heads, K head dim.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -34,6 +35,9 @@ FP8 = ""  # products in 8 bits: "", "mlp", "lm_head" or "mlp lm_head"; "e5m2" be
 # Batch
 TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step
 DEVICE_BATCH_SIZE = 128  # rows a pass at 80 GB, fewer on smaller GPUs; lower it when memory runs out
+
+# Speed
+CUDA_GRAPHS = False  # on a GPU: each pass is recorded once and then launched whole
 
 # Optimizer
 EMBEDDING_LR = 0.6  # token and value embeddings (AdamW)
@@ -319,6 +323,51 @@ def lr_multiplier(hp: SimpleNamespace, progress: float) -> float:
     return left + (1.0 - left) * hp.FINAL_LR_FRAC
 
 
+class GraphedPass:
+    """A pass (forward and backward of a micro-batch) as a CUDA graph: hundreds of launches become one.
+
+    All that it touches keeps its address: tokens, targets, loss, and gradients, in which the passes of a step add up.
+    Each has the shape of the first. A budget in operations cannot count what is replayed.
+    """
+
+    def __init__(self, one_pass: Callable[[Tensor, Tensor], Tensor], params: list[Tensor]) -> None:
+        self.one_pass, self.params = one_pass, params
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self) -> None:
+        """Before the first pass of a step: empty gradients, in their places, from which zero_grad has taken them."""
+        if self.graph is not None:
+            torch._foreach_zero_(self.grads)
+            for p, grad in zip(self.params, self.grads, strict=True):
+                p.grad = grad
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if self.graph is None:
+            self.record(tokens, targets)
+        if tokens.shape != self.tokens.shape:
+            raise ValueError(f"CUDA_GRAPHS: a pass of {tuple(tokens.shape)} after one of {tuple(self.tokens.shape)}")
+        self.tokens.copy_(tokens)
+        self.targets.copy_(targets)
+        self.graph.replay()
+        return self.loss  # the next pass writes over it
+
+    def record(self, tokens: Tensor, targets: Tensor) -> None:
+        self.tokens, self.targets = tokens.clone(), targets.clone()
+        side = torch.cuda.Stream()  # as torch wants it before a capture
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # what is compiled, chosen and allocated once, the gradients too
+                self.one_pass(self.tokens, self.targets)
+        torch.cuda.current_stream().wait_stream(side)
+        self.params = [p for p in self.params if p.grad is not None]
+        self.grads = [p.grad for p in self.params]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.loss = self.one_pass(self.tokens, self.targets)
+        self.graph = graph
+        self.begin()
+
+
 def train(run: Run) -> None:
     hp = hyperparameters(run.spec)
     on_gpu = run.spec.device == "cuda"
@@ -330,13 +379,21 @@ def train(run: Run) -> None:
     if rows < 1 or rows % micro_rows:
         raise ValueError(f"TOTAL_BATCH_SIZE is {rows} rows, which must be a multiple of DEVICE_BATCH_SIZE {micro_rows}")
 
+    def one_pass(tokens: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward of a micro-batch; returns its share of the loss."""
+        loss = loss_of(tokens, targets) * (micro_rows / rows)
+        loss.backward()
+        return loss.detach()
+
+    graphed = GraphedPass(one_pass, list(model.parameters())) if on_gpu and hp.CUDA_GRAPHS else None
+
     def step(batch: Batch) -> Tensor:
         """One optimizer step over the whole batch, in micro-batches; returns its mean loss."""
         total = torch.zeros((), device=batch.tokens.device)
+        if graphed:
+            graphed.begin()
         for tokens, targets in zip(batch.tokens.split(micro_rows), batch.targets.split(micro_rows), strict=True):
-            loss = loss_of(tokens, targets) * (micro_rows / rows)
-            loss.backward()
-            total += loss.detach()
+            total += (graphed or one_pass)(tokens, targets)
         ramp = min(batch.step / hp.MUON_RAMP, 1.0)
         momentum = (1 - ramp) * 0.85 + ramp * hp.MUON_MOMENTUM
         optimizer.set_schedule(lr_multiplier(hp, batch.progress), momentum, hp.WEIGHT_DECAY * (1 - batch.progress))

@@ -56,6 +56,9 @@ def ablate(
     have = night.settings or {}
     if have.get("data") != settings.dataset.digest or have.get("preset") != settings.preset.name:
         raise UsageError(f"{night.folder.name} was scored on other data or with another preset; give the same --data")
+    if best.outcome.repeatable != settings.repeatable:
+        wanted = "without" if best.outcome.repeatable else "with"
+        raise UsageError(f"{night.folder.name} was run {wanted} --fast-nondeterministic; give the same")
     done = {(b["number"], b["incumbent"]) for b in night.chain.bodies("leave-one-out")}
     for row in kept:
         if (row.number, best.commit) not in done:

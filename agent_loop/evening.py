@@ -32,7 +32,7 @@ from harness.preflight import preflight
 from harness.prewarm import Prewarmer
 from harness.record import Lock
 from harness.signing import key_path
-from harness.single import budget_from, sandbox_warning, settings_of
+from harness.single import budget_from, repeatable_warning, sandbox_warning, settings_of
 from prepare import default_data_dir
 
 __all__ = ["Evening", "start"]
@@ -103,7 +103,7 @@ class Evening:
         ]
 
     def _warnings(self) -> list[str]:
-        found = [sandbox_warning(self.slots[0])]
+        found = [sandbox_warning(self.slots[0]), repeatable_warning(self.slots[0])]
         if any(a.name == "builtin" for a in self.agents[:-1]):
             found.append("the built-in agent always has something to propose, so those after it are never asked")
         return [w for w in found if w]

@@ -70,7 +70,11 @@ def show_command(args: argparse.Namespace) -> int:
             ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in o.ledger.items()) + f"; all {o.total_s:.1f}"),
             ("start", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in o.start.items())),
             ("compiled", _packs(o.compiled)),
-            ("sandbox", f"L{o.sandbox.get('level', 0)}, seed {o.seed}, {o.device}"),
+            (
+                "sandbox",
+                f"L{o.sandbox.get('level', 0)}, seed {o.seed}, {o.device}"
+                + ("" if o.repeatable else "; --fast-nondeterministic: it need not repeat"),
+            ),
         ]
         if o.curve:
             facts.append(

@@ -496,6 +496,7 @@ class Driver:
             "budget": [rule.kind, rule.amount],
             "seed": self.seed,
             "sandbox": self.settings.sandbox.level,
+            "repeatable": self.settings.repeatable,
         }
 
     def _catch_up(self, base: str) -> None:

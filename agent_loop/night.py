@@ -25,6 +25,7 @@ from harness.score import Noise, Score
 __all__ = ["Flight", "Night", "Proposal", "Row", "Run", "write_whole"]
 
 
+_BEFORE = {"repeatable": True}  # settings of nights that were begun before these could be chosen
 _EXTRA = ("agent", "agent_s", "cost_usd", "again", "again_of", "slot", "idle_s")
 
 
@@ -373,8 +374,9 @@ class Night:
             self.chain.append("night", wanted)
             return
         for key, value in wanted.items():
-            if have.get(key) != value:
+            was = have.get(key, _BEFORE.get(key))
+            if was != value:
                 raise UsageError(
-                    f"run tag {self.folder.name} was started with {key} = {have.get(key)}, not {value}; scores would "
+                    f"run tag {self.folder.name} was started with {key} = {was}, not {value}; scores would "
                     f"not compare. Give the same setting, or another --tag"
                 )

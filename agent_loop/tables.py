@@ -99,6 +99,7 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
         ("Sandbox", f"L{sandbox.get('level', settings.get('sandbox', '?'))} ({sandbox.get('how', 'how is not known')})"
             if sandbox or "sandbox" in settings else ""),
         ("Preset and budget", " ".join([str(settings.get("preset", "")), *_budget(settings.get("budget"))]).strip()),
+        ("Repeatable", "no: --fast-nondeterministic" if settings.get("repeatable", True) is False else ""),
         ("Incumbent", f"{best.tokens_per_s:,.0f} tokens/s, {best.peak_mb / 1024:.2f} GiB{mfu}" if best else ""),
         ("Agent", str(settings.get("agent", ""))),
     ]  # fmt: skip

@@ -94,6 +94,12 @@ def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
         yield "this code", codes == {now}, "is what ran" if codes == {now} else "is not what ran; check out its version"
     except HotloopError as e:
         yield "this code", False, str(e)
+    kinds = {o.repeatable for o in outcomes}
+    if kinds != {True}:
+        text = "some trainings repeat and others need not: scores do not compare" if len(kinds) > 1 else (
+            "run with --fast-nondeterministic: weights need not repeat"
+        )  # fmt: skip
+        yield "repeatable", len(kinds) == 1, text
     levels = sorted({o.sandbox.get("level", 0) for o in outcomes})
     text = ", ".join(f"L{level}" for level in levels)
     yield (

@@ -3,8 +3,10 @@
     tests        tests/kernels/test_gpu.py
     kernels      bench/bench_kernels.py: correct, how fast, repeatable
     step         one training step of train.py by operator
-    experiment   a short run of train.py under the harness, and its replay: tokens/s, MFU, ledger, identical weights
+    experiment   a short run of train.py under the harness, and its replay: tokens/s, MFU, identical weights, ledger
+                 against its targets
     baseline     train.py beside plain PyTorch: tokens/s, MFU, memory, score at equal tokens, ledger
+    overheads    only where it is asked for: two short nights, with and without what is made ahead, against the targets
 
 Each part runs in a process of its own within its own time; one that fails does not stop the others. All of it goes
 into one JSON and one Markdown page in bench/results/<gpu>/.
@@ -26,17 +28,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import overheads, results
 from bench.operators import OPERATORS
 from harness.errors import HotloopError
 from harness.process import tail
 from harness.walls import project_root
 
-__all__ = ["PARTS", "main", "run_kernels"]
+__all__ = ["MORE_PARTS", "PARTS", "main", "run_kernels"]
 
 # Seconds each part may take; together under ten minutes, and the last as many again: two compilations, one of them
 # max-autotune, are most of it.
 PARTS = {"tests": 70.0, "kernels": 200.0, "step": 60.0, "sandbox": 100.0, "experiment": 150.0, "baseline": 540.0}
+MORE_PARTS = {"overheads": 1200.0}
 # Every kernel, also those that are no defaults; cuBLAS as the trainer has it.
 ALL_KERNELS = {"HOTLOOP_KERNELS": "triton", "HOTLOOP_ATTENTION": "", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 PYTEST = [sys.executable, "-m", "pytest", "-c", "bench/pytest.ini"]
@@ -156,6 +159,18 @@ def _baseline(folder: Path, data: Path | None, limit_s: float, log: Path) -> tup
     return code, written.read_text() if written.exists() else _fenced(tail(log))
 
 
+def _overheads(folder: Path, data: Path | None, limit_s: float, log: Path) -> tuple[int, str]:
+    """Two short nights against the targets, as a page."""
+    deadline = time.monotonic() + limit_s
+    code, data = _prepared(folder, data, limit_s)
+    if code:
+        return code, _fenced(tail(folder / "prepare.log"))
+    written = folder / "overheads.md"
+    command = [sys.executable, "-m", "bench", "overheads", "--preset", "h100", "--data", str(data)]
+    code, _ = call([*command, "--page", str(written)], deadline - time.monotonic(), log)
+    return code, written.read_text() if written.exists() else _fenced(tail(log))
+
+
 def _experiment(folder: Path, data: Path | None, limit_s: float, say: Callable[[str], None]) -> tuple[int, str]:
     """A short run of the GPU preset and its replay, as a page."""
     deadline = time.monotonic() + limit_s
@@ -173,6 +188,7 @@ def _experiment(folder: Path, data: Path | None, limit_s: float, say: Callable[[
         return code, page
     last = json.loads((work / "runs/single/records.jsonl").read_text().splitlines()[-1])["body"]
     audit, ledger = last["audit"], {k: round(v, 2) for k, v in last["ledger"].items()}
+    page += "\n" + overheads.page(overheads.figures([last], {}), last["device"] == "cuda")
     page += f"\nLedger, s: {ledger}. Tokens/s {last['tokens_per_s']:,.0f}. "
     page += f"Audit: {audit['cuts']} cuts, largest {audit['largest_nats']:.2e} nats, mean {audit['mean_nats']:.2e}.\n"
     say(f"    {last['tokens_per_s']:,.0f} tokens/s, val_bpb {last['val_bpb']:.4f}")
@@ -191,7 +207,7 @@ def main(
     parts: list[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run every part of PARTS, or those named; 0 when all passed.
+    """Run every part of PARTS, or those named, also of MORE_PARTS; 0 when all passed.
 
     Raises:
         DeviceError: no GPU.
@@ -210,7 +226,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch)
         raw = logs / "kernels.json"
-        for part, limit_s in PARTS.items():
+        for part, limit_s in (PARTS | MORE_PARTS).items():
             if part not in (parts or PARTS):
                 continue
             say(f"{part} (at most {limit_s:.0f} s)")
@@ -234,6 +250,8 @@ def main(
                 code, pages[part] = _sandbox(limit_s, log)
             elif part == "baseline":
                 code, pages[part] = _baseline(logs, data, limit_s, log)
+            elif part == "overheads":
+                code, pages[part] = _overheads(logs, data, limit_s, log)
             else:
                 code, pages[part] = _experiment(logs, data, limit_s, say)
             say(f"    {'passed' if code == 0 else f'FAILED, exit status {code}'} in {time.monotonic() - began:.0f} s")

@@ -31,8 +31,9 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--part",
         action="append",
-        choices=["tests", "kernels", "step", "sandbox", "experiment", "baseline"],
-        help="only this; may be repeated; baseline (train.py beside plain PyTorch) is half of the time",
+        choices=["tests", "kernels", "step", "sandbox", "experiment", "baseline", "overheads"],
+        help="only this; may be repeated; baseline (train.py beside plain PyTorch) is half of the time, and overheads "
+        "(two short nights) is run only when it is named",
     )
     check.set_defaults(run=_check)
 
@@ -68,17 +69,35 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
     step.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
     step.add_argument("--time", action="store_true", help="time it only; prints JSON")
+    step.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of train.py")
+    step.add_argument("--fast-nondeterministic", action="store_true", help="do not ask for results that repeat")
     step.set_defaults(run=_step)
 
-    switches = parts.add_parser("switches", help="a whole step's tokens/s with each kernel alone, with none, with all")
+    switches = parts.add_parser(
+        "switches", help="a whole step's tokens/s with each kernel alone, with none, with all, as a CUDA graph"
+    )
     switches.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     switches.set_defaults(run=_switches)
+
+    repeats = parts.add_parser("determinism", help="what results that repeat to the bit cost a whole step")
+    repeats.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    repeats.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
+    repeats.add_argument("--pairs", type=int, default=3, metavar="N")
+    repeats.set_defaults(run=_determinism)
 
     side = parts.add_parser("baseline", help="train.py beside the same model in plain PyTorch: speed, memory, score")
     _add_comparison(side)
     side.add_argument("--pairs", type=int, default=1, metavar="N")
     side.add_argument("--free", action="store_true", help="plain PyTorch a second time, without repeatable results")
     side.set_defaults(run=_baseline)
+
+    beside = parts.add_parser("overheads", help="an experiment's time beside its training, against what it should be")
+    beside.add_argument("tags", nargs="*", metavar="TAG", help="nights under runs/; none for two short ones of its own")
+    beside.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    beside.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
+    beside.add_argument("--data", metavar="DIR")
+    beside.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
+    beside.set_defaults(run=_overheads)
 
     quality = parts.add_parser("quality", help="train.py against plain PyTorch under several seeds: equal quality?")
     _add_comparison(quality)
@@ -179,23 +198,37 @@ def _step(args: argparse.Namespace) -> int:
     import torch
 
     from bench.step import main as step
-    from bench.step import step_of, time_step
+    from bench.step import settle, step_of, time_step
+    from harness.single import read_train_source
 
     preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
+    read_train_source(args.train)
+    settle(not args.fast_nondeterministic)
     if args.time:
-        work, tokens = step_of(args.train, preset)
+        work, tokens = step_of(args.train, preset, args.set)
         print(json.dumps({"tokens": tokens, "step_s": time_step(work, 10 if torch.cuda.is_available() else 1)}))
         return 0
-    _, page = step(args.train, preset)
-    if args.page:
-        args.page.write_text(page)
-    print(page)
-    return 0
+    busy, page = step(args.train, preset, args.set)
+    _shown(page, args)
+    return 0 if busy else 1
+
+
+def _determinism(args: argparse.Namespace) -> int:
+    import torch
+
+    from bench.switches import determinism
+    from harness.single import read_train_source
+
+    if args.pairs < 1:
+        raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
+    read_train_source(args.train)
+    preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
+    return determinism(args.train.resolve(), preset, args.pairs)
 
 
 def _switches(args: argparse.Namespace) -> int:
     from bench.device import require_gpu
-    from bench.step import switches
+    from bench.switches import switches
 
     require_gpu()
     return switches(args.train.resolve(), "h100")
@@ -211,6 +244,18 @@ def _baseline(args: argparse.Namespace) -> int:
         raise UsageError("--free is of plain PyTorch, and --set compares train.py with itself")
     settings = settings_from(preset=args.preset, data=args.data)
     return _shown(beside(settings, _tokens(args), args.pairs, args.free, changes=args.changes), args)
+
+
+def _overheads(args: argparse.Namespace) -> int:
+    from bench.overheads import main as overheads
+    from harness.single import read_train_source, settings_from
+
+    settings = None if args.tags else settings_from(preset=args.preset, data=args.data)
+    if not args.tags:
+        read_train_source(args.train)
+    good, page = overheads(args.tags, settings, args.train)
+    _shown(page, args)
+    return 0 if good else 1
 
 
 def _quality(args: argparse.Namespace) -> int:

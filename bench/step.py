@@ -1,39 +1,51 @@
 """One training step of train.py, by what it is made of, beside the floor: where the next nanosecond is.
 
-    hotloop bench step [--train FILE] [--preset h100|laptop]
+    hotloop bench step [--train FILE] [--preset h100|laptop] [--set NAME=VALUE]
 
-The step is the very function that train.py hands to `run.warmup`, on synthetic tokens, under torch's profiler. Device
-kernels are put into groups by name; `gap` is the share of the step in which the device ran nothing.
+The step is the very function that train.py hands to `run.warmup`, with the trainer's own feed before it and its late
+reading of the loss behind it, on synthetic tokens, under torch's profiler. Device kernels are put into groups by name;
+`idle` tells when the device ran nothing, from the first kernel of the first step to the last of the last.
 """
 
 from __future__ import annotations
 
+import ast
 import itertools
-import json
 import os
 import re
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import device as dev
-from harness.client import Batch
-from harness.errors import UsageError
-from harness.feed import synthetic_rows
-from harness.machine import gpu_memory_gib
+from harness.client import Batch, Run
+from harness.errors import DeviceError, UsageError
+from harness.feed import SLOT_BYTES, SLOTS, Ring, synthetic_rows
+from harness.machine import gpu_memory_gib, threads_default
+from harness.process import SharedMemory, child_environment
 from harness.single import read_train_source
 from harness.spec import PRESETS, Spec, batch_divisor
-from harness.trainer import load_train_module
-from harness.walls import project_root
-from kernels import attend
-from kernels.dispatch import TOGETHER, TRITON_OPERATORS, implementations
+from harness.trainer import load_train_module, prepare_torch
+from kernels.dispatch import implementations
 
-__all__ = ["FLOOR", "GROUPS", "group_of", "main", "profile_step", "step_of", "switches", "time_step"]
+__all__ = [
+    "FLOOR",
+    "GAP_ALLOWED",
+    "GROUPS",
+    "Idle",
+    "device_spans",
+    "group_of",
+    "idle_of",
+    "main",
+    "profile_step",
+    "settle",
+    "step_of",
+    "time_step",
+]
 
 # Device kernels (or CPU operators) by name; the first pattern that matches.
 GROUPS = (
@@ -67,25 +79,71 @@ class _Captured(Exception):
     """Carries the step out of train()."""
 
 
-class _Run:
-    """What train.py sees instead of a harness: `warmup` takes its step and ends train()."""
+class _Mute:
+    """A wire that nobody reads."""
+
+    def send(self, kind: str, **fields: Any) -> None: ...
+
+
+class _Run(Run):
+    """The trainer's own `Run` without a parent: `warmup` takes train.py's step and ends train()."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+        self._memory = SharedMemory(SLOTS * SLOT_BYTES)
+        super().__init__(spec, _Mute(), Ring(self._memory))  # type: ignore[arg-type]
 
     def warmup(self, step: Callable[[Batch], Any], *, rows: int, seq_len: int | None = None, restore: Any = ()) -> None:
         raise _Captured(step, rows, seq_len or self.spec.seq_len)
+
+    def whole(self, step: Callable[[Batch], Any], rows: int, seq_len: int) -> Callable[[], None]:
+        """What the trainer does from one batch to the next, but for the words with its parent."""
+        for slot in range(SLOTS):
+            self._ring.put(slot, synthetic_rows(rows, seq_len, self.spec.vocab_size, slot))
+
+        def once() -> None:
+            self._step += 1
+            message = {"slot": self._step % SLOTS, "progress": 0.25, "step": 10}
+            loss = step(self._batch(message, rows, seq_len))
+            if loss is not None:
+                self.log(loss)
+
+        return once
 
 
 def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def step_of(path: Path, preset: str) -> tuple[Callable[[], Any], int]:
+@dataclass(frozen=True)
+class Idle:
+    """When the device ran nothing.
+
+    Attributes:
+        share: of the time from the first start to the last end.
+        busy_s: in which something ran.
+        longest: the longest pauses: seconds, what ran before, what after.
+    """
+
+    share: float
+    busy_s: float
+    longest: list[tuple[float, str, str]]
+
+
+def settle(repeatable: bool = True) -> None:
+    """Set this process up as a trainer's, as far as that can be done after torch was imported."""
+    threads = threads_default()
+    os.environ.update(child_environment(threads, repeatable))
+    prepare_torch({"seed": 1, "device": str(dev.device())}, threads, repeatable)
+
+
+def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> tuple[Callable[[], Any], int]:
     """(one step of a train.py on synthetic tokens, its tokens).
 
+    Args:
+        constants: `NAME=VALUE`, set in train.py before it starts.
+
     Raises:
-        UsageError: a train.py that does not call run.warmup.
+        UsageError: a train.py that does not call run.warmup, or has no such constant.
     """
     on_gpu = torch.cuda.is_available()
     chosen = PRESETS[preset]
@@ -95,15 +153,27 @@ def step_of(path: Path, preset: str) -> tuple[Callable[[], Any], int]:
     torch.set_float32_matmul_precision("high")
     read_train_source(path)
     implementations()  # packages are tried before anything is compiled
+    module, run = load_train_module(str(path)), _Run(spec)
+    for text in constants:
+        _set(module, text)
     try:
-        load_train_module(str(path)).train(_Run(spec))
+        module.train(run)
     except _Captured as e:
         step, rows, seq_len = e.args
     else:
         raise UsageError(f"{path}: train(run) ended without calling run.warmup, so there is no step to profile")
-    data = torch.from_numpy(synthetic_rows(rows, seq_len, spec.vocab_size, 0).astype("int64")).to(spec.device)
-    batch = Batch(data[:, :-1].contiguous(), data[:, 1:].contiguous(), 0.25, 10)
-    return lambda: step(batch), rows * seq_len
+    return run.whole(step, rows, seq_len), rows * seq_len
+
+
+def _set(module: Any, text: str) -> None:
+    """Raises UsageError."""
+    name, _, value = text.partition("=")
+    if not name.isupper() or not hasattr(module, name):
+        raise UsageError(f"--set {text}: train.py has no constant {name}")
+    try:
+        setattr(module, name, ast.literal_eval(value))
+    except (ValueError, SyntaxError):
+        raise UsageError(f"--set {text}: {value!r} is no value of Python's") from None
 
 
 def time_step(step: Callable[[], Any], steps: int) -> float:
@@ -117,13 +187,20 @@ def time_step(step: Callable[[], Any], steps: int) -> float:
     return float(statistics.median(b - a for a, b in itertools.pairwise(marks)))
 
 
-def profile_step(path: Path, preset: str) -> dict[str, Any]:
-    """Profile; returns {"tokens", "step_s", "gap", "groups": {name: seconds}, "kernels": [[name, group, seconds,
-    calls]]}. Raises UsageError as `step_of`.
+def profile_step(path: Path, preset: str, constants: Sequence[str] = ()) -> dict[str, Any]:
+    """Profile some steps in a row.
+
+    Returns:
+        {"tokens", "step_s", "idle", "groups": {name: seconds}, "kernels": [[name, group, seconds, calls]]} of a step;
+        `idle` is None on a CPU.
+
+    Raises:
+        UsageError: as `step_of`.
+        DeviceError: the profiler saw nothing on the GPU.
     """
     on_gpu = torch.cuda.is_available()
-    step, tokens = step_of(path, preset)
-    steps = 3 if on_gpu else 1
+    step, tokens = step_of(path, preset, constants)
+    steps = 5 if on_gpu else 1  # of n steps in a row n - 1 of the pauses between two are seen
     step_s = time_step(step, steps)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities={activity.CPU} | ({activity.CUDA} if on_gpu else set())) as profiler:
@@ -132,46 +209,69 @@ def profile_step(path: Path, preset: str) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
     kernels: dict[str, list[float]] = {}
-    spans: list[tuple[float, float]] = []
-    for event in profiler.events() or ():
-        if on_gpu != str(event.device_type).endswith("CUDA"):
-            continue
-        us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        entry = kernels.setdefault(event.name, [0.0, 0])
-        entry[0] += us / 1e6 / steps
+    events = list(profiler.events() or ())
+    spans = device_spans(events)
+    if on_gpu and not spans:
+        raise DeviceError("the profiler saw nothing on the GPU; it may need the driver's leave to read its counters")
+    on_host = [(e.name, e.self_cpu_time_total / 1e6) for e in events if str(e.device_type).endswith("CPU")]
+    for name, seconds in [(name, end - start) for start, end, name in spans] if on_gpu else on_host:
+        entry = kernels.setdefault(name, [0.0, 0])
+        entry[0] += seconds / steps
         entry[1] += 1 / steps
-        if on_gpu:
-            spans.append((event.time_range.start, event.time_range.end))
     groups: dict[str, float] = {}
     for name, (seconds, _) in kernels.items():
         groups[group_of(name)] = groups.get(group_of(name), 0.0) + seconds
     return {
         "tokens": tokens,
         "step_s": step_s,
-        "gap": _gap(spans) if on_gpu else None,
+        "idle": idle_of(spans, steps) if on_gpu else None,
         "groups": dict(sorted(groups.items(), key=lambda g: -g[1])),
         "kernels": [[n, group_of(n), s, c] for n, (s, c) in sorted(kernels.items(), key=lambda k: -k[1][0])[:40]],
         "cpu_figures": not on_gpu,
     }
 
 
-def _gap(spans: list[tuple[float, float]]) -> float:
-    """Share of first start to last end in which nothing ran."""
-    spans = sorted(spans)
-    busy, until = 0.0, spans[0][0]
-    for start, end in spans:
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return 1.0 - busy / (until - spans[0][0])
+def device_spans(events: Iterable[Any]) -> list[tuple[float, float, str]]:
+    """(start, end, name) in seconds of what ran on the GPU: kernels, copies and fills.
+
+    Annotations stand on its timeline too, of compiled regions and of the optimizer's step, over all that is inside
+    them, pauses included: with them no step would ever have a gap.
+    """
+    return [
+        (e.time_range.start / 1e6, e.time_range.end / 1e6, e.name)
+        for e in events
+        if str(e.device_type).endswith("CUDA") and not getattr(e, "is_user_annotation", False)
+    ]
+
+
+def idle_of(spans: Iterable[tuple[float, float, str]], steps: int) -> Idle:
+    """What lies between the spans, of any number of streams; `busy_s` is of one of `steps` steps.
+
+    Raises:
+        ValueError: no spans.
+    """
+    ordered = sorted(spans)
+    if not ordered:
+        raise ValueError("no spans, so nothing to tell idle from busy")
+    first, until, last = ordered[0][0], ordered[0][0], ordered[0][2]
+    pauses = []
+    for start, end, name in ordered:
+        if start > until:
+            pauses.append((start - until, last, name))
+        if end > until:
+            until, last = end, name
+    window, idle = until - first, sum(p[0] for p in pauses)
+    longest = sorted(pauses, key=lambda p: -p[0])[:5]
+    return Idle(idle / window if window else 0.0, (window - idle) / steps, longest)
 
 
 def page(found: dict[str, Any]) -> str:
     """Markdown of a profile."""
     tokens = found["tokens"]
-    gap = "" if found["gap"] is None else f", {found['gap']:.1%} of it idle"
+    idle: Idle | None = found["idle"]
     label = " (CPU figures)" if found["cpu_figures"] else ""
     lines = [
-        f"A step of {tokens:,} tokens takes {found['step_s'] * 1e3:.1f} ms{gap}: "
+        f"A step of {tokens:,} tokens takes {found['step_s'] * 1e3:.1f} ms: "
         f"{tokens / found['step_s']:,.0f} tokens/s{label}.",
         "",
         "| group | ms | ns a token | floor, ns a token |",
@@ -180,17 +280,23 @@ def page(found: dict[str, Any]) -> str:
     for name, seconds in found["groups"].items():
         floor = "" if found["cpu_figures"] or name not in FLOOR else f"{_floor_ns(name):.0f}"
         lines.append(f"| {name} | {seconds * 1e3:.2f} | {seconds / tokens * 1e9:.1f} | {floor} |")
-    if found["gap"] is not None:
-        verdict = "within" if found["gap"] <= GAP_ALLOWED else "ABOVE"
+    if idle is not None:
+        verdict = "within" if idle.share <= GAP_ALLOWED else "ABOVE"
+        without = max(0.0, 1 - idle.busy_s / found["step_s"])
         lines += [
             "",
-            f"Idle: {found['gap']:.2%} of the step under the profiler, {verdict} the {GAP_ALLOWED:.0%} allowed.",
+            f"Idle: {idle.share:.2%} of the time under the profiler, {verdict} the {GAP_ALLOWED:.0%} allowed. Busy "
+            f"for {idle.busy_s * 1e3:.1f} ms a step, so it is idle for {without:.2%} of one without the profiler.",
+            *(f"- {s * 1e3:.3f} ms between `{_short(a, 50)}` and `{_short(b, 50)}`" for s, a, b in idle.longest),
         ]
     lines += ["", "| kernel | group | ms | calls |", "|---|---|---:|---:|"]
     for name, group, seconds, calls in found["kernels"][:20]:
-        short = name if len(name) <= 90 else name[:87] + "..."
-        lines.append(f"| `{short.replace('|', ' ')}` | {group} | {seconds * 1e3:.2f} | {calls:.0f} |")
+        lines.append(f"| `{_short(name, 90)}` | {group} | {seconds * 1e3:.2f} | {calls:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _short(name: str, most: int) -> str:
+    return (name if len(name) <= most else name[: most - 3] + "...").replace("|", " ")
 
 
 def _floor_ns(name: str) -> float:
@@ -198,34 +304,7 @@ def _floor_ns(name: str) -> float:
     return max(megaflop * 1e6 / dev.matrix_rate(), kilobytes * 1e3 / dev.copy_bandwidth()) * 1e9
 
 
-def switches(train: Path, preset: str, say: Callable[[str], None] = print) -> int:
-    """Tokens a second of a whole step with no kernel of ours, with each alone, with all, and with each attention
-    backend: which deserve to be defaults.
-
-    Each setting runs in a process of its own, the setting without kernels first and last, so that drift shows.
-    """
-    rates: list[float] = []
-    code = "import sys; from bench.cli import main; sys.exit(main())"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    alone = [name for name in TRITON_OPERATORS if name not in TOGETHER]
-    names = ("reference", *alone, ",".join(sorted(TOGETHER)), "triton")
-    settings = [{"HOTLOOP_KERNELS": name} for name in names]
-    settings += [{"HOTLOOP_KERNELS": "reference", "HOTLOOP_ATTENTION": name} for name in attend.backends(device)[0]]
-    settings.append(settings[0])
-    for setting in settings:
-        name = " ".join(setting.values())
-        command = [sys.executable, "-c", code, "step", "--time", "--train", str(train), "--preset", preset]
-        done = subprocess.run(command, env=os.environ | setting, capture_output=True, text=True, cwd=project_root())
-        if done.returncode:
-            say(f"{name}: failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}")
-            continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        rates.append(found["tokens"] / found["step_s"])
-        say(f"{name:<32} {rates[-1]:>14,.0f} tokens/s  {rates[-1] / rates[0]:.3f}x")
-    return 0 if len(rates) == len(settings) else 1
-
-
-def main(train: Path, preset: str) -> tuple[dict[str, Any], str]:
-    """(the profile, its page)."""
-    found = profile_step(train, preset)
-    return found, page(found)
+def main(train: Path, preset: str, constants: Sequence[str] = ()) -> tuple[bool, str]:
+    """(whether the device is kept busy, or on a CPU True; the page)."""
+    found = profile_step(train, preset, constants)
+    return found["idle"] is None or found["idle"].share <= GAP_ALLOWED, page(found)

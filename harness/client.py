@@ -14,12 +14,14 @@ import copy
 import gc
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 
@@ -27,7 +29,7 @@ from harness.feed import Ring
 from harness.spec import Spec
 from harness.wire import Wire
 
-__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted"]
+__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted", "on_device"]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -65,6 +67,7 @@ class Run:
         self._warm: set[tuple[int, int]] = set()
         self._losses: deque[tuple[int, torch.Tensor | float, torch.cuda.Event | None]] = deque()
         self._step = -1
+        self._began: _Mark | None = None  # of the first real batch
 
     def warmup(
         self,
@@ -135,6 +138,7 @@ class Run:
                 return
             progress = message["progress"]
             self._step = message["step"]
+            self._began = self._began or _Mark(self.spec.device)
             yield self._batch(message, *shape)
 
     def log(self, loss: torch.Tensor | float) -> None:
@@ -166,7 +170,10 @@ class Run:
         """
         while self._losses:
             self._send_loss()
+        ended = _Mark(self.spec.device)
         self._synchronize()
+        if self._began:
+            self._wire.send("trained", device_s=ended.since(self._began))
         state = {
             k.removeprefix("_orig_mod."): v.detach().to("cpu", copy=True).contiguous()
             for k, v in model.state_dict().items()
@@ -190,12 +197,7 @@ class Run:
         return message
 
     def _batch(self, message: dict[str, Any], rows: int, seq_len: int) -> Batch:
-        # The parent fills the other slot meanwhile. A token goes to the GPU as two bytes, from pinned memory
-        # that torch gives out again only after the copy; as int16, which every device can widen.
-        data = torch.from_numpy(self._ring.get(message["slot"], rows, seq_len).view(np.int16))
-        if self.spec.device == "cuda":
-            data = data.pin_memory().to("cuda", non_blocking=True)
-        data = data.to(torch.int64) & 0xFFFF
+        data = on_device(self._ring.get(message["slot"], rows, seq_len), self.spec.device)  # the other slot is filled
         tokens, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
         return Batch(tokens, targets, message["progress"], message["step"])
 
@@ -211,6 +213,34 @@ class Run:
     def _synchronize(self) -> None:
         if self.spec.device == "cuda":
             torch.cuda.synchronize()
+
+
+class _Mark:
+    """A point on the device's own clock; on a CPU on that of this process."""
+
+    def __init__(self, device: str) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device == "cuda" else None
+        if self._event:
+            self._event.record()
+        self._host_s = time.monotonic()
+
+    def since(self, earlier: _Mark) -> float:
+        """Seconds; the device must have got there."""
+        if self._event and earlier._event:
+            return float(earlier._event.elapsed_time(self._event)) / 1e3
+        return self._host_s - earlier._host_s
+
+
+def on_device(rows: npt.NDArray[np.uint16], device: str) -> torch.Tensor:
+    """Tokens as int64 on the device, copied, without waiting for what the device does.
+
+    A token goes there as two bytes, from pinned memory that torch gives out again only after the copy; as int16, which
+    every device can widen.
+    """
+    data = torch.from_numpy(rows.view(np.int16))
+    if device == "cuda":
+        data = data.pin_memory().to("cuda", non_blocking=True)
+    return data.to(torch.int64) & 0xFFFF
 
 
 def _tidy() -> None:

@@ -28,6 +28,10 @@ REASONS = {
 SLOWED = ("hardware slowdown", "temperature (software)", "temperature (hardware)", "power brake")
 CLOCK_SHARE = 0.95  # of the calibration's clock; below that the training was slower than its budget says
 LATE_SHARE, LATE_S = 0.01, 0.5  # of the training, and seconds, that the trainer may wait for its rows
+APART_SHARE, APART_S = (
+    0.01,
+    0.5,
+)  # of the training, and seconds, by which the device's clock may differ from the parent's
 # What the driver says, through an innocent program, of hardware that failed. Words that a faulty kernel of train.py's
 # causes as well ("unspecified launch failure", "illegal memory access") are not among them.
 _FAULTS = (
@@ -152,7 +156,8 @@ def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
     """What to tell the user of an experiment's conditions, one line each; none where all was well.
 
     Args:
-        conditions: what `Watch.facts` returned, `feed_late_s`, and `tried_again` (the first try's reason) if it was.
+        conditions: what `Watch.facts` returned, `feed_late_s`, `device_s` and `device_wall_s` (the training by two
+            clocks) where the trainer told, and `tried_again` (the first try's reason) if it was.
         training_s: seconds of the training, against which the feed's are set.
     """
     told = []
@@ -168,6 +173,12 @@ def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
     if late_s > max(LATE_S, LATE_SHARE * training_s):
         told.append(
             f"the trainer waited {late_s:.1f} s of {training_s:.1f} s for its rows; is the disk or memory busy?"
+        )
+    device_s, wall_s = conditions.get("device_s"), conditions.get("device_wall_s", 0.0)
+    if device_s is not None and abs(device_s - wall_s) > max(APART_S, APART_SHARE * wall_s):
+        told.append(
+            f"by the device's clock the training took {device_s:.1f} s, by the parent's {wall_s:.1f} s; one of them is "
+            f"wrong, or the device was not what the time went into"
         )
     if again := conditions.get("tried_again"):
         told.append(f"it was run twice; the first time it ended as a broken device does: {again}")

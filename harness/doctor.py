@@ -49,6 +49,7 @@ def checks() -> Iterator[tuple[str, bool, str]]:
         yield from _conditions()
         yield _cuda()
     yield from _attention("cuda" if found else "cpu")
+    yield "repeatable", True, "trainings are asked to repeat to the bit; what that costs: hotloop bench determinism"
     yield "cpu", True, f"{cpu_name()}, {os.cpu_count()} cores, {threads_default()} threads by default"
     git = shutil.which("git")
     yield "git", git is not None, git or "not found; install git"

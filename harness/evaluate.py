@@ -30,9 +30,10 @@ from harness.session import Event
 from harness.spec import Preset, Spec
 from harness.wire import Closed, Malformed, TimedOut
 
-__all__ = ["TOLERANCE_NATS", "Evaluation", "Evaluator", "bits_per_byte", "compare", "questions"]
+__all__ = ["TOLERANCE_NATS", "Evaluation", "Evaluator", "bits_per_byte", "compare", "questions", "surprise"]
 
 Rows = npt.NDArray[np.uint16]
+Take = Callable[[slice, npt.NDArray[np.float32]], None]
 
 # How far A and B may differ on one token. Their batches have the same shape, so on a CPU an honest model repeats
 # itself to rounding; in bf16 on a GPU 0.02 nats is the bound of the design notes, still to be measured there.
@@ -58,15 +59,28 @@ def bits_per_byte(nll: npt.NDArray[Any], targets: Rows, token_bytes: npt.NDArray
     return nats / (math.log(2.0) * int(lengths.sum(dtype=np.int64)))
 
 
-def compare(
-    nll: npt.NDArray[np.float32], logits: npt.NDArray[np.float32], true: Rows, tolerance: float
-) -> dict[str, Any]:
+def surprise(logits: npt.NDArray[np.float32], true: Rows) -> npt.NDArray[np.float64]:
+    """NLL of each true token, nats [N], normalised in fp64; NaN for logits that are not finite.
+
+    Args:
+        logits: float32 [N, V]. A batch at a time: all of a val split in fp64 are seconds of fresh memory.
+        true: uint16 [N], the tokens that really follow.
+    """
+    wide = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        wide -= wide.max(axis=1, keepdims=True)
+        at_true = wide[np.arange(len(wide)), true]  # a copy
+        finite = np.isfinite(logits).all(axis=1)
+        found = np.log(np.exp(wide, out=wide).sum(axis=1)) - at_true
+    return np.where(finite, found, np.nan)
+
+
+def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float) -> dict[str, Any]:
     """What B's logits say about A's numbers at the cuts.
 
     Args:
         nll: float32 [N], A's NLL at each cut.
-        logits: float32 [N, V], B's.
-        true: uint16 [N], the tokens that really follow.
+        found: float64 [N], what B's logits make of the tokens that really follow.
         tolerance: nats, for one token.
 
     Returns:
@@ -75,10 +89,7 @@ def compare(
     Raises:
         TrialError: `invalid`, with the figures in its reason.
     """
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1, keepdims=True)
-    lse = np.log(np.exp(wide - top).sum(axis=1)) + top[:, 0]
-    difference = (lse - wide[np.arange(len(wide)), true]) - nll
+    difference = found - nll
     n = len(difference)
     mismatches = int(np.count_nonzero(~(np.abs(difference) <= tolerance)))
     mean = float(difference.mean())
@@ -168,7 +179,13 @@ class Evaluator:
         """Raises TrialError: `invalid`, `nan`, `crash`, `oom` or `timeout`."""
         result = Evaluation()
         began = time.monotonic()
-        nll = self._answer("evaluate", weights, np.concatenate([self.val, self.holdout]), None, self.spec.seq_len)
+        scored = np.concatenate([self.val, self.holdout])
+        nll = np.empty((len(scored), self.spec.seq_len), dtype=np.float32)
+
+        def take(here: slice, answer: npt.NDArray[np.float32]) -> None:
+            nll[here] = answer
+
+        self._answer("evaluate", weights, scored, None, self.spec.seq_len, take)
         if not np.isfinite(nll).all():
             raise TrialError("nan", "the model's loss on a validation token is not finite")
         if nll.min() < -1e-3:
@@ -185,15 +202,21 @@ class Evaluator:
     def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32]) -> dict[str, Any]:
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
         rows, order, cuts = questions(self.val, self.train, rng)
-        logits = self._answer("audit", weights, rows, cuts.tolist(), self.spec.vocab_size)
-        if not np.isfinite(logits).all():
+        true = self.val[order, cuts + 1]
+        found = np.empty(len(rows))
+
+        def take(here: slice, logits: npt.NDArray[np.float32]) -> None:
+            found[here] = surprise(logits, true[here])  # while the device has its next batch
+
+        self._answer("audit", weights, rows, cuts.tolist(), self.spec.vocab_size, take)
+        if not np.isfinite(found).all():
             raise TrialError("nan", "the model's logits are not finite")
-        return compare(nll[order, cuts], logits, self.val[order, cuts + 1], TOLERANCE_NATS[self.spec.device])
+        return compare(nll[order, cuts], found, TOLERANCE_NATS[self.spec.device])
 
     def _answer(
-        self, phase: str, weights: bytearray, rows: Rows, cuts: list[int] | None, width_out: int
-    ) -> npt.NDArray[np.float32]:
-        """One fresh process over `rows`; float32 [N, width_out]."""
+        self, phase: str, weights: bytearray, rows: Rows, cuts: list[int] | None, width_out: int, take: Take
+    ) -> None:
+        """One fresh process over `rows`; each batch of its answers, float32 [n, width_out], goes to `take`."""
         self._emit(Event(phase))
         fresh(self.spec.device, gpu=self.sandbox.gpu)
         limits = self.preset.limits
@@ -214,8 +237,8 @@ class Evaluator:
                     )  # fmt: skip
                     given = np.frombuffer(asked.map, dtype=np.uint16, count=_SLOTS * batch * width)
                     answered = np.frombuffer(answers.map, dtype=np.float32, count=_SLOTS * batch * width_out)
-                    return self._converse(
-                        child, phase, rows, cuts,
+                    self._converse(
+                        child, phase, rows, cuts, take,
                         given.reshape(_SLOTS, batch, width), answered.reshape(_SLOTS, batch, width_out),
                     )  # fmt: skip
                 except TimedOut:
@@ -235,14 +258,14 @@ class Evaluator:
         phase: str,
         rows: Rows,
         cuts: list[int] | None,
+        take: Take,
         rows_in: Rows,
         answers: npt.NDArray[np.float32],
-    ) -> npt.NDArray[np.float32]:
+    ) -> None:
         """Give batches, a few ahead, and take each answer when it is said to be there: from then on it stands."""
         deadline = time.monotonic() + self.preset.limits.evaluate_s
         batch = rows_in.shape[1]
         starts = range(0, len(rows), batch)
-        out = np.empty((len(rows), answers.shape[2]), dtype=np.float32)
 
         def give(index: int) -> None:
             if index == len(starts):
@@ -260,10 +283,10 @@ class Evaluator:
         for index, start in enumerate(starts):
             self._expect(child, "answer", deadline)
             count = len(rows[start : start + batch])
-            out[start : start + count] = answers[index % _SLOTS, :count]
+            answer = answers[index % _SLOTS, :count].copy()  # it can write to the other for as long as it lives
             give(index + _SLOTS)
+            take(slice(start, start + count), answer)
             self._emit(Event(phase, (start + count) / len(rows)))
-        return out
 
     def _expect(self, child: Child, kind: str, deadline: float) -> None:
         message = child.wire.recv(max(0.001, deadline - time.monotonic()))

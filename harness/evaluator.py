@@ -40,6 +40,7 @@ def _evaluate(wire: Wire, memories: list[int]) -> None:
     import numpy as np
     import safetensors.torch
 
+    from harness.client import on_device
     from harness.spec import Spec
 
     weights, rows_in, answers = (mmap.mmap(fd, 0) for fd in memories)
@@ -69,13 +70,13 @@ def _evaluate(wire: Wire, memories: list[int]) -> None:
             slot, count, cuts = message["slot"], message["rows"], message["cuts"]
             start = slot * batch * width * 2
             rows = np.frombuffer(rows_in, dtype=np.uint16, count=count * width, offset=start).reshape(count, width)
-            block = torch.from_numpy(rows.astype(np.int64)).to(spec.device)
+            block = on_device(rows, spec.device)
             if cuts is None:
                 tokens, targets = block[:, :-1], block[:, 1:]
                 out = _nll(torch, _logits(torch, model, tokens, spec), targets)
             else:
                 logits = _logits(torch, model, block, spec)
-                at = torch.tensor(cuts, device=spec.device)
+                at = on_device(np.asarray(cuts, dtype=np.uint16), spec.device)
                 out = logits[torch.arange(count, device=spec.device), at].float()
             event = None
             if spec.device == "cuda":  # the next batch is launched before this one is waited for

@@ -75,6 +75,7 @@ class Settings:
     Attributes:
         prewarmer: makes the next trainer ready meanwhile; None for cold starts.
         store: of what compilers made; None to compile all of it each time.
+        repeatable: whether a training must repeat to the bit; evaluators do in any case.
     """
 
     preset: Preset
@@ -84,10 +85,11 @@ class Settings:
     sandbox: Sandbox = field(default_factory=best)
     prewarmer: Prewarmer | None = field(default=None, compare=False)
     store: Store | None = None
+    repeatable: bool = True
 
     @property
     def setup(self) -> Setup:
-        return Setup(self.sandbox, self.device, self.preset.limits, self.threads)
+        return Setup(self.sandbox, self.device, self.preset.limits, self.threads, self.repeatable)
 
 
 def run_experiment(
@@ -116,7 +118,8 @@ def run_experiment(
         preset=preset.name,
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=environment(settings.device, settings.threads) | {"batch_divisor": preset.batch_divisor},
+        environment=environment(settings.device, settings.threads)
+        | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
         seals={"code": seal, "data": data},
         sandbox=settings.sandbox.as_dict(),
     )
@@ -200,6 +203,7 @@ def _try(
         settings.prewarmer,
         given,
         store is not None,
+        settings.repeatable,
     )
     trained = session.result
     try:
@@ -213,6 +217,8 @@ def _try(
         outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
         outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
         outcome.conditions["feed_late_s"] = trained.feed_late_s
+        if trained.device_s is not None:
+            outcome.conditions |= {"device_s": trained.device_s, "device_wall_s": trained.device_wall_s}
         outcome.mfu_percent = mfu_percent(settings.device, trained.flops_per_token, outcome.tokens_per_s)
         outcome.environment["kernels"] = trained.implementations
     outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()

@@ -124,6 +124,17 @@ def _swap(old: torch.Tensor, new: torch.Tensor) -> None:
     old.data = new.detach()
 
 
+class _Graph(contextlib.nullcontext[None]):
+    """Stands for a CUDA graph, for its capture, and for a stream that is made current: what is inside is done once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
 @contextlib.contextmanager
 def pretend_cuda(mode: Pretence) -> Iterator[None]:
     """Run the body as on one H100, without memory and arithmetic."""
@@ -151,7 +162,8 @@ def pretend_cuda(mode: Pretence) -> Iterator[None]:
 
     words: dict[str, Any] = {
         **cuda, "manual_seed_all": nothing, "max_memory_reserved": zero, "Event": _Event, "Stream": _Event,
-        "current_stream": _Event, "is_available": says(True), "is_initialized": says(False), "device_count": says(1),
+        "current_stream": _Event, "stream": _Graph, "graph": _Graph, "CUDAGraph": _Graph,
+        "is_available": says(True), "is_initialized": says(False), "device_count": says(1),
         "is_bf16_supported": says(True), "get_device_name": says(name), "get_device_capability": says((9, 0)),
         "get_device_properties": says(card), "mem_get_info": says((79 << 30, 80 << 30)),
     }  # fmt: skip

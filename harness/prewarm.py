@@ -45,12 +45,17 @@ ANSWER_S = 5.0  # how long one that waits may take to say that it is there
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a trainer process is started with; the same for every experiment of a night on one device."""
+    """All that a trainer process is started with; the same for every experiment of a night on one device.
+
+    Attributes:
+        repeatable: whether its results must repeat to the bit.
+    """
 
     sandbox: Sandbox
     device: str
     limits: Limits
     threads: int
+    repeatable: bool = True
 
     def facts(self) -> dict[str, Any]:
         """What a process of this setup depends on, as it is now. Raises SealError."""
@@ -58,7 +63,7 @@ class Setup:
             "setup": self,
             "seal": verify_seal(),
             "machine": environment(self.device, self.threads),
-            "environment": child_environment(self.threads),
+            "environment": child_environment(self.threads, self.repeatable),
         }
 
 
@@ -84,7 +89,7 @@ class Trainer:
         policy = Policy.of("harness.trainer", folder, None, setup.device, setup.limits)
         self.memory = SharedMemory(SLOTS * SLOT_BYTES)
         try:
-            self.child = Child(setup.sandbox, policy, [self.memory.fd], log, setup.threads)
+            self.child = Child(setup.sandbox, policy, [self.memory.fd], log, setup.threads, setup.repeatable)
         except BaseException:
             self.memory.close()
             raise

@@ -199,13 +199,17 @@ class Child(Contained):
     Args:
         policy: what it runs and what it needs.
         descriptors: that it inherits, in the order of its arguments.
+        repeatable: whether its results must repeat to the bit; see `child_environment`.
     """
 
-    def __init__(self, sandbox: Sandbox, policy: Policy, descriptors: list[int], log: Path, threads: int) -> None:
+    def __init__(
+        self, sandbox: Sandbox, policy: Policy, descriptors: list[int], log: Path, threads: int, repeatable: bool = True
+    ) -> None:
         parent, child = socket.socketpair()
         with child:
             try:
-                launch = sandbox.launch(policy, [child.fileno(), *descriptors], child_environment(threads))
+                environment = child_environment(threads, repeatable)
+                launch = sandbox.launch(policy, [child.fileno(), *descriptors], environment)
                 super().__init__(launch, log, policy.scratch_bytes)
             except BaseException:
                 parent.close()
@@ -217,17 +221,21 @@ class Child(Contained):
         super().kill()
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """What every child gets of the environment; its sandbox adds HOME, TMPDIR and compiler caches."""
+def child_environment(threads: int, repeatable: bool = True) -> dict[str, str]:
+    """What every child gets of the environment; its sandbox adds HOME, TMPDIR and compiler caches.
+
+    Args:
+        repeatable: ask cuBLAS and the compiler for results that repeat to the bit.
+    """
     env = {k: os.environ[k] for k in _PASSED if k in os.environ}
+    if repeatable:
+        env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
     return env | {
         "PATH": os.environ.get("PATH", os.defpath),
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_WAIT_POLICY": "passive",
-        "TORCHINDUCTOR_DETERMINISTIC": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         # glibc returns large blocks to the system at once, so that every activation is paged in anew at every
         # step: half of a CPU step's time. These keep what was freed.

@@ -44,6 +44,8 @@ class Outcome:
     and audit. `start` says `how` the trainer was started, `cold` or (made ready ahead of time) `warm`; the seconds
     that the latter took meanwhile, `prepared_s`; and `because`, why not warm where that was wanted.
     `compiled` says of the compile cache which pack was `given`, which was `left`, and a `note` on what was refused.
+    `conditions` says under which it ran (`harness.conditions`); `device_s` in it is the training by its device's clock,
+    which is the trainer's word, and `device_wall_s` the same by the parent's.
     `holdout_bpb` is never shown to an agent.
     """
 
@@ -86,6 +88,11 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether its training was asked for results that repeat to the bit, as all were before there was a choice."""
+        return bool(self.environment.get("repeatable", True))
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Outcome:

@@ -58,6 +58,8 @@ class Trained:
     training_cpu_s: float = 0.0
     peak_mb: float = 0.0
     feed_late_s: float = 0.0  # that the trainer waited for rows, at most
+    device_s: float | None = None  # from the first batch to the last step, as the trainer's device told
+    device_wall_s: float = 0.0  # the same by the parent's clock
     depth: int | None = None
     flops_per_token: float | None = None
     implementations: dict[str, str] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Session:
     prewarmer: may have a trainer that is ready; None starts one cold.
     given: what compilers made before, for this trainer's; None for nothing.
     ask_compiled: ask for what its own made.
+    repeatable: whether the trainer is asked for results that repeat to the bit.
     """
 
     def __init__(
@@ -97,10 +100,11 @@ class Session:
         prewarmer: Prewarmer | None = None,
         given: Pack | None = None,
         ask_compiled: bool = False,
+        repeatable: bool = True,
     ) -> None:
         self._stop, self._prewarmer = stop, prewarmer
         self._given, self._ask_compiled = given.data if given else b"", ask_compiled
-        self._baseline_cpu_s = baseline_cpu_s
+        self._baseline_cpu_s, self._repeatable = baseline_cpu_s, repeatable
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
         self.budget, self.folder, self.threads = budget, folder, threads
@@ -135,7 +139,8 @@ class Session:
 
     def _trainer(self) -> Trainer:
         """One that is ready, or a new one that is getting ready. Raises SandboxError."""
-        setup, log = Setup(self.sandbox, self.spec.device, self._limits, self.threads), self.folder / "log.txt"
+        setup = Setup(self.sandbox, self.spec.device, self._limits, self.threads, self._repeatable)
+        log = self.folder / "log.txt"
         trainer, why = self._prewarmer.take(setup, log) if self._prewarmer else (None, "")
         if trainer is None:
             trainer = Trainer(setup, self.folder, log)
@@ -151,7 +156,8 @@ class Session:
         if self.result.start["how"] == "cold":
             self._expect("ready", began + self._limits.start_s, "to start")
         sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
-        self._child.wire.send("hello", spec=self.spec.as_dict(), threads=self.threads, **sizes)
+        how = {"spec": self.spec.as_dict(), "threads": self.threads, "repeatable": self._repeatable}
+        self._child.wire.send("hello", **how, **sizes)
         self._child.wire.send_bytes(self.source)
         self._child.wire.send_bytes(self._given)
         self._expect("started", began + self._limits.start_s, "to start")
@@ -230,6 +236,7 @@ class Session:
         expected_s = self.budget.expected_s
         result, limits = self.result, self._limits
         began, cpu_s = self._clock(), self._child.cpu_s()
+        first = began  # when the first batch was on its way
         # Twice the allowed time ends a run that would be `overtime` anyway.
         stop = began + 2 * limits.overtime * expected_s + 5.0
         stall_s = max(limits.stall_s, 10 * max(self.budget.step_s.values()))
@@ -238,6 +245,9 @@ class Session:
             while True:
                 if message["kind"] == "log":
                     self._log(message, began)
+                elif message["kind"] == "trained" and result.steps:
+                    result.device_s = self._number(message, "device_s")
+                    result.device_wall_s = self._clock() - first
                 elif message["kind"] == "next":
                     asked = self._clock()
                     shape = self._shape(message)
@@ -250,6 +260,7 @@ class Session:
                         self._progress = self.budget.charge(shape)
                         self._serve(rows, result.steps % SLOTS, result.steps, self._progress, "train")
                         served = self._clock()
+                        first = first if result.steps else served
                         result.feed_late_s += served - asked
                         result.steps += 1
                         result.tokens += shape.tokens
@@ -263,6 +274,8 @@ class Session:
                     return message
                 deadline = min(stop, self._clock() + stall_s)
                 try:
+                    if self._clock() >= stop:  # also where one message comes after the other
+                        raise TimedOut
                     message = self._message(deadline, "")
                 except TimedOut:
                     if self._clock() >= stop:

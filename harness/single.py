@@ -17,6 +17,7 @@ from harness.experiment import Job, Settings, record, replayed, run_experiment, 
 from harness.machine import check_device, gpu_memory_gib, gpus, threads_default
 from harness.record import Chain, Lock, Outcome
 from harness.sandbox import best
+from harness.score import Noise
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
 from prepare import default_data_dir, load_dataset
@@ -27,6 +28,7 @@ __all__ = [
     "budget_from",
     "main",
     "read_train_source",
+    "repeatable_warning",
     "replay_command",
     "run_command",
     "sandbox_warning",
@@ -46,6 +48,7 @@ def settings_from(
     threads: int | None = None,
     sandbox: str = "auto",
     unsafe: bool = False,
+    repeatable: bool = True,
 ) -> Settings:
     """Turn flags into settings. Raises UsageError, DeviceError, DataError or SandboxError, each with what to do."""
     memory_gib = gpu_memory_gib()
@@ -68,7 +71,7 @@ def settings_from(
     if level == 0 and not unsafe:
         raise UsageError("--sandbox L0 protects nothing; where that is wanted, say --unsafe-no-sandbox")
     walls = best(level, unsafe, device)
-    return Settings(chosen, device, load_dataset(path), threads or threads_default(), walls)
+    return Settings(chosen, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
 
 
 def budget_from(args: argparse.Namespace) -> BudgetRule | None:
@@ -90,6 +93,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (results depend on it; default 2)")
     parser.add_argument("--sandbox", default="auto", choices=["auto", "L3", "L2", "L1", "L0"], help="default: the best")
     parser.add_argument("--unsafe-no-sandbox", action="store_true", help="go on where no sandbox works")
+    parser.add_argument(
+        "--fast-nondeterministic", action="store_true", help="do not ask the training for results that repeat to the "
+        "bit; its records compare with none that were made with (what it gains: hotloop bench determinism)"
+    )  # fmt: skip
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget-seconds", type=float, metavar="S", help="training seconds, by calibration")
     budget.add_argument("--budget-flops", type=float, metavar="F", help="counted operations")
@@ -100,7 +107,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that the flags of `add_run_arguments` ask for."""
     return settings_from(
         preset=args.preset, device=args.device, data=args.data, threads=args.threads, sandbox=args.sandbox,
-        unsafe=args.unsafe_no_sandbox,
+        unsafe=args.unsafe_no_sandbox, repeatable=not args.fast_nondeterministic,
     )  # fmt: skip
 
 
@@ -118,9 +125,17 @@ def sandbox_warning(settings: Settings) -> str:
     )
 
 
+def repeatable_warning(settings: Settings) -> str:
+    """What to tell the user of trainings that need not repeat; empty where they do."""
+    if settings.repeatable:
+        return ""
+    return "--fast-nondeterministic: the same train.py may give other weights and another score each time"
+
+
 def _warn(settings: Settings) -> None:
-    if warning := sandbox_warning(settings):
-        print(f"hotloop: WARNING: {warning}", file=sys.stderr)
+    for warning in (sandbox_warning(settings), repeatable_warning(settings)):
+        if warning:
+            print(f"hotloop: WARNING: {warning}", file=sys.stderr)
 
 
 def read_train_source(path: Path) -> bytes:
@@ -166,7 +181,10 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def replay_command(args: argparse.Namespace) -> int:
-    """`hotloop replay N`: retrain a recorded experiment; exit 0 when the weights are identical, 1 when not."""
+    """`hotloop replay N`: retrain a recorded experiment; exit 0 when the weights are identical, 1 when not.
+
+    One of --fast-nondeterministic is retrained in the same way, and its score compared instead.
+    """
     night = Path("runs") / args.tag
     chain = Chain.read(night / "records.jsonl")
     bodies = [b for b in chain.bodies("experiment") if b["number"] == args.experiment and b["kind"] != "replay"]
@@ -183,7 +201,10 @@ def replay_command(args: argparse.Namespace) -> int:
     source = read_train_source(path)
     if hashlib.sha256(source).hexdigest() != was.source_sha256:
         raise UsageError(f"{path} is not what was run; restore it: git show {was.commit[:12]}:train.py > {path}")
-    settings = settings_from(preset=was.preset, device=was.device, data=args.data, threads=was.environment["threads"])
+    settings = settings_from(
+        preset=was.preset, device=was.device, data=args.data, threads=was.environment["threads"],
+        repeatable=was.repeatable,
+    )  # fmt: skip
     if settings.dataset.digest != was.seals["data"]:
         raise DataError(f"{settings.dataset.path} is not the data that experiment {was.number} was trained on")
     job = Job(
@@ -196,12 +217,36 @@ def replay_command(args: argparse.Namespace) -> int:
     then, here = was.sandbox.get("level"), now.sandbox["level"]
     if then != here:
         print(f"note: it ran at sandbox level L{then}, and now at L{here}", file=sys.stderr)
-    same = now.weights_sha256 == was.weights_sha256
     print(f"experiment {was.number} ({was.commit[:7]}), seed {was.seed}, {was.tokens:,} tokens")
     print(f"weights   {was.weights_sha256}\nreplayed  {now.weights_sha256}")
     print(f"val_bpb   {was.val_bpb:.9f}\nreplayed  {now.val_bpb:.9f}")
-    print("identical" if same else "DIFFERENT: the machine, the versions or the thread count are not the same")
-    return 0 if same else 1
+    if now.weights_sha256 == was.weights_sha256:
+        print("identical")
+        return 0
+    if was.repeatable:
+        print("DIFFERENT: the machine, the versions or the thread count are not the same")
+        return 1
+    return _about_the_same(was, now, chain)
+
+
+def _about_the_same(was: Outcome, now: Outcome, chain: Chain) -> int:
+    """Compare the scores of a training that need not repeat: 1 where they differ by more than other seeds would."""
+    assert was.val_bpb is not None
+    assert now.val_bpb is not None
+    difference = now.val_bpb - was.val_bpb
+    groups: dict[tuple[str, int], dict[int, float]] = {}
+    for other in map(Outcome.from_dict, chain.bodies("experiment")):
+        if other.val_bpb is not None and not other.repeatable:
+            groups.setdefault((other.source_sha256, other.tokens), {}).setdefault(other.seed, other.val_bpb)
+    floor = Noise.from_repeats(*(list(g.values()) for g in groups.values())).floor_bpb
+    print("the weights differ, as those of --fast-nondeterministic may")
+    if not floor:
+        print(f"val_bpb differs by {difference:+.6f}; no train.py was run here under two seeds, so nothing judges that")
+        return 0
+    good = abs(difference) <= floor
+    words = "within" if good else "DIFFERENT: above"
+    print(f"val_bpb differs by {difference:+.6f}, {words} the noise floor of seeds, {floor:.6f}")
+    return 0 if good else 1
 
 
 def main(path: str, argv: list[str] | None = None) -> int:

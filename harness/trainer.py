@@ -30,8 +30,8 @@ _OUT_OF_MEMORY = (
 )
 
 
-def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
-    """Import torch and set it up for repeatable results. Returns the module."""
+def prepare_torch(spec: dict[str, Any], threads: int, repeatable: bool = True) -> Any:
+    """Import torch and set it up, for results that repeat to the bit unless that is not wanted. Returns the module."""
     import numpy as np
     import torch
 
@@ -42,7 +42,7 @@ def prepare_torch(spec: dict[str, Any], threads: int) -> Any:
     torch.set_float32_matmul_precision("high")
     # What torch.use_deterministic_algorithms does, but for its import of the compiler, 0.8 s that not every train.py
     # needs; TORCHINDUCTOR_DETERMINISTIC in the environment tells that one.
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(repeatable, warn_only=True)
     # An uninitialised read must not be able to matter, but filling memory costs speed on every allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if spec["device"] == "cuda":
@@ -134,7 +134,7 @@ def _train(wire: Wire, memories: list[int]) -> None:
         from harness.compiled import lay_out
 
         lay_out(bytes(compiled))
-    prepare_torch(hello["spec"], hello["threads"])
+    prepare_torch(hello["spec"], hello["threads"], hello["repeatable"])
     wire.send("started")
     module = load_train_module()
     kernels = sys.modules.get("kernels")

@@ -21,6 +21,7 @@ from agent_loop.live import View
 from agent_loop.loop import Driver, Options
 from agent_loop.night import Night
 from agent_loop.verify import checks
+from harness.errors import UsageError
 from harness.experiment import Settings
 from harness.record import Chain, Lock
 from harness.sandbox import best
@@ -253,6 +254,42 @@ def test_a_night_with_prewarming_and_a_compile_cache_scores_what_one_without_doe
     assert nights["on"][1]["ledger"]["start"] < nights["off"][1]["ledger"]["start"]
     shown = hotloop(tmp_path, "show", "1", "--tag", "on")
     assert re.search(r"start: +how: warm, prepared s: [0-9.]+", shown.stdout), shown.stdout
+
+
+def test_a_night_that_need_not_repeat_is_one_for_good(tmp_path: Path, data: Path) -> None:
+    """Its train.py draws another seed each time where nobody asks for repetition."""
+    (tmp_path / "train.py").write_bytes(
+        tiny_source(
+            START="import os\nif not torch.are_deterministic_algorithms_enabled(): torch.manual_seed(os.urandom(4)[0])"
+        )
+    )
+    made = git.Repo.init(tmp_path, initial_branch="main")
+    made.git.add("train.py")
+    made.git.execute(["git", "-c", "user.name=u", "-c", "user.email=u@u", "commit", "-qm", "start"])
+    made.close()
+    loop = [
+        "loop", *SMALL, "--data", str(data), "--tag", "f", "--experiments", "0", "--noise-seeds", "0", "--no-watchdog"
+    ]  # fmt: skip
+    done = hotloop(tmp_path, *loop, "--fast-nondeterministic", GIT_AUTHOR_NAME="u", GIT_AUTHOR_EMAIL="u@u")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: --fast-nondeterministic: the same train.py may give other weights" in done.stdout
+    (body,) = Chain.read(tmp_path / "runs/f/records.jsonl").bodies("experiment")
+    assert body["environment"]["repeatable"] is False
+    again = hotloop(tmp_path, *loop)
+    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
+    assert "was started with repeatable = False, not True; scores would not compare" in again.stderr
+    assert "need not repeat" in hotloop(tmp_path, "show", "0", "--tag", "f").stdout
+    assert "repeatable   run with --fast-nondeterministic" in hotloop(tmp_path, "verify", "--tag", "f").stdout
+    assert "no: --fast-nondeterministic" in (tmp_path / "runs/f/report.html").read_text()
+    replay = hotloop(tmp_path, "replay", "0", "--tag", "f", "--data", str(data))
+    assert replay.returncode == 0, replay.stderr
+    assert "the weights differ, as those of --fast-nondeterministic may\nval_bpb differs by " in replay.stdout
+    old = Night(tmp_path / "runs/f")  # a night of before there was a choice
+    old.chain.entries[0]["body"].pop("repeatable")
+    wanted = old.chain.entries[0]["body"]
+    Night(tmp_path / "runs/f", old.chain).check_settings(wanted | {"repeatable": True})
+    with pytest.raises(UsageError, match="repeatable = True, not False"):
+        Night(tmp_path / "runs/f", old.chain).check_settings(wanted | {"repeatable": False})
 
 
 def test_an_audit_repeats_the_recorded_score(tmp_path: Path, data: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -193,6 +194,9 @@ def test_each_kept_gain_is_taken_out_alone(repo: Path) -> None:  # noqa: F811
     assert b"MATRIX_LR = 0.09" in jobs[0].source and b"DEPTH=4)" in jobs[0].source
     assert len(jobs) == 1  # without the last one it is what was run before
     assert not list(ablate(Night(repo / "runs" / "t"), night_repo, scripted.SETTINGS, None, runner=run))  # done
+    other = dataclasses.replace(scripted.SETTINGS, repeatable=False)
+    with pytest.raises(UsageError, match="was run without --fast-nondeterministic; give the same"):
+        list(ablate(Night(repo / "runs" / "t"), night_repo, other, None, runner=run))
     assert [verdict(w, 0.01) for w in (0.02, 0.005, 0.0, -0.1)] == ["confirmed", "marginal", "retracted", "retracted"]
 
 

@@ -47,6 +47,9 @@ def shaken(module: Any) -> Any:
     return model
 
 
+LAUNCHED = {"CUDA_GRAPHS"}  # constants that say how train.py's step is launched, not what it computes
+
+
 def test_it_has_train_pys_hyperparameters() -> None:
     for name, preset in PRESETS.items():
         spec = Spec(name, preset.device, 1, preset.vocab_size, preset.seq_len)
@@ -57,7 +60,7 @@ def test_it_has_train_pys_hyperparameters() -> None:
         # Products in 8 bits are off until their speed and their quality are shown, and plain PyTorch has none.
         assert ours.pop("FP8") == ""
         assert len(ours) > 20
-        assert {name: plain[name] for name in ours} == ours
+        assert {name: plain[name] for name in ours.keys() - LAUNCHED} == {k: ours[k] for k in ours.keys() - LAUNCHED}
 
 
 def test_it_needs_none_of_our_kernels() -> None:

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,8 +19,7 @@ import pytest
 from bench import gate, peers, results
 from bench.cli import main
 from bench.operators import OPERATORS
-from bench.step import group_of, profile_step
-from harness.errors import UsageError
+from bench.step import group_of
 from kernels import tuning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,7 +257,7 @@ def test_shipped_files_are_named_after_their_gpu() -> None:
         assert tuning.file_name(json.loads(path.read_text())["gpu"]) == path.name
 
 
-# ---- peers, the step, the whole path
+# ---- peers, the whole path
 
 
 def test_a_peer_that_is_missing_or_broken_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,28 +288,6 @@ def test_every_kernel_of_ours_has_a_group() -> None:
     names = [n for p in (ROOT / "kernels").glob("*.py") for n in re.findall(r"def (_\w+_kernel)\(", p.read_text())]
     assert len(names) > 15
     assert [n for n in names if group_of(n) == "other"] == []
-
-
-@pytest.fixture
-def no_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A profile imports its train.py under that name, in this process; the tests after this one want their own."""
-    monkeypatch.setitem(sys.modules, "train", ModuleType("train"))
-
-
-@pytest.mark.usefixtures("no_train")
-def test_a_step_of_train_py_is_profiled() -> None:
-    found = profile_step(ROOT / "train.py", "laptop")
-    assert found["tokens"] == 4096
-    assert found["groups"]["matrix products"] > 0
-    assert 0 < sum(found["groups"].values()) < 10 * found["step_s"]
-
-
-@pytest.mark.usefixtures("no_train")
-def test_a_train_py_without_a_warm_up_has_no_step(tmp_path: Path) -> None:
-    path = tmp_path / "train.py"
-    path.write_text("def build_model(spec): pass\ndef train(run): pass\n")
-    with pytest.raises(UsageError, match=r"without calling run\.warmup"):
-        profile_step(path, "laptop")
 
 
 def test_the_whole_path_through_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

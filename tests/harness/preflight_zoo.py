@@ -41,8 +41,8 @@ SMALLER: Edits = (
 )
 
 LOG = "        run.log(step(batch))\n"
-STEP = "            loss.backward()\n"
-LOSS = "            loss = loss_of(tokens, targets) * (micro_rows / rows)\n"
+STEP = "        loss.backward()\n"
+LOSS = "        loss = loss_of(tokens, targets) * (micro_rows / rows)\n"
 SUBMIT = "    run.submit(model, depth=hp.DEPTH, flops_per_token=model.flops_per_token())"
 DEVICE = "    return model.to(spec.device)\n"
 FORWARD = "            logits = self.lm_head(self.hidden(tokens)).float()\n"
@@ -109,10 +109,10 @@ HONEST: dict[str, Variant] = {
         "            raise RuntimeError('diverged')\n"
     ),
     "clips what is large, by value": one(
-        STEP, STEP + "            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n"
-        "            if norm.item() > 5:\n                print('large', norm.item())\n"
+        STEP, STEP + "        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n"
+        "        if norm.item() > 5:\n            print('large', norm.item())\n"
     ),
-    "a mask that selects rows": one(LOSS, LOSS + "            kept = targets[targets > 3]\n"),
+    "a mask that selects rows": one(LOSS, LOSS + "        kept = targets[targets > 3]\n"),
     "the whole step compiled": one(WARMUP, "    step = torch.compile(step)\n" + WARMUP, GPU),
     "the model compiled, and its original submitted": Variant((
         (SUBMIT, SUBMIT.replace("submit(model", "submit(compiled._orig_mod")),
@@ -139,8 +139,8 @@ HONEST: dict[str, Variant] = {
     ),
     "numbers from numpy": Variant((
         ("import torch\n", "import numpy as np\nimport torch\n"),
-        (LOSS, LOSS + "            order = torch.from_numpy(np.random.permutation(len(tokens))).to(tokens.device)\n"
-         "            loss = loss + 0 * tokens[order].sum()\n"),
+        (LOSS, LOSS + "        order = torch.from_numpy(np.random.permutation(len(tokens))).to(tokens.device)\n"
+         "        loss = loss + 0 * tokens[order].sum()\n"),
     )),
     "dropout and noise": one(
         "            branch = block.mlp(normed)\n",
@@ -178,7 +178,7 @@ HONEST: dict[str, Variant] = {
         ("\nclass GPT(nn.Module):", "\nclass Scale(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, x):\n"
          "        ctx.save_for_backward(x)\n        return x * 2\n    @staticmethod\n    def backward(ctx, g):\n"
          "        return g * torch.full((1,), 2.0, device=g.device, dtype=g.dtype)\n\n\nclass GPT(nn.Module):"),
-        (LOSS, LOSS + "            loss = Scale.apply(loss) / 2\n"),
+        (LOSS, LOSS + "        loss = Scale.apply(loss) / 2\n"),
     )),
     "checkpointed blocks": Variant((
         ("import torch\n", "import torch\nfrom torch.utils.checkpoint import checkpoint\n"),
@@ -260,7 +260,7 @@ BROKEN: dict[str, Variant] = {
     "a table without the key": one("str(i) in self.value_embeds else None", "True else None"),
     "a list that is too short": one("self.windows[i]", "self.windows[i + 1]"),
     "used before it is set": one("        total = torch.zeros((), device=batch.tokens.device)\n", ""),
-    "a gradient of nothing": one(LOSS, LOSS + "            loss = loss.detach()\n"),
+    "a gradient of nothing": one(LOSS, LOSS + "        loss = loss.detach()\n"),
     "a parameter outside the loss": one(
         "            branch = block.mlp(normed)\n", "            branch = None\n"
     ),

@@ -158,6 +158,15 @@ def test_the_branches_of_the_gpu_are_the_ones_that_are_checked(warm: ForkServerC
         assert rehearse(warm, source, tmp_path, PRESETS["h100"]).status == status
 
 
+def test_passes_as_cuda_graphs_are_checked_too(warm: ForkServerContext, tmp_path: Path) -> None:
+    source = TRAIN.replace("CUDA_GRAPHS = False", "CUDA_GRAPHS = True")
+    assert source != TRAIN
+    found = rehearse(warm, source.encode(), tmp_path, PRESETS["h100"])
+    assert (found.status, found.reason) == ("ok", ""), found.log
+    broken = source.replace("        self.graph = graph\n", "        self.graph = graph.misspelt\n")
+    assert rehearse(warm, broken.encode(), tmp_path, PRESETS["h100"]).status == "crash"
+
+
 WIRE = (
     "import gc\nfrom harness.wire import Wire\nwire = next(o for o in gc.get_objects() if isinstance(o, Wire))\n"
     "def build_model(spec): ...\ndef train(run): ...\n"

@@ -135,7 +135,7 @@ def test_one_whose_imports_fail_is_replaced_by_a_cold_start(
     assert result.weights == cold.weights
 
 
-@pytest.mark.parametrize("what", ["seal", "versions", "threads", "limits", "variable"])
+@pytest.mark.parametrize("what", ["seal", "versions", "threads", "limits", "variable", "repeatable"])
 def test_one_of_another_seal_or_other_settings_is_not_used(
     ready: Prewarmer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -146,6 +146,8 @@ def test_one_of_another_seal_or_other_settings_is_not_used(
         monkeypatch.setattr(prewarm, "environment", lambda *_: {"versions": {"torch": "0.1"}})
     elif what == "threads":
         wanted = replace(wanted, threads=2)
+    elif what == "repeatable":
+        wanted = replace(wanted, repeatable=False)
     elif what == "limits":
         wanted = setup(processes=77)
     else:
@@ -174,7 +176,7 @@ def test_train_py_is_not_in_sight_before_the_job_is_there(tmp_path: Path, level:
         with taken:
             source = tiny_source(START="import time; time.sleep(60)")
             sizes = {"source_bytes": len(source), "compiled_bytes": 0}
-            taken.child.wire.send("hello", spec=SPEC.as_dict(), threads=1, **sizes)
+            taken.child.wire.send("hello", spec=SPEC.as_dict(), threads=1, repeatable=True, **sizes)
             taken.child.wire.send_bytes(source)
             assert [taken.child.wire.recv(60)["kind"] for _ in range(2)] == ["started", "imported"]
             assert (folder / "train.py").read_bytes() == source

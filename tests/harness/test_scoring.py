@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import TrialError
-from harness.evaluate import bits_per_byte, compare
+from harness.evaluate import bits_per_byte, compare, surprise
 from harness.score import Noise, Score
 from harness.weights import check_weights
 
@@ -55,7 +55,8 @@ def honest(n: int = 512, v: int = 97) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def test_an_honest_model_agrees_with_itself() -> None:
-    figures = compare(*honest(), 2e-3)
+    nll, logits, true = honest()
+    figures = compare(nll, surprise(logits, true), 2e-3)
     assert figures["mismatches"] == 0
     assert 0.008 < figures["detectable_share"] < 0.0091  # 1 - 0.01 ** (1 / 512)
 
@@ -72,7 +73,7 @@ def test_an_honest_model_agrees_with_itself() -> None:
 def test_a_lie_about_the_loss_is_found(lie: object) -> None:
     nll, logits, true = honest()
     with pytest.raises(TrialError) as e:
-        compare(lie(nll), logits, true, 2e-3)  # type: ignore[operator]
+        compare(lie(nll), surprise(logits, true), 2e-3)  # type: ignore[operator]
     assert e.value.status == "invalid"
 
 
@@ -81,7 +82,27 @@ def test_probabilities_that_do_not_sum_to_one_are_found() -> None:
     nll, logits, true = honest()
     unnormalised = nll - 1.0
     with pytest.raises(TrialError, match="contradicts itself"):
-        compare(unnormalised, logits, true, 2e-3)
+        compare(unnormalised, surprise(logits, true), 2e-3)
+
+
+def test_what_logits_say_is_normalised_in_fp64_batch_by_batch() -> None:
+    _, logits, true = honest()
+    logits[3] += 300.0  # no sum overflows
+    wide = torch.from_numpy(logits).double()
+    want = torch.nn.functional.cross_entropy(wide, torch.from_numpy(true.astype(np.int64)), reduction="none").numpy()
+    whole = surprise(logits, true)
+    np.testing.assert_allclose(whole, want, rtol=1e-12)
+    parts = [surprise(logits[i : i + 100], true[i : i + 100]) for i in range(0, len(logits), 100)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_not_finite_makes_its_row_no_number(value: float) -> None:
+    _, logits, true = honest()
+    logits[5, (true[5] + 1) % logits.shape[1]] = value  # not the one that is looked up
+    found = surprise(logits, true)
+    assert np.isnan(found[5])
+    assert np.isfinite(np.delete(found, 5)).all()
 
 
 def test_weights_are_counted_and_checked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,33 @@ def test_the_training_loss_is_the_scored_one(train: ModuleType) -> None:
         logits = model(tokens)
         want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         assert float(model.loss(tokens, targets)) == pytest.approx(float(want), rel=1e-3)
+
+
+def test_passes_as_a_cuda_graph_give_what_launched_ones_give(train: ModuleType) -> None:
+    """Four passes of two steps, gradients taken away between them as the warm-up's restore does."""
+    found = []
+    for graphs in (False, True):
+        model = model_of(train)
+        loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True)
+
+        def one_pass(tokens: torch.Tensor, targets: torch.Tensor, loss_of: Any = loss_of) -> torch.Tensor:
+            loss = loss_of(tokens, targets)
+            loss.backward()
+            return loss.detach()
+
+        graphed = train.GraphedPass(one_pass, list(model.parameters()))
+        values = []
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            if graphs:
+                graphed.begin()
+            total = torch.zeros((), device=CUDA)
+            for rows in (some_tokens(4), some_tokens(4)):
+                total += (graphed if graphs else one_pass)(*rows)
+            values += [total, *(p.grad.float().clone() for p in model.parameters() if p.grad is not None)]
+        found.append(values)
+    for launched, replayed in zip(*found, strict=True):
+        torch.testing.assert_close(replayed, launched, rtol=1e-5, atol=1e-7)
 
 
 def test_two_steps_of_one_seed_give_the_same_bits(train: ModuleType) -> None:

@@ -1,0 +1,120 @@
+"""The training by two clocks, the device's (the trainer's word) and the parent's: compared, recorded, nothing else."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import client
+from harness.budget import Budget
+from harness.conditions import warnings
+from harness.errors import TrialError
+from harness.session import Session, Trained
+from harness.spec import BudgetRule, Preset, Spec
+from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
+
+PRESET = tiny_preset(budget=BudgetRule("flops", 4.0e7))  # some thirty steps
+SLOW = "loss = step(batch); import time as t; t.sleep(0.1)"
+# What train.py can do to the clock of its own process.
+HALF = "import time\nreal = time.monotonic\ntime.monotonic = lambda: 0.5 * real()"
+APART = "by the device's clock the training took"
+
+
+def train(folder: Path, preset: Preset | None = None, clock: Any = time.monotonic, **changes: str) -> Trained:
+    preset = preset or PRESET
+    spec = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
+    rows = tiny_rows(256, 0)
+    return Session(tiny_source(**changes), spec, preset, rows, Budget(preset.budget), folder, 1, clock=clock).run()
+
+
+def told(result: Trained) -> list[str]:
+    return warnings({"device_s": result.device_s, "device_wall_s": result.device_wall_s}, result.training_s)
+
+
+def test_an_honest_devices_clock_agrees_with_the_parents(folder: Path) -> None:
+    result = train(folder, STEP=SLOW)
+    assert result.device_s is not None
+    assert result.device_s > 0.1 * result.steps > 2.0
+    assert result.device_s == pytest.approx(result.device_wall_s, abs=0.3)
+    assert result.device_wall_s < result.training_s
+    assert told(result) == []
+
+
+def test_a_clock_at_half_speed_is_told_and_decides_nothing(folder: Path) -> None:
+    honest = train(folder, STEP=SLOW)
+    result = train(folder, STEP=SLOW, START=HALF)
+    assert result.device_s == pytest.approx(0.5 * result.device_wall_s, rel=0.2)
+    (words,) = told(result)
+    assert words.startswith(APART)
+    assert result.weights == honest.weights
+    assert result.training_s > 0.1 * result.steps
+
+
+def test_a_parent_whose_clock_is_wrong_is_told_too(folder: Path) -> None:
+    result = train(folder, PRESET.with_limits(overtime=1e3, overtime_cpu=1e3), lambda: 3 * time.monotonic(), STEP=SLOW)
+    assert result.device_wall_s > 2 * (result.device_s or 0.0)
+    assert told(result)
+
+
+@pytest.mark.parametrize(
+    ("device_s", "wall_s", "apart"),
+    [
+        (300.0, 302.9, False),
+        (300.0, 303.5, True),
+        (303.5, 300.0, True),
+        (1.0, 1.4, False),
+        (1.0, 1.6, True),
+        (0.0, 300.0, True),
+    ],
+)
+def test_one_per_cent_is_allowed_and_half_a_second_of_a_short_run(device_s: float, wall_s: float, apart: bool) -> None:
+    assert bool(warnings({"device_s": device_s, "device_wall_s": wall_s}, 300.0)) == apart
+
+
+def test_where_the_trainer_does_not_tell_nothing_is_compared(folder: Path) -> None:
+    assert warnings({"feed_late_s": 0.0}, 300.0) == []
+    result = train(folder, SUBMIT="run._began = None")
+    assert result.device_s is None
+    assert told(result) == []
+
+
+@pytest.mark.parametrize("lie", ["'long'", "-1.0", "float('nan')", "1e30", "None", "[]"])
+def test_a_time_that_is_none_is_invalid(folder: Path, lie: str) -> None:
+    with pytest.raises(TrialError) as e:
+        train(folder, SUBMIT=f"run._wire.send('trained', device_s={lie})")
+    assert (e.value.status, "device_s" in e.value.reason) == ("invalid", True)
+
+
+def test_who_talks_without_end_is_stopped(folder: Path) -> None:
+    began = time.monotonic()
+    preset = PRESET.with_limits(overtime=1.0)
+    for words in ("run._wire.send('trained', device_s=1.0)", "run._wire.send('log', step=0, loss=1.0)"):
+        with pytest.raises(TrialError) as e:
+            train(folder, preset, SUBMIT=f"while True: {words}")
+        assert e.value.status == "overtime"
+    assert time.monotonic() - began < 60
+
+
+def test_on_a_gpu_the_devices_own_events_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose clock a patched time.monotonic does not reach."""
+
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at, Event.now = Event.now, Event.now + 250.0
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    first, last = client._Mark("cuda"), client._Mark("cuda")
+    assert last.since(first) == 0.25

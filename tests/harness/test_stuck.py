@@ -1,0 +1,103 @@
+"""A trainer that hangs in native code and hears no signal, as behind a kernel that never ends: it is ended, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import process
+from harness.budget import Budget
+from harness.confine import descendants
+from harness.errors import HotloopError, SandboxError, TrialError
+from harness.process import Child
+from harness.sandbox import Policy, Sandbox, best
+from harness.session import Session, Trained
+from harness.spec import Spec
+from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
+
+SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
+# Every signal that can be is blocked, a child shares the fate, and the interpreter's lock is held for good.
+HANG = (
+    "import ctypes, os, signal, sys\n"
+    "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))\n"
+    "print('HANGS', flush=True)\n"
+    "os.fork()\n"
+    "ctypes.PyDLL(None).sleep(1000)"
+)
+
+
+def levels() -> list[Sandbox]:
+    found = []
+    for level in (3, 2, 1, 0):
+        try:
+            found.append(best(level, unsafe=True))
+        except HotloopError:  # not on this machine
+            continue
+    return found
+
+
+def train(folder: Path, sandbox: Sandbox, stall_s: float = 20.0, **changes: str) -> Trained:
+    preset = tiny_preset().with_limits(stall_s=stall_s)
+    budget = Budget(preset.budget)
+    return Session(
+        tiny_source(**changes), SPEC, preset, tiny_rows(256, 0), budget, folder, 1, sandbox=sandbox
+    ).run()  # fmt: skip
+
+
+def writers(log: Path) -> list[str]:
+    """Processes whose output goes there: a trainer and whatever it started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(path / "fd" / "1") == str(log.resolve()):
+                found.append(path.name)
+    return found
+
+
+@pytest.mark.parametrize("sandbox", levels(), ids=lambda s: f"L{s.level}")
+def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
+    folder: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.monotonic()
+    seen: list[list[str]] = []
+    real = process.Contained.kill
+
+    def kill(self: process.Contained) -> None:
+        seen.append(writers(folder / "log.txt"))
+        real(self)
+
+    monkeypatch.setattr(process.Contained, "kill", kill)
+    with pytest.raises(TrialError) as e:
+        train(folder, sandbox, 1.5, STEP=HANG)
+    assert e.value.status == "timeout"
+    assert e.value.reason == "no sign of life for 2 s while training"
+    assert "HANGS" in (folder / "log.txt").read_text()
+    assert time.monotonic() - began < 30
+    assert max(map(len, seen)) >= 2, "the trainer and its child"
+    assert writers(folder / "log.txt") == []
+    assert train(folder, sandbox).steps > 0  # the next one is none the worse
+
+
+def test_a_process_that_no_signal_ends_is_said_to_be_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an uninterruptible wait for its device: here it is stopped, and no signal is sent before the test does."""
+    monkeypatch.setattr(process, "END_S", 0.3)
+    limits = tiny_preset().limits
+    child = Child(best(), Policy.of("harness.trainer", folder, None, "cpu", limits), [], folder / "log.txt", 1)
+    real, tree = child.end, [child.pid, *descendants(child.pid)]
+    for pid in tree:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(child, "end", lambda: None)
+            with pytest.raises(SandboxError, match="do not end"):
+                child.kill()
+    finally:
+        for pid in tree:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        real()
