@@ -29,7 +29,7 @@ from harness.feed import Ring
 from harness.spec import Spec
 from harness.wire import Wire
 
-__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted", "on_device"]
+__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted", "implementations", "on_device"]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -180,7 +180,8 @@ class Run:
         }
         data = safetensors.torch.save(state)
         peak_mb = torch.cuda.max_memory_allocated() / 2**20 if self.spec.device == "cuda" else None
-        self._wire.send("submit", bytes=len(data), depth=depth, flops_per_token=flops_per_token, peak_mb=peak_mb)
+        facts = dict(depth=depth, flops_per_token=flops_per_token, peak_mb=peak_mb)
+        self._wire.send("submit", bytes=len(data), implementations=implementations(), **facts)
         self._wire.send_bytes(data)
         raise Submitted
 
@@ -241,6 +242,12 @@ def on_device(rows: npt.NDArray[np.uint16], device: str) -> torch.Tensor:
     if device == "cuda":
         data = data.pin_memory().to("cuda", non_blocking=True)
     return data.to(torch.int64) & 0xFFFF
+
+
+def implementations() -> dict[str, str]:
+    """What train.py's kernels are; after its calls, what ran. Empty where it imported none."""
+    kernels = sys.modules.get("kernels")
+    return kernels.implementations() if kernels else {}
 
 
 def _tidy() -> None:

@@ -159,16 +159,20 @@ def changed_files(package: str) -> list[str]:
     return wrong
 
 
+# By the names of their distributions: FlashAttention 2, 4 and 3, and cuDNN's front end.
+ATTENTION_PACKAGES = ("flash-attn", "flash-attn-4", "flash_attn_3", "nvidia-cudnn-frontend")
+
+
 def environment(device: str, threads: int) -> dict[str, Any]:
     """The facts that a record carries."""
     versions = {}
-    for name in ("torch", "triton", "numpy", "tiktoken", "flash-attn", "flash-attn-4"):
+    for name in ("torch", "triton", "numpy", "tiktoken", *ATTENTION_PACKAGES):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     packages = {}
-    for name in ("torch", "triton", "numpy", "safetensors", "flash-attn", "flash-attn-4"):
+    for name in ("torch", "triton", "numpy", "safetensors", *ATTENTION_PACKAGES):
         if name in versions or name == "safetensors":
             packages[name] = record_hash(name)
     return {

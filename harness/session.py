@@ -165,15 +165,17 @@ class Session:
         self._emit(Event("import"))
         imported = self._expect("imported", began + self._limits.start_s, "to import train.py")
         ledger["import"] = self._clock() - began - ledger["start"]
-        implementations = imported.get("implementations")
-        if isinstance(implementations, dict):
-            pairs = list(implementations.items())[:50]
-            self.result.implementations = {str(k)[:100]: str(v)[:200] for k, v in pairs}
+        self._note_implementations(imported)
         message = self._warm_up()
         if self._ask_compiled and message["kind"] == "next":
             self._take_compiled()
         message = self._feed(message)
         self._take_weights(message)
+
+    def _note_implementations(self, message: dict[str, Any]) -> None:
+        """What the trainer says that computes; after the training, of attention, what did."""
+        if isinstance(told := message.get("implementations"), dict):
+            self.result.implementations = {str(k)[:100]: str(v)[:600] for k, v in list(told.items())[:50]}
 
     def _warm_up(self) -> dict[str, Any]:
         """Serve every `warmup`; returns the first message that is not part of one."""
@@ -293,6 +295,7 @@ class Session:
             raise TrialError("invalid", f"the trainer sent {message['kind']!r} where a submission was due")
         if self.result.steps == 0:
             raise TrialError("invalid", "submitted without having taken a batch")
+        self._note_implementations(message)
         size = self._count(message, "bytes", 1 << 62)
         if size > self._limits.submission_bytes:
             raise TrialError(

@@ -122,7 +122,7 @@ def _train(wire: Wire, memories: list[int]) -> None:
     wire.send("ready")
     while (hello := wire.recv())["kind"] == "ping":  # this may be long before the job is there
         wire.send("pong")
-    from harness.client import Run, Submitted
+    from harness.client import Run, Submitted, implementations
     from harness.feed import SLOT_BYTES, SLOTS, Ring
     from harness.spec import Spec
 
@@ -137,8 +137,7 @@ def _train(wire: Wire, memories: list[int]) -> None:
     prepare_torch(hello["spec"], hello["threads"], hello["repeatable"])
     wire.send("started")
     module = load_train_module()
-    kernels = sys.modules.get("kernels")
-    wire.send("imported", implementations=kernels.implementations() if kernels else {})
+    wire.send("imported", implementations=implementations())
 
     class Mapped:  # what Ring needs of a SharedMemory, from an inherited descriptor
         map = mmap.mmap(memories[0], SLOTS * SLOT_BYTES)

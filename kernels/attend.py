@@ -169,13 +169,14 @@ def _choose(
         why = plan.unable.get(name, "") or (plan.unbanded.get(name, "") if window < t - 1 else "")
         return why or BACKENDS[name].refusal(dtype, head_dim, documents)
 
+    key = ranking_key(head_dim, t, window)
     forced = named or plan.forced
     if forced not in ("", *NAMES):
         raise KernelError(f"attention has no backend {forced!r}; they are {', '.join(NAMES)}")
     if forced not in ("", "reference") and (why := refusal(forced)):
         raise KernelError(f"attention backend {forced} was asked for and cannot run: {why}")
     if forced or device != "cuda":
-        return forced or "reference"
+        return _noted(device, key, forced or "reference")
     found = next((name for name in _ranked(plan, head_dim, t, window) if not refusal(name)), "")
     if not found:
         warnings.warn(
@@ -183,7 +184,15 @@ def _choose(
             "reference runs, which forms all scores",
             stacklevel=2,
         )
-    return found or "reference"
+    return _noted(device, key, found or "reference")
+
+
+_ran: dict[str, set[str]] = {}  # device type -> what was chosen for its calls
+
+
+def _noted(device: str, key: str, name: str) -> str:
+    _ran.setdefault(device, set()).add(f"{key}: {name}")
+    return name
 
 
 def backends(device: str) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -200,8 +209,10 @@ def _first_of(plan: Plan, key: str, names: list[str]) -> str:
 
 
 def _describe(device: str) -> str:
-    """For `kernels.implementations` and every record."""
+    """For `kernels.implementations` and every record: on a GPU what ran; before that, what would."""
     plan = _plan(device)
+    if device == "cuda" and _ran.get(device):
+        return "; ".join(sorted(_ran[device])) + f" ({'; '.join(filter(None, (plan.device, tuning.notice())))})"
     if plan.forced:
         return "reference: asked for" if plan.forced == "reference" else f"{plan.forced}: {plan.device}"
     if device != "cuda":

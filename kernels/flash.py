@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import tuning
+from kernels import product, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase
 
 if HAVE_TRITON:
@@ -458,13 +458,6 @@ def heads_together(programs: int) -> int:
     return 16 if programs else 1
 
 
-def _grid(tiles: int, programs: int, device: torch.device) -> tuple[int]:
-    if not programs:
-        return (tiles,)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return (min(tiles, programs * processors),)
-
-
 def _scalars(x: Tensor, rows: int, tma: int) -> Any:
     """The same of x fp32 [B, H, T]."""
     if not tma:
@@ -492,7 +485,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents |
     tiles = b * heads * -(-t // config["ROWS"])
     if tiles:
         rows, columns, tma = config["ROWS"], config["COLUMNS"], config["TMA"]
-        _attention_forward_kernel[_grid(tiles, programs, q.device)](
+        _attention_forward_kernel[product.grid(tiles, programs, q.device)](
             _operand(q, rows, tma), _operand(k, columns, tma), _operand(v, columns, tma), o, lse,
             documents.first if documents else lse, tiles, t, heads, groups, q.stride(1), k.stride(1), v.stride(1),
             window, LOG2E * head_dim**-0.5, DOCUMENTS=documents is not None, K=head_dim,
@@ -530,7 +523,7 @@ def backward(
     config, programs, window = _plan("attention_dq", q, groups, window)
     rows, columns, tma = config["ROWS"], config["COLUMNS"], config["TMA"]
     tiles = b * heads * -(-t // rows)
-    _attention_dq_kernel[_grid(tiles, programs, q.device)](
+    _attention_dq_kernel[product.grid(tiles, programs, q.device)](
         _operand(q, rows, tma), _operand(k, columns, tma), _operand(v, columns, tma), _operand(o, rows, tma),
         _operand(do, rows, tma), dq, lse, sums, documents.first if documents else lse, tiles, t, heads, groups,
         *strides, window, scale, DELTA_GIVEN=delta is not None, DOCUMENTS=documents is not None, K=head_dim,

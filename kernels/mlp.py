@@ -46,11 +46,13 @@ def launch_config(dtype: torch.dtype, *widths: int) -> dict[str, int]:
 
 
 def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128."""
+    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128. PROGRAMS
+    for each multiprocessor, each walking over tiles, or 0 for one a tile.
+    """
     columns, depth = (256, 64) if modern else (128, 32)
     return {
-        "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
-        "num_stages": 3,
+        "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "PROGRAMS": 0,
+        "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
 
 
@@ -58,13 +60,13 @@ def search_space() -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
     return [
         {
-            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
-            "num_stages": stages,
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "PROGRAMS": programs,
+            "num_warps": warps, "num_stages": stages,
         }
         for rows, columns, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (256, 128, 8))
         for depth, stages in ((64, 3), (64, 4), (32, 4))
         for group in (8, 16)
-        for tma in (1, 0)
+        for tma, programs in ((1, 0), (1, 1), (0, 0))
     ]  # fmt: skip
 
 
@@ -76,7 +78,7 @@ if HAVE_TRITON:
     def _mlp_product_kernel(
         a, w, y_ptr, out_ptr, squares_ptr, share_ptr, M, N, D, PARTS, eps,
         BACKWARD: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-        GROUP: tl.constexpr, TMA: tl.constexpr,
+        GROUP: tl.constexpr, TMA: tl.constexpr, PROGRAMS: tl.constexpr,
     ):  # fmt: skip
         """Forward: a = x [M, D], w = W_fc [N, D] -> out = relu(a w^T)^2 [M, N].
         Backward: a = dout [M, D], w = W_proj [D, N], y [M, N] -> out = (a w) 2 sqrt(y) [M, N].
@@ -85,7 +87,22 @@ if HAVE_TRITON:
         normalises it; backward, share fp32 [halves of tiles of N, M] becomes the rows' sums of out relu(pre): r <dpre,
         pre>.
         """
-        tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
+        if PROGRAMS:  # each walks over tiles, and loads for the next while it finishes one
+            tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, COLUMNS)
+            for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+                _mlp_tile(tile, a, w, y_ptr, out_ptr, squares_ptr, share_ptr, M, N, D, PARTS, eps, BACKWARD, NORM, ROWS,
+                          COLUMNS, DEPTH, GROUP, TMA)  # fmt: skip
+        else:
+            _mlp_tile(tl.program_id(0), a, w, y_ptr, out_ptr, squares_ptr, share_ptr, M, N, D, PARTS, eps, BACKWARD,
+                      NORM, ROWS, COLUMNS, DEPTH, GROUP, TMA)  # fmt: skip
+
+    @triton.jit
+    def _mlp_tile(
+        tile, a, w, y_ptr, out_ptr, squares_ptr, share_ptr, M, N, D, PARTS, eps,
+        BACKWARD: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+        GROUP: tl.constexpr, TMA: tl.constexpr,
+    ):  # fmt: skip
+        tile_m, tile_n = tile_order(tile, tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
         first = tile_m * ROWS
         column = tile_n * COLUMNS
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -133,7 +150,8 @@ def compile_cases() -> list[CompileCase]:
     for backward, norm in ((False, False), (True, False), (False, True), (True, True)):
         key = f"{'backward' if backward else 'forward'}{' norm' if norm else ''} 16 bit"
         tuned = tuning.of_all_gpus("mlp_product", "16 bit")
-        shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
+        persistent = default_config() | {"PROGRAMS": 1}
+        shipped = [(default_config(False), (80,)), (default_config(), (90, 100)), (persistent, (90,))]
         for config, capabilities in [*shipped, *((c, (90,)) for c in tuned)]:
             constants = {"BACKWARD": backward, "NORM": norm} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
@@ -146,7 +164,8 @@ def compile_cases() -> list[CompileCase]:
                 signature["w"] = (
                     f"tensordesc<bf16[{depth},{columns}]>" if backward else f"tensordesc<bf16[{columns},{depth}]>"
                 )
-            name = f"{key} {product.tile_name(config)} warps={options['num_warps']} stages={options['num_stages']}"
+            name = f"{key} {product.tile_name(config)}{' persistent' if config['PROGRAMS'] else ''}"
+            name += f" warps={options['num_warps']} stages={options['num_stages']}"
             case = CompileCase(
                 name, _mlp_product_kernel, signature, constants, options, capabilities, tensor_cores=True
             )
@@ -165,7 +184,8 @@ def launch(a: Tensor, w: Tensor, y: Tensor | None, partial: Tensor | None = None
     rows, columns, depth, tma = config["ROWS"], config["COLUMNS"], config["DEPTH"], config["TMA"]
     share = empty_share(a, n) if partial is not None and y is not None else out
     if m:
-        _mlp_product_kernel[(-(-m // rows) * -(-n // columns),)](
+        tiles = -(-m // rows) * -(-n // columns)
+        _mlp_product_kernel[product.grid(tiles, config["PROGRAMS"], a.device)](
             product.operand(a, rows, depth, tma),
             product.operand(w, *((columns, depth) if y is None else (depth, columns)), tma),
             a if y is None else y, out, a if partial is None else partial, share, m, n, d,

@@ -56,7 +56,7 @@ if HAVE_TRITON:
         return tile
 
 
-__all__ = ["launch_config", "operand", "tile_name"]
+__all__ = ["grid", "launch_config", "operand", "tile_name"]
 
 
 def launch_config(
@@ -72,8 +72,21 @@ def launch_config(
 
 
 def operand(x: Tensor, rows: int, columns: int, tma: int) -> Any:
-    """x [M, N] as `load_tile` takes it. Descriptors need rows of a multiple of 16 bytes."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]) if tma else x
+    """x [M, N] as `load_tile` takes it. Descriptors need rows of a multiple of 16 bytes, and an address of one: a part
+    of a tensor may be contiguous and begin elsewhere.
+    """
+    if not tma:
+        return x
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def grid(tiles: int, programs: int, device: torch.device) -> tuple[int]:
+    """Of a launch over tiles: one program each, or `programs` for each multiprocessor that walk over them."""
+    if not programs:
+        return (tiles,)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (min(tiles, programs * processors),)
 
 
 def tile_name(config: dict[str, int]) -> str:

@@ -217,6 +217,13 @@ def test_a_batch_is_the_rows_whole_also_above_two_to_the_fifteenth() -> None:
     np.testing.assert_array_equal(batch.targets.numpy(), rows[:, 1:])
 
 
+def test_the_record_names_the_kernels_that_ran(folder: Path) -> None:
+    """What train.py's calls chose is known at the end only."""
+    fake = "import sys, types; k = sys.modules['kernels'] = types.ModuleType('kernels'); "
+    fake += "k.implementations = lambda: {'attention': 'what ran'}"
+    assert train(folder, tiny.tiny_source(START=fake)).implementations == {"attention": "what ran"}
+
+
 def test_an_exception_says_its_line(folder: Path) -> None:
     source = tiny.tiny_source(START="raise ValueError('broken on purpose')")
     line = source.decode().splitlines().index("    raise ValueError('broken on purpose')") + 1

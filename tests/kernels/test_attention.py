@@ -434,6 +434,7 @@ def test_the_first_right_package_of_a_measured_order_is_taken(monkeypatch: pytes
     assert tried == ["flash4", "flash2", "flash3"]  # the last for calls that none was measured for
     assert plan.unable["flash4"] == "wrong"
     monkeypatch.setitem(chosen._plans, "cuda", plan)
+    monkeypatch.setattr(chosen, "_ran", {})
     assert chosen._describe("cuda").startswith("K=128 T=2048 W=1024: flash2")
 
 
@@ -441,7 +442,11 @@ def test_the_record_names_no_backend_that_lacks_the_window(monkeypatch: pytest.M
     ranking = {"K=128 T=2048 W=1024": ["cudnn", "flash3"], "K=128 T=2048 W=2048": ["cudnn", "flash3"]}
     plan = chosen.Plan("", ("flash3", "cudnn"), {}, {"cudnn": "no front end"}, ranking, "cuda sm_90")
     monkeypatch.setitem(chosen._plans, "cuda", plan)
+    monkeypatch.setattr(chosen, "_ran", {})
     assert chosen._describe("cuda").startswith("K=128 T=2048 W=1024: flash3; K=128 T=2048 W=2048: cudnn")
+    chosen._choose("cuda", torch.bfloat16, 1024, 128, 100, 0, None)  # and in the end what ran
+    chosen._choose("cuda", torch.bfloat16, 1024, 128, 2048, 0, "reference")
+    assert chosen._describe("cuda") == "K=128 T=1024 W=100: flash3; K=128 T=1024 W=1024: reference (cuda sm_90; no GPU)"
 
 
 def test_a_reference_on_a_gpu_is_said_aloud(monkeypatch: pytest.MonkeyPatch) -> None:

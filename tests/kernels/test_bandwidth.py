@@ -243,13 +243,14 @@ for (name, module, variant, tiles), shapes in cases:
         for rows, columns, depth in tiles:
             config = dict(ROWS=rows, DEPTH=depth, GROUP=2, num_warps=4, num_stages=1)
             config["HEADS" if module is linear_qkv else "COLUMNS"] = columns
-            for tma in (0, 1):
-                module.launch_config = lambda *args: config | {"TMA": tma}
+            for tma, programs in ((0, 0), (1, 0), (1, 1))[: 3 if module is mlp else 2]:  # persistent too
+                found = config | {"TMA": tma} | ({"PROGRAMS": programs} if module is mlp else {})
+                module.launch_config = lambda *args: found
                 args = op.make(sizes, torch.float32, torch.device("cpu"))
                 for errors in check(op, args, op.bind(kernels, variant)):
                     assert errors.fine, (sizes, config, tma, errors)
                     tried += 1
-assert tried == 2 * (3 * 4 * 7 + 2 * 3 * 4 + 2 * 3 * 3), tried
+assert tried == 2 * (3 * 4 * 7 + 2 * 3 * 3) + 3 * (2 * 3 * 4), tried
 op, config = OPERATORS["linear_qkv_rope_norm"], linear_qkv.default_config(64, False)
 linear_qkv.launch_config = lambda *args: config  # and without value embeddings
 plain = dataclasses.replace(op, gradients=(0, 1), rows=(0,))
