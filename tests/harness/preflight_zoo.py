@@ -46,6 +46,7 @@ LOSS = "        loss = loss_of(tokens, targets) * (micro_rows / rows)\n"
 SUBMIT = "    run.submit(model, depth=hp.DEPTH, flops_per_token=model.flops_per_token())"
 DEVICE = "    return model.to(spec.device)\n"
 FORWARD = "            logits = self.lm_head(self.hidden(tokens)).float()\n"
+MLP_CALL = "            x, norm = block.mlp(x, norm, *mix)\n"
 WARMUP = "    run.warmup(step, rows=rows, restore=(model, optimizer))\n"
 BATCHES = "    for batch in run.batches(rows=rows):\n"
 TRITON = """
@@ -143,9 +144,11 @@ HONEST: dict[str, Variant] = {
          "        loss = loss + 0 * tokens[order].sum()\n"),
     )),
     "dropout and noise": one(
-        "            branch = block.mlp(normed)\n",
-        "            branch = nn.functional.dropout(block.mlp(normed), 0.1, self.training)\n"
-        "            branch = branch + 0.01 * torch.randn_like(branch) * self.training\n",
+        "        return kernels.norm_mlp_relu2(x, norm, self.fc.weight, self.proj.weight, *mix, fp8=self.fp8)\n",
+        "        branch = kernels.mlp_relu2(kernels.normalized(x, norm), self.fc.weight, self.proj.weight)\n"
+        "        branch = nn.functional.dropout(branch, 0.1, self.training)\n"
+        "        branch = branch + 0.01 * torch.randn_like(branch) * self.training\n"
+        "        return kernels.residual_rms_norm(x, branch, *mix)\n",
     ),
     "an average of the weights, from half of the run": Variant((
         ("    def step(batch: Batch)", "    average = None\n\n    def step(batch: Batch)"),
@@ -182,15 +185,15 @@ HONEST: dict[str, Variant] = {
     )),
     "checkpointed blocks": Variant((
         ("import torch\n", "import torch\nfrom torch.utils.checkpoint import checkpoint\n"),
-        ("branch = block.mlp(normed)", "branch = checkpoint(block.mlp, normed, use_reentrant=False)"),
+        ("block.mlp(x, norm, *mix)", "checkpoint(block.mlp, x, norm, *mix, use_reentrant=False)"),
     )),
     "flex attention": Variant((
         ("import torch\n", "import torch\nfrom torch.nn.attention.flex_attention import create_block_mask, flex_attention\n"),
         ("\nclass Attention(nn.Module):", "\nFLEX = torch.compile(flex_attention)\n\n\nclass Attention(nn.Module):"),
-        ("        return kernels.linear(kernels.attention(q, k, v, window).flatten(2), self.proj.weight)\n",
+        ("        return kernels.linear_residual(kernels.attention(q, k, v, window).flatten(2), self.proj.weight, x)\n",
          "        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, x.size(1), x.size(1), device=x.device)\n"
          "        y = FLEX(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask)\n"
-         "        return self.proj(y.transpose(1, 2).flatten(2))\n"),
+         "        return kernels.linear_residual(y.transpose(1, 2).flatten(2), self.proj.weight, x)\n"),
     ), GPU),
     "the best average, if there is one": one(
         SUBMIT, "    if getattr(run, 'average', None) is not None:\n        run.submit(run.average)\n", GPU,
@@ -198,7 +201,7 @@ HONEST: dict[str, Variant] = {
     "one cached mask": Variant((
         ("\nclass GPT(nn.Module):", "\nCACHE = {}\n\n\ndef mask(x):\n    if 'm' not in CACHE:\n"
          "        CACHE['m'] = torch.ones(x.size(1), 1, device=x.device)\n    return CACHE['m']\n\n\nclass GPT(nn.Module):"),
-        ("            branch = block.mlp(normed)\n", "            branch = block.mlp(normed) * mask(normed).to(normed.dtype)\n"),
+        (MLP_CALL, MLP_CALL + "            x = x * mask(x).to(x.dtype)\n            norm = kernels.rms_norm(x)\n"),
     )),
     "a seed and a generator": one(
         "    model = build_model(run.spec)\n    optimizer",
@@ -217,20 +220,20 @@ BROKEN: dict[str, Variant] = {
     "an unknown name at import": one("SOFTCAP = 15.0", "SOFTCAP = FIFTEEN"),
     "an unknown name in forward": one("self.lm_head(self.hidden(tokens))", "self.lm_head(self.hidden(tokns))"),
     "an unknown name on the GPU's branch": one("return model.to(spec.device)", "return model.to(spec.devic)"),
-    "a misspelt attribute": one("block.mlp(normed)", "block.mpl(normed)"),
+    "a misspelt attribute": one("block.mlp(x, norm", "block.mpl(x, norm"),
     "a misspelt function of torch": one("self.softcap * torch.tanh(", "self.softcap * torch.tanhh("),
     "a misspelt layer": one("self.fc = nn.Linear(", "self.fc = nn.Linaer("),
-    "a misspelt kernel": one("return kernels.mlp_relu2(", "return kernels.mlp_relu3("),
+    "a misspelt kernel": one("return kernels.norm_mlp_relu2(", "return kernels.norm_mlp_relu3("),
     "a hyperparameter that is gone": one("SCALAR_LR = 0.5 ", "SCALARS_LR = 0.5 "),
     "a wrong dimension in the MLP": one("self.proj = nn.Linear(4 * dim, dim", "self.proj = nn.Linear(3 * dim, dim"),
     "a wrong dimension in the head": one("self.lm_head = nn.Linear(dim, vocab", "self.lm_head = nn.Linear(dim + 1, vocab"),
-    "heads that do not divide": one("rope_norm(x, weight, cos", "rope_norm(x, weight[3:], cos"),
+    "heads that do not divide": one("qkv(x, norm, weight, cos", "qkv(x, norm, weight[3:], cos"),
     "a broadcast that does not fit": Variant((
         ("        self.wte = nn.Embedding", "        self.bias = nn.Parameter(torch.zeros(dim + 3))\n        self.wte = nn.Embedding"),
-        ("branch = block.mlp(normed)", "branch = block.mlp(normed) + self.bias"),
+        (MLP_CALL, MLP_CALL.replace("(x,", "(x + self.bias,")),
     )),
-    "a concatenation that does not fit": one("            branch = block.mlp(normed)\n", "            branch = torch.cat((block.mlp(normed), x[:, 1:]), -1)\n"),
-    "a view that does not fit": one("            branch = block.mlp(normed)\n", "            branch = block.mlp(normed).view(-1, 7, 11)\n"),
+    "a concatenation that does not fit": one(MLP_CALL, MLP_CALL.replace("(x,", "(torch.cat((x, x[:, 1:]), -1),")),
+    "a view that does not fit": one(MLP_CALL, MLP_CALL.replace("(x,", "(x.view(-1, 7, 11),")),
     "keys of another length": one(
         "kernels.attention(q, k, v, window)", "nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2)[..., 1:], v.transpose(1, 2)).transpose(1, 2)"
     ),
@@ -255,15 +258,13 @@ BROKEN: dict[str, Variant] = {
     "a tuple for logits": one("return self.softcap * torch.tanh(logits / self.softcap)", "return logits, self.softcap"),
     "logits of the last token only": one("logits = self.lm_head(self.hidden(tokens)).float()", "logits = self.lm_head(self.hidden(tokens)[:, -1]).float()"),
     "no return in loss": one("            return kernels.softcap_linear", "            kernels.softcap_linear"),
-    "no return in hidden": one("        return kernels.residual_rms_norm(x, branch)[1]\n", "        kernels.residual_rms_norm(x, branch)[1]\n"),
+    "no return in hidden": one("        return kernels.normalized(x, norm)\n", "        kernels.normalized(x, norm)\n"),
     "a division by zero": one("ramp = min(batch.step / hp.MUON_RAMP, 1.0)", "ramp = min(1.0, batch.step / (batch.step * hp.MUON_RAMP))"),
     "a table without the key": one("str(i) in self.value_embeds else None", "True else None"),
     "a list that is too short": one("self.windows[i]", "self.windows[i + 1]"),
     "used before it is set": one("        total = torch.zeros((), device=batch.tokens.device)\n", ""),
     "a gradient of nothing": one(LOSS, LOSS + "        loss = loss.detach()\n"),
-    "a parameter outside the loss": one(
-        "            branch = block.mlp(normed)\n", "            branch = None\n"
-    ),
+    "a parameter outside the loss": one(MLP_CALL, "            x, norm = kernels.residual_rms_norm(x, None, *mix)\n"),
     "a loss that is no number": one(LOSS, LOSS.replace("loss_of(", "(0 * float('inf')) + loss_of("), ("laptop",)),
     "logits that are no number": one("return self.softcap * torch.tanh(logits / self.softcap)", "return torch.log(logits - logits)[..., :] * 0"  , ("laptop",)),
     "types that do not fit, on the GPU alone": one(
