@@ -85,7 +85,8 @@ def fill_the_disk_now_and_then() -> None:
     real = os.write
 
     def write(fd: int, data: Any) -> int:
-        if random.random() < 0.02 and os.readlink(f"/proc/self/fd/{fd}").endswith("records.jsonl"):
+        begun = os.readlink(f"/proc/self/fd/{fd}").endswith("records.jsonl") and os.fstat(fd).st_size
+        if begun and random.random() < 0.02:  # before, a full disk is an answer to the user, not a fault of the night
             raise OSError(28, "No space left on device")
         return real(fd, data)
 
