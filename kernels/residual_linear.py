@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import product, tuning
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.residual_norm import residual_rms_norm
-from kernels.residual_stream import DTYPES, Norm, Squares, check_mix
+from kernels.residual_stream import DTYPES, Norm, Squares, check_mix, default_config, search_space
 from kernels.weight_gradient import linear, weight_gradient
 
 if HAVE_TRITON:
@@ -37,28 +37,6 @@ __all__ = ["compile_cases", "default_config", "launch", "linear_residual", "sear
 def launch_config(dtype: torch.dtype, width: int) -> dict[str, int]:
     """Tile, warps and stages: as tuned on this GPU, else by architecture."""
     return product.launch_config("linear_residual", "16 bit", default_config, dtype, width)
-
-
-def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128."""
-    columns, depth = (256, 64) if modern else (128, 32)
-    return {
-        "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
-        "num_stages": 3,
-    }  # fmt: skip
-
-
-def search_space() -> list[dict[str, int]]:
-    """Configurations worth timing on Hopper."""
-    return [
-        {
-            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": tma, "num_warps": warps,
-            "num_stages": stages,
-        }
-        for rows, columns, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (256, 128, 8))
-        for depth, stages in ((64, 3), (64, 4), (32, 4))
-        for tma in (1, 0)
-    ]  # fmt: skip
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------
