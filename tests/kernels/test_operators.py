@@ -25,7 +25,11 @@ INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 SMALL = ("odd", "tiny", "long")
 FEW = {"M": 3, "B": 1, "T": 260}
 # The interpreter runs a program for each token, and for each tile of a product.
-FEW_OF = {"embedding": {"V": 300}, "muon_": {"R": 150, "C": 70}, "softcap_linear_cross_entropy": {"V": 8200}}
+FEW_OF = {
+    "embedding": {"V": 300}, "linear_qkv_rope_norm": {"D": 128}, "linear_residual": {"D": 128, "N": 128},
+    "mlp_relu2": {"D": 128, "N": 256}, "muon_": {"R": 150, "C": 70},
+    "norm_linear_qkv": {"D": 128}, "norm_mlp_relu2": {"D": 128, "N": 256}, "softcap_linear_cross_entropy": {"V": 8200},
+}  # fmt: skip
 CPU = torch.device("cpu")
 
 
