@@ -8,15 +8,14 @@ Both are trained in the sandbox and scored and audited as experiments are, in ch
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import re
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.constants import with_constants
 from harness.budget import Budget
 from harness.errors import HotloopError, TrialError, UsageError
 from harness.evaluate import Evaluator
@@ -90,23 +89,10 @@ def pair_of(changes: Sequence[str], preset: str) -> dict[str, bytes]:
     source = source_of(OURS)
     if not changes:
         return {OURS: source, PLAIN: source_of(PLAIN)}
-    changed = source.decode()
-    for change in changes:
-        name, _, value = (part.strip() for part in change.partition("="))
-        try:
-            ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            raise UsageError(
-                f"--set takes NAME=VALUE with a literal of Python, such as 'FP8=\"mlp\"', not {change}"
-            ) from None
-        line = re.compile(rf"^({re.escape(name)} = )(.*?)(  #.*)?$", re.MULTILINE)
-        elsewhere = preset == "laptop" and re.search(rf"^    {re.escape(name)}=", changed, re.MULTILINE)
-        if not name.isidentifier() or len(line.findall(changed)) != 1 or elsewhere:
-            raise UsageError(f"--set {name}: train.py has no such constant that holds for the preset {preset}")
-        changed = line.sub(lambda found, value=value: f"{found[1]}{value}{found[3] or ''}", changed)  # type: ignore[misc]
-    if changed.encode() == source:
+    changed = with_constants(source, changes, preset)
+    if changed == source:
         raise UsageError("--set changes nothing")
-    return {f"{OURS} with {', '.join(changes)}": changed.encode(), OURS: source}
+    return {f"{OURS} with {', '.join(changes)}": changed, OURS: source}
 
 
 def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: float) -> Side:

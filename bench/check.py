@@ -147,26 +147,14 @@ def _prepared(folder: Path, data: Path | None, limit_s: float) -> tuple[int, Pat
     return call(command, limit_s, folder / "prepare.log")[0], path
 
 
-def _baseline(folder: Path, data: Path | None, limit_s: float, log: Path) -> tuple[int, str]:
-    """train.py beside plain PyTorch, as a page."""
+def _on_rows(part: str, folder: Path, data: Path | None, limit_s: float, log: Path) -> tuple[int, str]:
+    """`hotloop bench PART` at the GPU preset, as the page that it writes."""
     deadline = time.monotonic() + limit_s
     code, data = _prepared(folder, data, limit_s)
     if code:
         return code, _fenced(tail(folder / "prepare.log"))
-    written = folder / "baseline.md"
-    command = [sys.executable, "-m", "bench", "baseline", "--preset", "h100", "--data", str(data)]
-    code, _ = call([*command, "--page", str(written)], deadline - time.monotonic(), log)
-    return code, written.read_text() if written.exists() else _fenced(tail(log))
-
-
-def _overheads(folder: Path, data: Path | None, limit_s: float, log: Path) -> tuple[int, str]:
-    """Two short nights against the targets, as a page."""
-    deadline = time.monotonic() + limit_s
-    code, data = _prepared(folder, data, limit_s)
-    if code:
-        return code, _fenced(tail(folder / "prepare.log"))
-    written = folder / "overheads.md"
-    command = [sys.executable, "-m", "bench", "overheads", "--preset", "h100", "--data", str(data)]
+    written = folder / f"{part}.md"
+    command = [sys.executable, "-m", "bench", part, "--preset", "h100", "--data", str(data)]
     code, _ = call([*command, "--page", str(written)], deadline - time.monotonic(), log)
     return code, written.read_text() if written.exists() else _fenced(tail(log))
 
@@ -248,10 +236,8 @@ def main(
                 pages[part] = written.read_text() if written.exists() else _fenced(tail(log))
             elif part == "sandbox":
                 code, pages[part] = _sandbox(limit_s, log)
-            elif part == "baseline":
-                code, pages[part] = _baseline(logs, data, limit_s, log)
-            elif part == "overheads":
-                code, pages[part] = _overheads(logs, data, limit_s, log)
+            elif part in ("baseline", "overheads"):
+                code, pages[part] = _on_rows(part, logs, data, limit_s, log)
             else:
                 code, pages[part] = _experiment(logs, data, limit_s, say)
             say(f"    {'passed' if code == 0 else f'FAILED, exit status {code}'} in {time.monotonic() - began:.0f} s")

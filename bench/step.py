@@ -9,11 +9,11 @@ reading of the loss behind it, on synthetic tokens, under torch's profiler. Devi
 
 from __future__ import annotations
 
-import ast
 import itertools
 import os
 import re
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench import device as dev
+from bench.constants import with_constants
 from harness.client import Batch, Run
 from harness.errors import DeviceError, UsageError
 from harness.feed import SLOT_BYTES, SLOTS, Ring, synthetic_rows
@@ -140,10 +141,10 @@ def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> tuple[Cal
     """(one step of a train.py on synthetic tokens, its tokens).
 
     Args:
-        constants: `NAME=VALUE`, set in train.py before it starts.
+        constants: `NAME=VALUE`, see `with_constants`.
 
     Raises:
-        UsageError: a train.py that does not call run.warmup, or has no such constant.
+        UsageError: a train.py that does not call run.warmup, or `with_constants` refuses.
     """
     on_gpu = torch.cuda.is_available()
     chosen = PRESETS[preset]
@@ -151,11 +152,14 @@ def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> tuple[Cal
     spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len, divisor)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
-    read_train_source(path)
+    source = with_constants(read_train_source(path), constants, preset)
     implementations()  # packages are tried before anything is compiled
-    module, run = load_train_module(str(path)), _Run(spec)
-    for text in constants:
-        _set(module, text)
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = path
+        if constants:
+            loaded = Path(scratch) / "train.py"
+            loaded.write_bytes(source)
+        module, run = load_train_module(str(loaded)), _Run(spec)
     try:
         module.train(run)
     except _Captured as e:
@@ -163,17 +167,6 @@ def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> tuple[Cal
     else:
         raise UsageError(f"{path}: train(run) ended without calling run.warmup, so there is no step to profile")
     return run.whole(step, rows, seq_len), rows * seq_len
-
-
-def _set(module: Any, text: str) -> None:
-    """Raises UsageError."""
-    name, _, value = text.partition("=")
-    if not name.isupper() or not hasattr(module, name):
-        raise UsageError(f"--set {text}: train.py has no constant {name}")
-    try:
-        setattr(module, name, ast.literal_eval(value))
-    except (ValueError, SyntaxError):
-        raise UsageError(f"--set {text}: {value!r} is no value of Python's") from None
 
 
 def time_step(step: Callable[[], Any], steps: int) -> float:

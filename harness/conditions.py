@@ -28,10 +28,7 @@ REASONS = {
 SLOWED = ("hardware slowdown", "temperature (software)", "temperature (hardware)", "power brake")
 CLOCK_SHARE = 0.95  # of the calibration's clock; below that the training was slower than its budget says
 LATE_SHARE, LATE_S = 0.01, 0.5  # of the training, and seconds, that the trainer may wait for its rows
-APART_SHARE, APART_S = (
-    0.01,
-    0.5,
-)  # of the training, and seconds, by which the device's clock may differ from the parent's
+APART_SHARE, APART_S = 0.01, 0.5  # the same, by which the device's clock may differ from the parent's
 # What the driver says, through an innocent program, of hardware that failed. Words that a faulty kernel of train.py's
 # causes as well ("unspecified launch failure", "illegal memory access") are not among them.
 _FAULTS = (

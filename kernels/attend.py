@@ -204,23 +204,23 @@ def backends(device: str) -> tuple[tuple[str, ...], dict[str, str]]:
 def _first_of(plan: Plan, key: str, names: list[str]) -> str:
     """Of a measured order, what runs here."""
     t, w = (int(part.split("=")[1]) for part in key.split()[1:])
-    not_here = {"", *plan.unable, *(plan.unbanded if w < t - 1 else ())}
-    return next((name for name in names if name not in not_here), "reference")
+    here = [name for name in plan.able if w >= t - 1 or name not in plan.unbanded]
+    return next((name for name in names if name in here), "reference")
 
 
 def _describe(device: str) -> str:
     """For `kernels.implementations` and every record: on a GPU what ran; before that, what would."""
     plan = _plan(device)
-    if device == "cuda" and _ran.get(device):
-        return "; ".join(sorted(_ran[device])) + f" ({'; '.join(filter(None, (plan.device, tuning.notice())))})"
     if plan.forced:
         return "reference: asked for" if plan.forced == "reference" else f"{plan.forced}: {plan.device}"
     if device != "cuda":
         return f"reference: {device} tensors"
-    fastest = [f"{key}: {_first_of(plan, key, names)}" for key, names in plan.ranking.items()]
-    if not fastest:
+    told = sorted(_ran.get(device, ())) or [
+        f"{key}: {_first_of(plan, key, names)}" for key, names in plan.ranking.items()
+    ]
+    if not told:
         return f"{_first(plan.unable) or 'reference'}: {plan.device}, where none was measured"
-    return "; ".join(fastest) + f" ({'; '.join(filter(None, (plan.device, tuning.notice())))})"
+    return "; ".join(told) + f" ({'; '.join(filter(None, (plan.device, tuning.notice())))})"
 
 
 dispatch.describe["attention"] = _describe

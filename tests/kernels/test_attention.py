@@ -447,6 +447,8 @@ def test_the_record_names_no_backend_that_lacks_the_window(monkeypatch: pytest.M
     chosen._choose("cuda", torch.bfloat16, 1024, 128, 100, 0, None)  # and in the end what ran
     chosen._choose("cuda", torch.bfloat16, 1024, 128, 2048, 0, "reference")
     assert chosen._describe("cuda") == "K=128 T=1024 W=100: flash3; K=128 T=1024 W=1024: reference (cuda sm_90; no GPU)"
+    monkeypatch.setitem(chosen._plans, "cuda", plan._replace(forced="triton", able=("triton",)))
+    assert chosen._describe("cuda") == "triton: cuda sm_90"  # by which tests and benchmarks know that ours runs
 
 
 def test_a_reference_on_a_gpu_is_said_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
