@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -112,17 +114,17 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def sandbox_warning(settings: Settings) -> str:
-    """What to tell the user of a sandbox that is not the best; empty for L3."""
+    """One sentence for the user of a sandbox that is not the best; empty for L3. `hotloop doctor` has the reasons."""
     sandbox = settings.sandbox
     if sandbox.level == 3:
         return ""
-    missing = "; ".join(f"{k}: {v}" for k, v in sandbox.missing.items())
-    not_stopped = ", ".join(k for k, v in sandbox.probes.items() if not v) or "everything"
-    if sandbox.level > 0 and all(sandbox.probes.values()):
-        not_stopped = "nothing that was probed"
-    return f"the sandbox is only {sandbox}. Not stopped: {not_stopped}. " + (
-        f"Better ones: {missing}" if missing else ""
-    )
+    if sandbox.level == 0:
+        return "train.py runs without a sandbox: it may read, write and send whatever you may"
+    if shutil.which("bwrap") is None:
+        better = f"for the best one {'' if os.geteuid() == 0 else 'let root '}run: apt-get install bubblewrap"
+    else:
+        better = "bubblewrap does not work here"
+    return f"the sandbox is {sandbox}; {better} (hotloop doctor: what each level stops)"
 
 
 def repeatable_warning(settings: Settings) -> str:

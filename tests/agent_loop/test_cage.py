@@ -13,9 +13,10 @@ import pytest
 from agent_loop.agents import CommandAgent
 from agent_loop.builtin import BuiltinAgent
 from agent_loop.cage import Cage, everything_but
-from harness.errors import SandboxError, UsageError
+from harness.errors import UsageError
 from harness.sandbox import best
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
+from tests.needs import at, sandbox
 
 TRIES = """
 import os, socket, time
@@ -62,17 +63,13 @@ def places(repo: Path, tmp_path: Path) -> dict[str, str]:  # noqa: F811
 
 
 def agent(level: int, code: str, places: dict[str, str], network: bool = False) -> CommandAgent:
-    try:
-        sandbox = best(level)
-    except SandboxError as e:
-        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
     hidden = tuple(Path(p) for p in (places["data"], places["runs"], places["repo"] + "/.git"))
-    made = CommandAgent("true", 30.0, Cage(sandbox, hidden, (Path(places["allowed"]),), network))
+    made = CommandAgent("true", 30.0, Cage(sandbox(level), hidden, (Path(places["allowed"]),), network))
     made.argv = [sys.executable, "-c", code]
     return made
 
 
-@pytest.mark.parametrize("level", [3, 2, 1])
+@pytest.mark.parametrize("level", [at(3), at(2), at(1)])
 def test_an_agent_may_change_train_py_and_nothing_else(repo: Path, places: dict[str, str], level: int) -> None:  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as listener:
         code = TRIES.format(**places, port=listener.getsockname()[1])
@@ -105,7 +102,7 @@ def _reads(path: Path) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_the_network_is_there_when_it_is_asked_for(repo: Path, places: dict[str, str], level: int) -> None:  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as listener:
         code = f"import socket; socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), timeout=5).close()"

@@ -21,9 +21,9 @@ from agent_loop.clients import ClaudeAgent, CodexAgent, described
 from agent_loop.faults import retry_after_s, service_error
 from agent_loop.roster import AGENTS, make_agent
 from agent_loop.transcript import Said, from_claude, from_codex
-from harness.errors import SandboxError, UsageError
-from harness.sandbox import best
+from harness.errors import UsageError
 from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
+from tests.needs import at, sandbox
 
 SOURCE = "MATRIX_LR = 0.04\n\n\ndef build_model(spec): ...\n\n\ndef train(run): ...\n"
 STANDIN = Path(__file__).with_name("standin.py").read_text()
@@ -62,10 +62,7 @@ def context(tmp_path: Path) -> Context:
 
 
 def cage(level: int = 1, network: bool = True) -> Cage:
-    try:
-        return Cage(best(level), (), network=network)
-    except SandboxError as e:
-        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
+    return Cage(sandbox(level), (), network=network)
 
 
 def propose(
@@ -87,7 +84,7 @@ def text_of(context: Context) -> str:
 
 
 @both
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_a_turn(installed: Path, context: Context, name: str, level: int) -> None:
     turn = propose(installed, context, name, "edit", level)
     assert turn == Turn("raise the rate", 0.007 if name == "claude" else 0.0, 750)
@@ -139,6 +136,7 @@ def test_the_description_file_comes_first(installed: Path, context: Context, nam
     assert propose(installed, context, name, "description").description == "by its  [1mfile"
 
 
+@pytest.mark.bubblewrap
 def test_a_home_in_a_folder_of_state(installed: Path, context: Context, tmp_path: Path) -> None:
     propose(installed, context, "codex", "edit", level=3, state_folder=tmp_path / "state")
     env = json.loads((context.folder / "handover" / "seen.json").read_text())["env"]
@@ -167,7 +165,7 @@ def test_an_endless_output_is_stopped(installed: Path, context: Context, name: s
 
 
 @both
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_edits_elsewhere_are_no_edit_of_train_py(installed: Path, context: Context, name: str, level: int) -> None:
     error = failure(installed, context, name, "elsewhere", level=level)
     assert "left train.py as it was; I changed program.md" in str(error)
@@ -183,6 +181,7 @@ def test_no_edit_says_what_it_cost(installed: Path, context: Context, name: str)
 
 
 @both
+@pytest.mark.bubblewrap
 def test_a_train_py_that_is_gone_is_for_the_driver_to_judge(installed: Path, context: Context, name: str) -> None:
     propose(installed, context, name, "gone", level=3)
     assert not (context.worktree / "train.py").exists()
@@ -250,7 +249,8 @@ def test_a_log_of_an_earlier_try_is_not_read_again(installed: Path, context: Con
     assert (error.tokens, error.cost_usd) == (0, 0)
 
 
-def test_secrets_of_the_user_are_out_of_sight(context: Context, installed: Path) -> None:
+@pytest.mark.parametrize("level", [at(3), at(1)])
+def test_secrets_of_the_user_are_out_of_sight(context: Context, installed: Path, level: int) -> None:
     (Path.home() / ".ssh").mkdir()
     (Path.home() / ".ssh" / "id").write_text("secret")
     (Path.home() / ".netrc").write_text("secret")
@@ -260,10 +260,9 @@ def test_secrets_of_the_user_are_out_of_sight(context: Context, installed: Path)
         "    try: assert open(path).read() != 'secret'\n    except OSError: pass\n"
         "open('train.py', 'a').write('# seen\\n')\n"
     )
-    for level in (3, 1):
-        (context.worktree / "train.py").write_text(SOURCE)
-        propose(installed, context, "claude", "", level)
-        assert text_of(context).endswith("# seen\n")
+    (context.worktree / "train.py").write_text(SOURCE)
+    propose(installed, context, "claude", "", level)
+    assert text_of(context).endswith("# seen\n")
 
 
 # At the start.

@@ -19,6 +19,7 @@ from harness.errors import TrialError
 from harness.evaluate import Evaluation, Evaluator
 from harness.session import Event, Session, Trained
 from harness.spec import BudgetRule, Preset, Spec
+from tests.needs import at
 
 _spec = importlib.util.spec_from_file_location("tiny_train", Path(__file__).with_name("conftest.py"))
 assert _spec is not None
@@ -399,7 +400,7 @@ def test_the_child_sees_no_setting_of_the_users_shell(folder: Path, monkeypatch:
     assert "HOME" in log
 
 
-@pytest.mark.parametrize("level", [3, 1, 0])
+@pytest.mark.parametrize("level", [at(3), at(1), at(0)])
 def test_a_child_dies_with_its_parent(folder: Path, level: int) -> None:
     """SIGKILL of the parent, the hardest case: nothing of it may be left running."""
     import signal
