@@ -281,16 +281,16 @@ def test_what_listens_never_shakes_hands(context: Context) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        pytest.param(slowly(b"", 5.0, 1), id="silence"),
-        pytest.param(slowly(b" ", 0.05, 100), id="trickle"),
-        pytest.param(slowly(b"b", 0.05, 100, headers=True), id="trickling headers"),
+        pytest.param(slowly(b"", 30.0, 1), id="silence"),
+        pytest.param(slowly(b" ", 0.05, 600), id="trickle"),
+        pytest.param(slowly(b"b", 0.05, 600, headers=True), id="trickling headers"),
     ],
 )
 def test_a_turn_has_an_end_however_slow_the_answer(context: Context, body: Any) -> None:
     start = time.monotonic()
     error = failure(context, Reply(body), timeout_s=0.5)
     assert "did not answer in time" in str(error)
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 29  # the answer would have taken 30 s
 
 
 def test_all_rounds_together_have_one_time(context: Context) -> None:

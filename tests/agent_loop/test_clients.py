@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -189,11 +188,9 @@ def test_a_train_py_that_is_gone_is_for_the_driver_to_judge(installed: Path, con
 
 @both
 def test_a_hang_is_ended(installed: Path, context: Context, name: str) -> None:
-    start = time.monotonic()
     error = failure(installed, context, name, "hang", timeout_s=1.0)
     assert str(error) == f"{name} took longer than 1 s"
     assert error.retry_after_s == 0
-    assert time.monotonic() - start < 10
     assert not list((context.folder / "handover").glob("home-*"))
 
 

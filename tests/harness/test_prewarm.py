@@ -267,9 +267,7 @@ def test_closing_ends_what_waits(tmp_path: Path, when: str) -> None:
             time.sleep(0.005)
         pid = prewarmer._starting.child.pid
     pids = [pid, *descendants(pid)]
-    began = time.monotonic()
     prewarmer.close()
-    assert time.monotonic() - began < 20
     assert all_gone(pids)
     assert not (tmp_path / "warm").exists()
     prewarmer.prepare()  # too late: nothing is started any more

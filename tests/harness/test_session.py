@@ -238,20 +238,18 @@ def test_a_file_that_is_no_train_py_is_a_crash(folder: Path, source: bytes) -> N
 
 
 def test_a_hang_is_a_timeout_in_every_phase(folder: Path) -> None:
-    sleep = "import time; time.sleep(60)"
+    sleep = "import time; time.sleep(1000)"  # longer than the test may take
     for marker, limits in (
         ("START", {"warmup_s": 1.0}),
         ("WARM", {"warmup_s": 1.5}),
         ("STEP", {"stall_s": 1.0}),
         ("SUBMIT", {"stall_s": 1.0}),
     ):
-        began = time.monotonic()
         text = sleep if marker != "STEP" else f"loss = step(batch); {sleep}"
         preset = tiny.tiny_preset().with_limits(**limits)
         assert failure(
             lambda p=preset, t=text, m=marker: train(folder, tiny.tiny_source(**{m: t}), preset=p)
         ).status == ("timeout")
-        assert time.monotonic() - began < 30
 
 
 def test_slow_after_the_calibration_is_overtime(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,6 @@ def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     folder: Path, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walls = sandbox(level)
-    began = time.monotonic()
     seen: list[list[str]] = []
     real = process.Contained.kill
 
@@ -69,7 +67,6 @@ def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     assert e.value.status == "timeout"
     assert e.value.reason == "no sign of life for 2 s while training"
     assert "HANGS" in (folder / "log.txt").read_text()
-    assert time.monotonic() - began < 30
     assert max(map(len, seen)) >= 2, "the trainer and its child"
     assert writers(folder / "log.txt") == []
     assert train(folder, walls).steps > 0  # the next one is none the worse
