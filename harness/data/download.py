@@ -167,6 +167,7 @@ def _once(name: str, part: Path, base_url: str, update: Callable[..., None]) -> 
         if total and have < total:
             raise OSError(f"ended after {have} of {total} bytes")
     except urllib.error.HTTPError as e:
+        e.close()
         if e.code == 416:  # nothing is behind what we have: all of it, or too much
             told = redirects.linked or _told_hash(e.headers)
             if e.headers.get("Content-Range") != f"bytes */{have}" and not told:
