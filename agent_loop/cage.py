@@ -22,7 +22,7 @@ from typing import Any
 from harness.confine import BOOT
 from harness.errors import UsageError
 from harness.sandbox import Sandbox
-from harness.walls import Launch, has_size, info_pipe, project_root
+from harness.walls import Launch, around, has_size, info_pipe, project_root
 
 __all__ = ["Cage", "everything_but"]
 
@@ -131,21 +131,4 @@ class Cage:
 
 def everything_but(hidden: set[Path]) -> list[str]:
     """The shortest list of paths that covers the file system without `hidden`: Landlock can only allow."""
-    found: list[str] = []
-
-    def walk(folder: Path) -> None:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda e: e.name)
-        except OSError:
-            return
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.is_symlink() or path in hidden:
-                continue
-            if any(h.is_relative_to(path) for h in hidden):
-                walk(path)
-            else:
-                found.append(str(path))
-
-    walk(Path("/"))
-    return found
+    return around(["/"], hidden)[0]

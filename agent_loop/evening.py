@@ -25,15 +25,15 @@ from agent_loop.report import print_results
 from agent_loop.roster import make_agent
 from agent_loop.source import ProposalError
 from harness.compiled import Store
+from harness.data.dataset import default_data_dir
 from harness.errors import HotloopError, UsageError
-from harness.experiment import Settings
+from harness.experiment import Settings, data_warnings
 from harness.machine import gpus_at
 from harness.preflight import preflight
 from harness.prewarm import Prewarmer
 from harness.record import Lock
 from harness.signing import key_path
 from harness.single import budget_from, repeatable_warning, sandbox_warning, settings_of
-from prepare import default_data_dir
 
 __all__ = ["Evening", "start"]
 
@@ -92,6 +92,7 @@ class Evening:
 
     def _header(self) -> list[str]:
         settings, options = self.slots[0], self.options
+        facts = settings.dataset.facts()
         rule = options.budget or settings.preset.budget
         names = ", then ".join(a.name for a in self.agents)
         side = f", {len(self.slots)} GPUs side by side" if len(self.slots) > 1 else ""
@@ -99,11 +100,13 @@ class Evening:
             f"hotloop  night {self.tag}, branch autoresearch/{self.tag}, agent {names}, seed {options.seed}",
             f"         preset {settings.preset.name} on {settings.device}{side}, {settings.threads} threads, budget "
             f"{rule.amount:g} {rule.kind}, data {settings.dataset.path}",
+            f"         text {facts['source']}, {facts['epoch_tokens']:,} tokens once through its rows "
+            f"({100 * facts['share_in_rows']:.1f} % of it, packed by {facts['packing']})",
             f"         sandbox {settings.sandbox}",
         ]
 
     def _warnings(self) -> list[str]:
-        found = [sandbox_warning(self.slots[0]), repeatable_warning(self.slots[0])]
+        found = [sandbox_warning(self.slots[0]), repeatable_warning(self.slots[0]), *data_warnings(self.slots[0])]
         if any(a.name == "builtin" for a in self.agents[:-1]):
             found.append("the built-in agent always has something to propose, so those after it are never asked")
         return [w for w in found if w]

@@ -114,6 +114,9 @@ class View:
             if event.loss is not None:
                 current.losses.append(event.loss)
             was, current.phase, current.event = current.phase, event.phase, event
+        if event.message and event.phase != "done":
+            self.note(f"#{current.job.number}: {event.message}")
+            return
         if self._live:
             self._redraw()
         elif event.phase != was:

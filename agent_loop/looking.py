@@ -62,6 +62,8 @@ def show_command(args: argparse.Namespace) -> int:
     if row.val_bpb is not None:
         gain = f" ({row.gain:+.6f} against the incumbent)" if row.gain is not None else ""
         facts.append(("val_bpb", f"{row.val_bpb:.6f}{gain}"))
+        if row.outcome and row.outcome.val_bpb_reference is not None:
+            facts.append(("", f"{row.outcome.val_bpb_reference:.6f} with the bytes that the reference counts"))
     o = row.outcome
     if o:
         facts += [

@@ -119,6 +119,8 @@ def print_results(night: Night, console: Console) -> None:
         gain = f"{row.gain:+.6f}" if row.gain is not None else ""
         table.add_row(str(row.number), f"[{colour}]{row.decision}[/]", bpb, gain, row.description, row.reason)
     console.print(table)
+    for words in dict.fromkeys(r.outcome.open_text for r in night.rows() if r.outcome and r.outcome.open_text):
+        console.print(f"WARNING: {words}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     kept = [r.val_bpb for r in night.tried() if r.decision == "keep" and r.val_bpb is not None]
     if len(kept) > 1:
         share = (kept[0] - kept[-1]) / kept[0]

@@ -100,6 +100,8 @@ def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
             "run with --fast-nondeterministic: weights need not repeat"
         )  # fmt: skip
         yield "repeatable", len(kinds) == 1, text
+    if open_text := [o for o in outcomes if o.open_text]:
+        yield "text", False, f"{open_text[0].open_text} ({len(open_text)} of {len(outcomes)} runs)"
     levels = sorted({o.sandbox.get("level", 0) for o in outcomes})
     text = ", ".join(f"L{level}" for level in levels)
     yield (

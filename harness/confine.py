@@ -46,7 +46,7 @@ def main() -> None:
     if config["landlock"]:
         read = [p.replace("/proc/self", f"/proc/{os.getpid()}", 1) for p in config["read"]]
         write = [p.replace("/proc/self", f"/proc/{os.getpid()}", 1) for p in config["write"]]
-        landlock.restrict(read, write, network=config["network"])
+        landlock.restrict(read, write, listed=config.get("listed", ()), network=config["network"])
     if config["seccomp"]:
         seccomp.restrict(network=config["network"], metadata=config["metadata"])
     if config["exec"]:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.conditions import SLOWED, clock_words, clocks, strangers
+from harness.data.dataset import default_data_dir, load_dataset
 from harness.errors import HotloopError
 from harness.machine import cpu_name, gpu_memory_gib, gpus, threads_default
 from harness.probe_cuda import probe_cuda
 from harness.sandbox import best
 from harness.seal import verify_seal
 from harness.spec import PRESETS, auto_preset, batch_divisor
-from prepare import default_data_dir, load_dataset
 
 __all__ = ["checks", "main"]
 

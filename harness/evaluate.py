@@ -142,9 +142,14 @@ def questions(
 
 @dataclass
 class Evaluation:
-    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`."""
+    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`.
+
+    `val_bpb_reference` is the same loss over the bytes that karpathy/autoresearch counts, which are more wherever a
+    token is no whole characters; only it compares with scores published there.
+    """
 
     val_bpb: float = math.nan
+    val_bpb_reference: float = math.nan
     holdout_bpb: float = math.nan
     audit: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, float] = field(default_factory=dict)
@@ -153,7 +158,8 @@ class Evaluation:
 class Evaluator:
     """Args:
     val, holdout, train: uint16 [N, T + 1]; the train rows are only B's decoys.
-    token_bytes: int32 [V].
+    token_bytes, reference_bytes: int32 [V], see harness.data.tokenizer; without the latter there is no
+        `val_bpb_reference`.
     """
 
     def __init__(
@@ -169,10 +175,12 @@ class Evaluator:
         threads: int,
         on_event: Callable[[Event], None] = lambda _: None,
         sandbox: Sandbox | None = None,
+        reference_bytes: npt.NDArray[np.int32] | None = None,
     ) -> None:
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
-        self.val, self.holdout, self.train, self.token_bytes = val, holdout, train, token_bytes
+        self.val, self.holdout, self.train = val, holdout, train
+        self.token_bytes, self.reference_bytes = token_bytes, reference_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
 
     def run(self, weights: bytearray) -> Evaluation:
@@ -192,6 +200,8 @@ class Evaluator:
             raise TrialError("invalid", f"the model reported a negative loss ({nll.min():.4f} nats)")
         n = len(self.val)
         result.val_bpb = bits_per_byte(nll[:n], self.val[:, 1:], self.token_bytes)
+        if self.reference_bytes is not None:
+            result.val_bpb_reference = bits_per_byte(nll[:n], self.val[:, 1:], self.reference_bytes)
         result.holdout_bpb = bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes)
         result.ledger["evaluate"] = time.monotonic() - began
         began = time.monotonic()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import SandboxError
+from harness.walls import hidden_text
 from harness.wire import Closed, Malformed, TimedOut, Wire
 
 if TYPE_CHECKING:
@@ -29,15 +30,16 @@ if TYPE_CHECKING:
 __all__ = ["MUST", "child_main", "probe"]
 
 _FILES = ("reading the user's files", "writing the user's files", "changing their modes")
+_TEXT = "reading the built-in text"
 _OTHERS = ("reading another process's memory", "tracing another process", "signalling another process")
 _NETWORK = ("TCP", "UDP", "sockets with a path")
 _STORES = ("System V shared memory", "kernel keyrings")
 _MACHINE = ("writing kernel settings", "new namespaces", "a daemon that stays")
 # What each level promises. Abstract sockets and signals need Landlock's ABI 6 where no namespace stops them.
 MUST: dict[int, tuple[str, ...]] = {
-    3: (*_FILES, *_OTHERS, *_NETWORK, "abstract sockets", *_STORES, *_MACHINE, "seeing other processes"),
-    2: (*_FILES, *_OTHERS, *_NETWORK, *_STORES, *_MACHINE),
-    1: (*_FILES, *_OTHERS[:2], *_NETWORK, *_STORES, *_MACHINE),
+    3: (*_FILES, _TEXT, *_OTHERS, *_NETWORK, "abstract sockets", *_STORES, *_MACHINE, "seeing other processes"),
+    2: (*_FILES, _TEXT, *_OTHERS, *_NETWORK, *_STORES, *_MACHINE),
+    1: (*_FILES, _TEXT, *_OTHERS[:2], *_NETWORK, *_STORES, *_MACHINE),
     0: (),
 }
 
@@ -82,6 +84,7 @@ def probe(sandbox: Sandbox) -> dict[str, bool]:
                 child.wire.send(
                     "hello", canary=str(canary), tcp=tcp.getsockname()[1], udp=udp.getsockname()[1],
                     unix=str(folder / "socket"), abstract=abstract.getsockname().decode(), other=other.pid,
+                    texts=hidden_text(),
                 )  # fmt: skip
                 answer = child.wire.recv(20.0)
             except (Closed, Malformed, TimedOut):
@@ -139,6 +142,15 @@ def _attempts(hello: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     def chmod() -> None:
         os.chmod(hello["canary"], 0o600)
 
+    def text() -> None:
+        files = [os.path.join(d, n) for t in hello["texts"] for d, _, names in os.walk(t) for n in names]
+        files += [os.path.join(t, "__init__.py") for t in hello["texts"]]  # also where the folder cannot be listed
+        for path in files:
+            with contextlib.suppress(OSError):
+                Path(path).read_bytes()
+                return
+        raise OSError("none of it")
+
     def keyring() -> None:
         import platform
 
@@ -153,6 +165,7 @@ def _attempts(hello: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         _FILES[0]: lambda: Path(hello["canary"]).read_bytes(),
         _FILES[1]: lambda: Path(hello["canary"]).write_text("changed"),
         _FILES[2]: chmod,
+        _TEXT: text,
         _OTHERS[0]: lambda: open(f"/proc/{other}/mem", "rb").close(),
         _OTHERS[1]: lambda: call(libc.ptrace(16, other, 0, 0)),  # PTRACE_ATTACH
         _OTHERS[2]: lambda: os.kill(other, signal.SIGCONT),

@@ -28,11 +28,12 @@ from typing import Any, Self
 from harness.errors import DiskFullError, LockedError, RecordError
 from harness.signing import Signer, load_signer, verified
 
-__all__ = ["FAILURES", "GENESIS", "Chain", "Lock", "Outcome", "canonical"]
+__all__ = ["FAILURES", "GENESIS", "OPEN_TEXT", "Chain", "Lock", "Outcome", "canonical"]
 
 GENESIS = "0" * 64
 FAILURES = ("crash", "invalid", "overtime", "timeout", "oom", "nan", "raced")
 BALLAST_BYTES = 1 << 20
+OPEN_TEXT = "not safe against cheating"  # how the warning begins that train.py could read what it is scored on
 
 
 @dataclass
@@ -46,6 +47,9 @@ class Outcome:
     `compiled` says of the compile cache which pack was `given`, which was `left`, and a `note` on what was refused.
     `conditions` says under which it ran (`harness.conditions`); `device_s` in it is the training by its device's clock,
     which is the trainer's word, and `device_wall_s` the same by the parent's.
+    `val_bpb_reference` is val_bpb with the bytes that karpathy/autoresearch counts.
+    `data` says of the prepared folder its source, packing, the share of the train split's tokens that is in rows, and
+    how often the training went through the rows (`epochs`).
     `holdout_bpb` is never shown to an agent.
     """
 
@@ -63,6 +67,7 @@ class Outcome:
     reason: str = ""
     log_tail: list[str] = field(default_factory=list)
     val_bpb: float | None = None
+    val_bpb_reference: float | None = None
     holdout_bpb: float | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
@@ -83,6 +88,7 @@ class Outcome:
     audit: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)  # see harness.conditions
     environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     seals: dict[str, str] = field(default_factory=dict)
     sandbox: dict[str, Any] = field(default_factory=dict)
 
@@ -93,6 +99,11 @@ class Outcome:
     def repeatable(self) -> bool:
         """Whether its training was asked for results that repeat to the bit, as all were before there was a choice."""
         return bool(self.environment.get("repeatable", True))
+
+    @property
+    def open_text(self) -> str:
+        """The warning that train.py could read the text that it was scored on; empty where it could not."""
+        return next((w for w in self.conditions.get("warnings", []) if w.startswith(OPEN_TEXT)), "")
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Outcome:

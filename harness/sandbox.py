@@ -25,6 +25,7 @@ from typing import Any
 
 from harness import landlock, seccomp
 from harness.confine import BOOT
+from harness.data.dataset import BUILT_IN, Dataset
 from harness.errors import SandboxError
 from harness.machine import Gpu
 from harness.spec import Limits
@@ -33,9 +34,11 @@ from harness.walls import (
     NOBODY,
     SYSTEM,
     Launch,
+    around,
     device_nodes,
     free_uid,
     has_size,
+    hidden_text,
     homes,
     info_pipe,
     parents_of,
@@ -45,7 +48,7 @@ from harness.walls import (
     tasks_of,
 )
 
-__all__ = ["LEVELS", "Policy", "Sandbox", "best", "exposed"]
+__all__ = ["LEVELS", "Policy", "Sandbox", "best", "exposed", "exposed_text", "readable_text"]
 
 LEVELS = {3: "bubblewrap, Landlock, seccomp", 2: "another uid, Landlock, seccomp", 1: "Landlock, seccomp", 0: "none"}
 
@@ -173,6 +176,8 @@ class Sandbox:
         for path in (*ETC, *sys_paths, *python_and_code()):
             if os.path.exists(path):
                 argv += [*parents_of(path, made), "--ro-bind", path, path]
+        for path in hidden_text():
+            argv += ["--tmpfs", path, "--remount-ro", path] if os.path.isdir(path) else ["--ro-bind", "/dev/null", path]
         for path in device_nodes(policy.device, self.gpu.node if self.gpu else ""):
             argv += ["--dev-bind", path, path]
         for path in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
@@ -208,7 +213,8 @@ class Sandbox:
                 os.chown(path, config["uid"], config["uid"])
         launch.scratch, launch.cwd = scratch, scratch / "run"
         launch.env |= homes(str(scratch / "home"), str(scratch / "tmp"))
-        config["read"] = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
+        whole = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
+        config["read"], config["listed"] = around(whole, hidden_text())
         config["write"] = [
             str(scratch), "/proc/self", *(f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom")),
             *device_nodes(policy.device, self.gpu.node if self.gpu else ""),
@@ -224,7 +230,28 @@ class Sandbox:
 def exposed(path: Path) -> bool:
     """Whether children can read `path`, because it lies in a folder that they need."""
     real = path.resolve()
-    return any(real.is_relative_to(Path(p).resolve()) for p in (*SYSTEM, *ETC, *python_and_code()))
+    return any(real.is_relative_to(Path(p).resolve()) for p in (*SYSTEM, *ETC, *python_and_code())) and not any(
+        real.is_relative_to(Path(p).resolve()) for p in hidden_text()
+    )
+
+
+def exposed_text(dataset: Dataset) -> Path | None:
+    """A file that a dataset was made of and that children can read; None where there is none any more, or never was."""
+    if dataset.source in BUILT_IN:
+        return None
+    source = Path(dataset.source)
+    folder = source if source.is_dir() else source.parent
+    files = (folder / name for name in dataset.manifest["text"]["files"])
+    return next((f for f in files if exposed(f) and f.exists()), None)
+
+
+def readable_text(source: str, sandbox: Sandbox) -> str:
+    """Why train.py may have read the text that it is scored on, so that its scores prove nothing; empty where not."""
+    if sandbox.level == 0:
+        return "at sandbox level L0 train.py can read the text that it is scored on"
+    if source == "stdlib":
+        return "the text is Python's own library, which train.py can read; prepare another one (--source)"
+    return ""
 
 
 @functools.cache

@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from harness.data.dataset import default_data_dir, load_dataset
 from harness.errors import DataError, HotloopError, UsageError
-from harness.experiment import Job, Settings, record, replayed, run_experiment, summary
+from harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
 from harness.machine import check_device, gpu_memory_gib, gpus, threads_default
 from harness.record import Chain, Lock, Outcome
 from harness.sandbox import best
 from harness.score import Noise
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
-from prepare import default_data_dir, load_dataset
 
 __all__ = [
     "EXIT_BY_STATUS",
@@ -135,7 +135,7 @@ def repeatable_warning(settings: Settings) -> str:
 
 
 def _warn(settings: Settings) -> None:
-    for warning in (sandbox_warning(settings), repeatable_warning(settings)):
+    for warning in (sandbox_warning(settings), repeatable_warning(settings), *data_warnings(settings)):
         if warning:
             print(f"hotloop: WARNING: {warning}", file=sys.stderr)
 
@@ -274,6 +274,9 @@ def _printer() -> Callable[[Event], None]:
 
     def show(event: Event) -> None:
         nonlocal last
+        if event.message and event.phase != "done":
+            print("\r\x1b[K" * live + f"hotloop: {event.message}", file=sys.stderr, flush=True)
+            return
         if event.phase == last and not live:
             return
         text = f"{time.monotonic() - began:6.1f} s  {event.phase}"

@@ -16,10 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.data.packages import copies_below
 from harness.errors import SandboxError
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
     "NOBODY",
     "SYSTEM",
     "Launch",
+    "around",
     "device_nodes",
     "free_uid",
     "has_size",
+    "hidden_text",
     "homes",
     "info_pipe",
     "namespace_pid",
@@ -79,6 +82,38 @@ def python_and_code() -> list[str]:
     for variable in ("CUDA_HOME", "LD_LIBRARY_PATH"):
         paths += [p for p in os.environ.get(variable, "").split(":") if p.startswith("/") and p != "/"]
     return [p for p in dict.fromkeys(paths) if p != "/usr" and not p.startswith("/usr/")]
+
+
+@functools.cache
+def hidden_text() -> tuple[str, ...]:
+    """Every copy of the built-in text that lies in what a child may read; no child may read these."""
+    return tuple(copies_below([*(p for p in SYSTEM if not os.path.islink(p)), *python_and_code()]))
+
+
+def around(paths: Iterable[str], hidden: Iterable[str | Path]) -> tuple[list[str], list[str]]:
+    """Paths that cover `paths` but nothing `hidden`, and the folders in between, which may be listed and no more.
+
+    Landlock can only allow, so a folder that holds something hidden is allowed entry by entry.
+    """
+    without = {Path(os.path.realpath(p)) for p in hidden}
+    above = {parent for p in without for parent in p.parents}
+    found, listed = dict[str, None](), dict[str, None]()
+
+    def walk(path: Path) -> None:
+        if path in without:
+            return
+        if path not in above:
+            found[str(path)] = None
+            return
+        listed[str(path)] = None
+        with contextlib.suppress(OSError):
+            for entry in sorted(os.scandir(path), key=lambda e: e.name):
+                if not entry.is_symlink():  # where it leads is what counts
+                    walk(Path(entry.path))
+
+    for path in paths:
+        walk(Path(os.path.realpath(path)))
+    return list(found), list(listed)
 
 
 def parents_of(path: str, made: set[str]) -> list[str]:
