@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,21 +61,22 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
 
     tune = parts.add_parser("tune", help="search launch configurations; writes kernels/tuned/<gpu>.json")
     tune.add_argument("--operator", action="append", default=[], metavar="KERNEL")
+    _add_minutes(tune)
     tune.set_defaults(run=_tune)
 
     step = parts.add_parser("step", help="one training step of train.py by operator")
     step.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     step.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
     step.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
-    step.add_argument("--time", action="store_true", help="time it only; prints JSON")
     step.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of train.py")
     step.add_argument("--fast-nondeterministic", action="store_true", help="do not ask for results that repeat")
     step.set_defaults(run=_step)
 
     switches = parts.add_parser(
-        "switches", help="a whole step's tokens/s with each kernel alone, with none, with all, as a CUDA graph"
+        "switches", help="which kernels are worth having in a whole step, by greedy selection; 8 bits; CUDA graphs"
     )
     switches.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    _add_minutes(switches)
     switches.set_defaults(run=_switches)
 
     repeats = parts.add_parser("determinism", help="what results that repeat to the bit cost a whole step")
@@ -116,6 +116,17 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     smoke = parts.add_parser("smoke", help="the rig itself on a CPU, at tiny shapes: no measurement")
     smoke.add_argument("--out", type=Path, default=Path("smoke.json"), metavar="FILE")
     smoke.set_defaults(run=_smoke)
+
+
+def _add_minutes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="at most so long; then again to go on (default: 60)",
+    )
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="what was found so far; default: in bench/results")
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
@@ -189,25 +200,27 @@ def _gate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    from bench import device as dev
+    from bench.tune import KERNELS
     from bench.tune import main as tune
 
-    return tune(args.operator)
+    _check_minutes(args)
+    if unknown := sorted(set(args.operator) - set(KERNELS)):
+        raise UsageError(f"no kernel is called {unknown[0]}; those that can be tuned: {', '.join(KERNELS)}")
+    dev.require_gpu()
+    return tune(args.operator, (args.notes or _notes("tune")).resolve(), args.minutes)
 
 
 def _step(args: argparse.Namespace) -> int:
     import torch
 
     from bench.step import main as step
-    from bench.step import settle, step_of, time_step
+    from bench.step import settle
     from harness.single import read_train_source
 
     preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
     read_train_source(args.train)
     settle(not args.fast_nondeterministic)
-    if args.time:
-        work, tokens = step_of(args.train, preset, args.set)
-        print(json.dumps({"tokens": tokens, "step_s": time_step(work, 10 if torch.cuda.is_available() else 1)}))
-        return 0
     busy, page = step(args.train, preset, args.set)
     _shown(page, args)
     return 0 if busy else 1
@@ -227,11 +240,29 @@ def _determinism(args: argparse.Namespace) -> int:
 
 
 def _switches(args: argparse.Namespace) -> int:
-    from bench.device import require_gpu
-    from bench.switches import switches
+    from bench import device as dev
+    from bench.switches import stamp, switches
+    from harness.notes import Notes
+    from harness.single import read_train_source
 
-    require_gpu()
-    return switches(args.train.resolve(), "h100")
+    _check_minutes(args)
+    read_train_source(args.train)
+    dev.require_gpu()
+    notes, train = args.notes or _notes("switches"), args.train.resolve()
+    return switches(train, "h100", Notes(notes, stamp(train, "h100")), notes.with_name("chosen.json"), args.minutes)
+
+
+def _notes(name: str) -> Path:
+    """Where a long measurement on this GPU keeps what it found."""
+    from bench import device as dev
+    from bench import results
+
+    return results.folder_of(dev.identity()["device"]) / "work" / f"{name}.json"
+
+
+def _check_minutes(args: argparse.Namespace) -> None:
+    if not 0 < args.minutes < float("inf"):
+        raise UsageError(f"--minutes must be a positive number, not {args.minutes}")
 
 
 def _baseline(args: argparse.Namespace) -> int:

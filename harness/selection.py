@@ -242,7 +242,9 @@ class Selection:
                 runner.turn()
             except Unfit as e:
                 self._let_go()
-                raise HotloopError(f"the step that others are compared with ({words(members)}) does not run: {e}") from None
+                raise HotloopError(
+                    f"the step that others are compared with ({words(members)}) does not run: {e}"
+                ) from None
         return self._ready[1]
 
     def _let_go(self) -> None:

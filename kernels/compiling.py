@@ -8,10 +8,13 @@ the very key that it looks for.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import ctypes
 import importlib
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -63,23 +66,31 @@ class Facts:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """The launches of what is run inside that are not compiled yet in this process. They are not made, so what they
-    should have written is not there; those that are compiled already are made as always.
-    """
+    """The launches of what is run inside. None is made, so what they should have written is not there."""
     from triton import knobs
+    from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
 
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found.append(Launch(fn.jit_function.fn.__module__, fn.jit_function.fn.__qualname__, compile["specialization_data"]))
+        function = fn.jit_function.fn
+        found.append(Launch(function.__module__, function.__qualname__, compile["specialization_data"]))
         return True  # there is nothing to be compiled, nor launched
 
-    was = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = note
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # What was compiled already is launched without a word to the hook.
+        kept, self.device_caches = self.device_caches, collections.defaultdict(self.create_binder)
+        try:
+            return was_run(self, *args, **kwargs)
+        finally:
+            self.device_caches = kept
+
+    was_hook, was_run = knobs.runtime.jit_cache_hook, JITFunction.run
+    knobs.runtime.jit_cache_hook, JITFunction.run = note, run
     try:
         yield found
     finally:
-        knobs.runtime.jit_cache_hook = was
+        knobs.runtime.jit_cache_hook, JITFunction.run = was_hook, was_run
 
 
 def compile_all(launches: Iterable[Launch], capability: int, workers: int | None = None) -> dict[Launch, Facts]:
@@ -106,9 +117,7 @@ def compile_all(launches: Iterable[Launch], capability: int, workers: int | None
 
 
 def _pool(workers: int, capability: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_enter, initargs=(capability,)
-    )  # fmt: skip
+    return ProcessPoolExecutor(workers, get_context("spawn"), _enter, (capability,))
 
 
 class _NoDriver:
@@ -130,6 +139,7 @@ class _NoDriver:
 
 
 def _enter(capability: int) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the process that compiles here
     # Before Triton is imported: a torch without CUDA goes without it otherwise. No process of the pool touches the GPU.
     os.environ |= {"HOTLOOP_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
     os.environ.pop("TRITON_INTERPRET", None)
