@@ -149,10 +149,10 @@ def _unranked() -> list[str]:
     """
     if not torch.cuda.is_available() or tuning.measured(ATTENTION):
         return []
-    from kernels import attend
+    from kernels.attend import backends
+    from kernels.attention_backends import BACKENDS
 
-    plan = attend.backends("cuda")[0]
-    return [name for name in plan if not attend.BACKENDS[name].missing(banded=True)]
+    return [name for name in backends("cuda")[0] if not BACKENDS[name].missing(banded=True)]
 
 
 def stamp(train: Path, preset: str) -> dict[str, Any]:

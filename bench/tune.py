@@ -4,8 +4,8 @@
 
 Every candidate is compiled first, many at a time in processes of their own (`kernels.compiling`); what spills or does
 not fit the card is never launched. The others run on real-sized inputs, are checked against the default's answer, and
-are timed beside it in stages (`harness.search`). One replaces the default only where it wins by more than the spread; so
-a file says what was worth changing.
+are timed beside it in stages (`harness.search`). One replaces the default only where it wins by more than the spread;
+so a file says what was worth changing.
 
 Each kernel is tuned in a process of its own: a candidate that faults or hangs ends that one, is out, and the search
 goes on without it. All that was found is noted, so that the same command goes on where it was ended. Afterwards:
@@ -39,7 +39,7 @@ from bench.accuracy import fresh, outputs, upstream
 from bench.operators import OPERATORS
 from bench.runner import die_with_parent
 from bench.switches import UNFINISHED
-from harness.errors import HotloopError, UsageError
+from harness.errors import UsageError
 from harness.notes import Notes, write_whole
 from harness.process import tail
 from harness.search import blame, entry, halving, out_of
@@ -234,8 +234,10 @@ class Card:
     def here(cls) -> Card:
         if not torch.cuda.is_available():  # a trial of the search, as for an H100
             return cls(90, 232_448)
-        p = torch.cuda.get_device_properties()
-        return cls(10 * p.major + p.minor, p.shared_memory_per_block_optin)
+        from triton.compiler.compiler import max_shared_mem  # torch does not tell what a block can opt into
+
+        major, minor = torch.cuda.get_device_capability()
+        return cls(10 * major + minor, max_shared_mem(torch.cuda.current_device()))
 
 
 def words(config: Config) -> str:
@@ -445,6 +447,10 @@ def _table(where: str) -> dict[str, Callable[[], Iterator[Candidate]]]:
     return found
 
 
+def _tell(words: str) -> None:
+    print(words, flush=True)
+
+
 def child() -> None:
     """The process that tunes one kernel."""
     die_with_parent()
@@ -452,16 +458,14 @@ def child() -> None:
     facts = dev.identity()
     notes = Notes(Path(path), stamp(facts))
     if notes.why:
-        print(f"begun anew: {notes.why}", flush=True)
+        _tell(f"begun anew: {notes.why}")
     if notes.body.pop("trying", None):  # of a run that was ended from outside: no fault of the candidate's
         notes.save()
     found: dict[str, Config] = {}
     card = Card.here()
     try:
         for candidate in _table(table)[name]():
-            config = search(
-                candidate, card, notes, lambda: time.time() > float(deadline), lambda s: print(s, flush=True)
-            )
+            config = search(candidate, card, notes, lambda: time.time() > float(deadline), _tell)
             if config:
                 found[candidate.key] = config
             # After each, so that a run that is cut short keeps what it found.

@@ -1,7 +1,7 @@
 """What a long measurement has found so far, on disk, so that one that is killed goes on where it was.
 
-A file is written whole or not at all. What it says counts only for what it was found on: another GPU, driver, version or
-kernel makes it worthless, and then it is begun anew.
+A file is written whole or not at all. What it says counts only for what it was found on: another GPU, driver, version
+or kernel makes it worthless, and then it is begun anew.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which launch configuration is fastest: successive halving against the default, round by round.
 
-Every candidate gets a few rounds beside the default, in which both are timed one after the other; what is slower then is
-not timed again, and of the others the best go on to more rounds, until the winner has to be faster beyond the spread.
+Every candidate gets a few rounds beside the default, in which both are timed one after the other; what is slower then
+is not timed again, and of the others the best go on to more rounds, until the winner has to win beyond the spread.
 How a round is timed is the caller's: kernels on a GPU, or a script in a test. Ratios are noted as they are found, so
 that a search that is cut short goes on; so is what a candidate was being tried for, since one that faults takes the
 process with it.

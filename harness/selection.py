@@ -1,8 +1,8 @@
 """Which implementations are worth having together: greedy forward selection by the speed of the whole step.
 
 Each candidate is first measured alone beside the start; then, from the one that gained most on, each is tried on top of
-what was chosen, and enters only where it wins beyond the spread. Two sets are compared in turns, A B A B A: each turn of
-the new set stands between two of the old one, so that a device that slows down, or speeds up, cancels.
+what was chosen, and enters only where it wins beyond the spread. Two sets are compared in turns, A B A B A: each turn
+of the new set stands between two of the old one, so that a device that slows down, or speeds up, cancels.
 
 How a set is run is the caller's: a process with train.py's step on a GPU, or a script in a test. A candidate that
 faults, hangs, computes something else or gives other bits each time is out, with its reason. What was compared is
@@ -188,7 +188,7 @@ class Selection:
         try:
             runner = self._start(new)
             self._prove(runner)
-            olds, news = [self._turn_of_base(base)], []
+            olds, news = [self._turn_of_base(base)], list[float]()
             while len(news) < TURNS:
                 news.append(runner.turn())
                 olds.append(self._turn_of_base(base))
@@ -242,9 +242,7 @@ class Selection:
                 runner.turn()
             except Unfit as e:
                 self._let_go()
-                raise HotloopError(
-                    f"the step that others are compared with ({words(members)}) does not run: {e}"
-                ) from None
+                raise HotloopError(f"what others are compared with, {words(members)}, does not run: {e}") from None
         return self._ready[1]
 
     def _let_go(self) -> None:

@@ -1,9 +1,9 @@
 """Kernels compiled in other processes, before anything is launched: what each takes of the machine, and into the cache.
 
-Triton compiles at the first launch, in the process that launches, one kernel after another. Here a function is run once
-with `recorded()`, which notes what it would launch and launches nothing; `compile_all` compiles those launches in a pool
-of processes, which need no GPU. A later real launch in any process finds the result in Triton's cache on the disk, under
-the very key that it looks for.
+Triton compiles at the first launch, in the process that launches, one kernel after another. Here a function is run
+once with `recorded()`, which notes what it would launch and launches nothing; `compile_all` compiles those launches in
+a pool of processes, which need no GPU. A later real launch in any process finds the result in Triton's cache on the
+disk, under the very key that it looks for.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ A Triton kernel can run on tensors of a CUDA device of compute capability 8.0 or
 do: the ones that were measured to win end to end on a GPU. `HOTLOOP_KERNELS` asks for something else: `reference` for
 none, `triton` for all, or operators with commas between (those of TOGETHER as one); what is asked for and cannot run is
 an error. Attention has more than two implementations and a ranking of its own (`kernels.attend`): `triton` leaves it to
-that, and only its name asks for ours. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's library computes
-needs no kernel of ours and is not named there: it runs where the hardware can, and under `reference` nowhere.
+that, and only its name asks for ours. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What
+the vendor's library computes needs no kernel of ours and is not named there: it runs where the hardware can, and under
+`reference` nowhere.
 """
 
 from __future__ import annotations
