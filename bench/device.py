@@ -6,6 +6,7 @@ host's clock. pytest-benchmark takes it through its public `timer` option and on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from harness.errors import DeviceError
 from harness.machine import gpus
 
 __all__ = [
-    "Mark", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now", "require_gpu", "rotations",
+    "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now", "require_gpu", "rotations",
     "seconds",
 ]  # fmt: skip
 
@@ -96,15 +97,19 @@ def matrix_rate() -> float:
     return 2 * n**3 / seconds(lambda: a @ b)
 
 
-def identity() -> dict[str, Any]:
-    """What figures depend on."""
+def cpu_identity() -> dict[str, Any]:
+    """Of a trial."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "cpu_figures": True}
-    try:
+    with contextlib.suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
-    except ImportError:
-        pass
+    return found
+
+
+def identity() -> dict[str, Any]:
+    """What figures depend on."""
+    found = cpu_identity()
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties()
         found |= {

@@ -83,7 +83,7 @@ def table(found: Iterable[Comparison]) -> str:
 
 def switches(
     train: Path, preset: str, notes: Notes, out: Path, minutes: float = 60.0, extras: Iterable[str] = EXTRAS,
-    start: Start | None = None, say: Callable[[str], None] = print,
+    start: Start | None = None, backends: Iterable[str] | None = None, say: Callable[[str], None] = print,
 ) -> int:  # fmt: skip
     """Choose, and write what was chosen: `out` (JSON) and the table beside it (Markdown).
 
@@ -91,6 +91,7 @@ def switches(
         notes: comparisons of before count.
         extras: constants of train.py that are measured on top of what was chosen, and not chosen.
         start: runs a set; None for processes with train.py's step.
+        backends: of attention, to be tried in the step; None for those that run here, unless they were ranked.
 
     Returns:
         0, or UNFINISHED where the time was over before all was compared.
@@ -111,7 +112,7 @@ def switches(
     chosen = plain
     with Selection(start, notes, say, lambda: time.monotonic() > deadline) as selection:
         try:
-            members = members_of(facts["asked"], _unranked())
+            members = members_of(facts["asked"], _unranked() if backends is None else backends)
             attention = [m for m in members if m.part == ATTENTION]
             chosen = selection.forward(attention, plain)
             chosen = selection.forward([m for m in members if m.part != ATTENTION], chosen)

@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Facts", "Launch", "compile_all", "recorded", "resources"]
+__all__ = ["Facts", "Launch", "compile_all", "recorded", "resources", "without_driver"]
 
 
 class Launch(NamedTuple):
@@ -143,6 +143,11 @@ def _enter(capability: int) -> None:
     # Before Triton is imported: a torch without CUDA goes without it otherwise. No process of the pool touches the GPU.
     os.environ |= {"HOTLOOP_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
     os.environ.pop("TRITON_INTERPRET", None)
+    without_driver(capability)
+
+
+def without_driver(capability: int) -> None:
+    """Have Triton compile, and record, in this process as for a card that is not there; nothing can be launched."""
     from triton.runtime import driver
 
     driver.set_active(_NoDriver(capability))
