@@ -2,8 +2,8 @@
 
 The parts, their order and their times stand in `bench.parts`. Each runs in processes of its own within its own time;
 one that fails does not stop the others. What is done is not done again: the next call goes on with what is left, of a
-part that can be cut short too. All of it goes into one JSON and one Markdown page in bench/results/<gpu>/, beside what was
-predicted, and both are written anew after each part.
+part that can be cut short too. All of it goes into one JSON and one Markdown page in bench/results/<gpu>/, beside what
+was predicted, and both are written anew after each part.
 """
 
 from __future__ import annotations

@@ -32,13 +32,18 @@ GRACE_S = 40.0  # for the benchmark that runs when an operator's time is over
 def call(
     command: list[str], limit_s: float, log: Path, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> tuple[int, float]:
-    """(exit status, OUT_OF_TIME where it was; seconds). In the project's folder, or in `cwd` with the project's code."""
+    """(exit status, OUT_OF_TIME where it was; seconds).
+
+    Args:
+        cwd: None for the project's folder; the code is the project's either way.
+    """
     began = time.monotonic()
     # A pytest that runs this in one of its workers would tell ours that it is one too.
     outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    outside |= {"PYTHONPATH": str(project_root())} | (env or {})
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            command, cwd=cwd or project_root(), env=outside | {"PYTHONPATH": str(project_root())} | (env or {}), stdin=subprocess.DEVNULL, stdout=out,
+            command, cwd=cwd or project_root(), env=outside, stdin=subprocess.DEVNULL, stdout=out,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
