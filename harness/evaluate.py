@@ -247,7 +247,7 @@ class Evaluator:
                     raise TrialError("invalid", f"the evaluator sent {e}") from None
                 except Closed:
                     why = child.fault or f"exit status {child.wait()}"
-                    raise TrialError("crash", f"the evaluator died ({why})") from None
+                    raise TrialError(child.fault_status, f"the evaluator died ({why})") from None
         finally:
             for m in memories:
                 m.close()

@@ -411,7 +411,7 @@ class Session:
     def _died(self) -> TrialError:
         code = self._child.wait()
         if self._child.fault:
-            return TrialError("crash", f"the trainer was stopped: {self._child.fault}")
+            return TrialError(self._child.fault_status, f"the trainer was stopped: {self._child.fault}")
         if code == -signal.SIGKILL:
             return TrialError("oom", "the trainer was killed by the system (SIGKILL), most likely out of memory")
         if code is not None and code < 0:
