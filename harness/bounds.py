@@ -1,9 +1,9 @@
 """What a process tree takes of the machine while it runs, looked at from outside several times a second.
 
-Limits of the kernel count one process or one file. What counts for nobody is memory without a mapping (memfds, files in
-a file system in memory) and the sum over processes; when the machine is full, the kernel's killer may choose the driver.
-So the tree is ended before that: when its memory, its files or its log pass their bounds, when what the machine or
-a cgroup above it has left falls below a floor (whoever took it, however it is hidden), or when a process of the tree
+Limits of the kernel count one process or one file. What counts for nobody is memory without a mapping (memfds, files
+in a file system in memory) and the sum over processes; when the machine is full, the kernel's killer may choose the
+driver. So the tree is ended before that: when its memory, its files or its log pass their bounds, when what the machine
+or a cgroup above it has left falls below a floor (whoever took it, however it is hidden), or when a process of the tree
 made itself less likely to be killed.
 """
 
@@ -59,9 +59,9 @@ def floor_bytes(cgroups: Iterable[tuple[Path, int]] = ()) -> int:
 
 
 @functools.cache
-def limited_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[
-    tuple[Path, int]
-]:
+def limited_cgroups(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[tuple[Path, int]]:
     """(folder, bytes) of the cgroups of this process, from its own upwards, that limit memory; versions 1 and 2."""
     found = []
     for line in own.read_text().splitlines() if own.exists() else []:

@@ -41,9 +41,7 @@ def abi() -> int:
     return max(0, int(_libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION_FLAG))))
 
 
-def restrict(
-    read: Iterable[str], write: Iterable[str], *, settings: Iterable[str] = (), network: bool = False
-) -> int:
+def restrict(read: Iterable[str], write: Iterable[str], *, settings: Iterable[str] = (), network: bool = False) -> int:
     """Allow this thread and its future children nothing but these paths; returns the ABI in force.
 
     Args:

@@ -40,6 +40,7 @@ _PASSED = (
     "HOTLOOP_ATTENTION",
     "TRITON_INTERPRET",
 )
+DEFAULT_BOUNDS = Bounds()
 _TICKS = os.sysconf("SC_CLK_TCK")
 END_S = 20.0  # how long the end of a killed child may take
 WATCH_S, LOOK_S = 0.5, 0.05  # how often what a tree has is counted, and what the machine has left
@@ -81,7 +82,7 @@ class Contained:
         SandboxError: it cannot be started, or (from `kill`) something of it did not end.
     """
 
-    def __init__(self, launch: Launch, log: Path, bounds: Bounds = Bounds()) -> None:
+    def __init__(self, launch: Launch, log: Path, bounds: Bounds = DEFAULT_BOUNDS) -> None:
         self.peak_rss_mb = 0.0
         self.returncode: int | None = None
         self._first = 0  # as seen from here, of its namespace

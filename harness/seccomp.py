@@ -17,7 +17,16 @@ import platform
 import struct
 from typing import NamedTuple
 
-__all__ = ["REFUSED", "REFUSED_METADATA", "REFUSED_MODEL", "REFUSED_NETWORK", "RULES", "program", "restrict", "supported"]
+__all__ = [
+    "REFUSED",
+    "REFUSED_METADATA",
+    "REFUSED_MODEL",
+    "REFUSED_NETWORK",
+    "RULES",
+    "program",
+    "restrict",
+    "supported",
+]
 
 Numbers = tuple[int | None, int | None]  # on x86_64, on aarch64; None where it does not exist
 
