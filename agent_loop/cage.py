@@ -25,7 +25,7 @@ from harness.errors import UsageError
 from harness.sandbox import Sandbox
 from harness.walls import Launch, first_to_go, has_size, info_pipe, project_root
 
-__all__ = ["Cage", "everything_but"]
+__all__ = ["Cage", "everything_but", "text_of"]
 
 _SCRATCH_BYTES = 4 << 30
 _FILE_BYTES = 1 << 30
@@ -133,6 +133,23 @@ class Cage:
             "memory_bytes": None, "processes": None, "score": score(os.getpid()),
         }  # fmt: skip
         return [sys.executable, "-I", "-B", "-c", BOOT, str(project_root()), json.dumps(whole | config)]
+
+
+def text_of(data: Path, source: str) -> list[Path]:
+    """Where the text of prepared data can be read: downloaded beside it, half prepared, or at its source.
+
+    Args:
+        data: the prepared folder.
+        source: as its manifest has it: a name, or a path. Of a folder that holds the project or the interpreter, which
+            an agent needs, only the files of text.
+    """
+    found = [data.parent / "climbmix-shards", *data.parent.glob(f".{data.name}.tmp-*")]
+    given = Path(source).resolve()
+    if source in ("climbmix", "stdlib") or not given.exists():
+        return found
+    if any(Path(needed).resolve().is_relative_to(given) for needed in (project_root(), sys.prefix, "/usr/bin")):
+        return found + [p for p in given.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")]
+    return [*found, given]
 
 
 def everything_but(hidden: set[Path]) -> list[str]:
