@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness import residency
 from harness.errors import TrialError
 from harness.gpu import fresh
 from harness.process import Child, SharedMemory
@@ -226,6 +227,7 @@ class Evaluator:
         answers = SharedMemory(_SLOTS * batch * width_out * 4)
         memories = (weights_in, asked, answers)
         policy = Policy.of("harness.evaluator", self.folder, self.source, self.spec.device, limits)
+        since = residency.mark()
         try:
             weights_in.map[: len(weights)] = weights
             log = self.folder / "evaluate.txt"
@@ -251,6 +253,8 @@ class Evaluator:
         finally:
             for m in memories:
                 m.close()
+            if self.sandbox.level:
+                residency.begin(since)  # what starts next finds nothing of what this one knew
 
     def _converse(
         self,

@@ -21,6 +21,7 @@ import weakref
 from pathlib import Path
 from typing import Self
 
+from harness import residency
 from harness.bounds import FIRST, Bounds, floor_bytes, headroom, limited_cgroups, score, size_of, tree_bytes, used
 from harness.confine import SURVIVORS, descendants
 from harness.errors import SandboxError
@@ -240,6 +241,7 @@ class Child(Contained):
     def __init__(
         self, sandbox: Sandbox, policy: Policy, descriptors: list[int], log: Path, threads: int, repeatable: bool = True
     ) -> None:
+        residency.wait()
         parent, child = socket.socketpair()
         with child:
             try:
