@@ -19,14 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.bounds import score
 from harness.confine import BOOT
+from harness.data.dataset import BUILT_IN
 from harness.errors import UsageError
 from harness.sandbox import Sandbox
-from harness.walls import Launch, around, has_size, info_pipe, project_root
+from harness.walls import Launch, around, first_to_go, has_size, info_pipe, project_root
 
-__all__ = ["Cage", "everything_but"]
+__all__ = ["Cage", "everything_but", "text_of"]
 
 _SCRATCH_BYTES = 4 << 30
+_FILE_BYTES = 1 << 30
 # Services that do things in the user's name for whoever can reach their socket.
 _SERVICES = ("/run/user", "/run/dbus", "/run/docker.sock", "/run/containerd", "/run/podman", "/run/systemd/private")
 
@@ -67,6 +70,9 @@ class Cage:
             self._landlock(argv, worktree, handover, launch)
         else:
             launch.argv = [*self._boot({"exec": argv})]
+        if self.sandbox.level < 3:
+            launch.argv = first_to_go(launch.argv)
+        launch.folders += (worktree, handover, *(p for p in self.writable if p.is_dir()))
         return launch
 
     def _walls(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
@@ -104,19 +110,19 @@ class Cage:
             if hidden.is_dir():
                 args += ["--remount-ro", str(hidden)]
         launch.env["TMPDIR"] = "/tmp"
-        launch.argv = [*args, "--info-fd", str(info_pipe(launch)), "--chdir", str(worktree), "--"]
+        launch.argv = first_to_go([*args, "--info-fd", str(info_pipe(launch)), "--chdir", str(worktree), "--"])
         launch.argv += self._boot({"exec": argv, "seccomp": True, "network": self.network})
 
     def _landlock(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
         tmp = Path(tempfile.mkdtemp(prefix="hotloop-agent-"))
         launch.ended.callback(shutil.rmtree, tmp, ignore_errors=True)
-        launch.env["TMPDIR"] = str(tmp)
+        launch.env["TMPDIR"], launch.folders = str(tmp), (tmp,)
         read = everything_but({p.resolve() for p in self.hidden})
         write = [str(worktree), str(handover), str(tmp), *(str(p.resolve()) for p in self.writable)]
         write += [f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts")]
         config = {
-            "exec": argv, "seccomp": True, "network": self.network, "landlock": True, "read": read,
-            "write": [*write, "/proc/self"], "supervise": True,
+            "exec": argv, "seccomp": True, "network": self.network, "landlock": True, "read": read, "write": write,
+            "supervise": True,
         }  # fmt: skip
         launch.argv = self._boot(config)
 
@@ -124,9 +130,27 @@ class Cage:
         whole: dict[str, Any] = {
             "module": None, "exec": None, "fds": [], "parent": os.getpid(), "uid": None, "reads_all": False,
             "supervise": self.sandbox.level < 3, "landlock": False, "seccomp": False, "network": True,
-            "metadata": False, "file_bytes": None, "memory_bytes": None, "processes": None,
+            "metadata": False, "cuda": False, "model": False, "settings": [], "file_bytes": _FILE_BYTES,
+            "memory_bytes": None, "processes": None, "score": score(os.getpid()),
         }  # fmt: skip
         return [sys.executable, "-I", "-B", "-c", BOOT, str(project_root()), json.dumps(whole | config)]
+
+
+def text_of(data: Path, source: str) -> list[Path]:
+    """Where the text of prepared data can be read: downloaded beside it, half prepared, or at its source.
+
+    Args:
+        data: the prepared folder.
+        source: as its manifest has it: a name, or a path. Of a folder that holds the project or the interpreter, which
+            an agent needs, only the files of text.
+    """
+    found = [data.parent / "climbmix-shards", *data.parent.glob(f".{data.name}.tmp-*")]
+    given = Path(source).resolve()
+    if source in BUILT_IN or not given.exists():
+        return found
+    if any(Path(needed).resolve().is_relative_to(given) for needed in (project_root(), sys.prefix, "/usr/bin")):
+        return found + [p for p in given.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")]
+    return [*found, given]
 
 
 def everything_but(hidden: set[Path]) -> list[str]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agent_loop.agents import Agent
 from agent_loop.background import Notifier, Reporter
-from agent_loop.cage import Cage
+from agent_loop.cage import Cage, text_of
 from agent_loop.gitrepo import NightRepo, free_tag, open_repo
 from agent_loop.live import View
 from agent_loop.loop import Driver, Options
@@ -157,7 +157,8 @@ def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: 
     if "builtin" not in names and not args.no_fallback:
         names.append("builtin")
     data = default_data_dir("x", 1, 1).parent
-    hidden = (settings.dataset.path, data, runs, Path(repo.common_dir), key_path().parent)
+    text = text_of(settings.dataset.path, str(settings.dataset.manifest["source"]))
+    hidden = (settings.dataset.path, data, *text, runs, Path(repo.common_dir), key_path().parent)
     cage = Cage(
         settings.sandbox, tuple(dict.fromkeys(p.resolve() for p in hidden)), tuple(map(Path, args.agent_write)),
         args.agent_network,

@@ -133,6 +133,8 @@ def _sandbox(device: str) -> Iterator[tuple[str, bool, str]]:
     yield "sandbox", sandbox.level == 3, str(sandbox)
     for level, why in sandbox.missing.items():
         yield f"  not {level.split(' ')[0]}", True, why
+    if sandbox.level == 1:
+        yield "  compiling", True, "by one process: at L1 torch's pool of compile processes cannot run"
     for name, stopped in sandbox.probes.items():
         yield "  probe", stopped, f"{name}: {'stopped' if stopped else 'NOT stopped'}"
 

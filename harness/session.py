@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness import residency
 from harness.budget import Budget, Shape
 from harness.compiled import Pack, decode
 from harness.errors import TrialError
@@ -155,6 +156,7 @@ class Session:
         self._emit(Event("start"))
         if self.result.start["how"] == "cold":
             self._expect("ready", began + self._limits.start_s, "to start")
+        residency.wait()  # what was made ready beside an evaluator begins when that one has left nothing
         sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
         how = {"spec": self.spec.as_dict(), "threads": self.threads, "repeatable": self._repeatable}
         self._child.wire.send("hello", **how, **sizes)
@@ -411,7 +413,7 @@ class Session:
     def _died(self) -> TrialError:
         code = self._child.wait()
         if self._child.fault:
-            return TrialError("crash", f"the trainer was stopped: {self._child.fault}")
+            return TrialError(self._child.fault_status, f"the trainer was stopped: {self._child.fault}")
         if code == -signal.SIGKILL:
             return TrialError("oom", "the trainer was killed by the system (SIGKILL), most likely out of memory")
         if code is not None and code < 0:
