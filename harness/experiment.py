@@ -31,10 +31,13 @@ from harness.sandbox import Sandbox, best, exposed
 from harness.seal import verify_seal
 from harness.session import Event, Session
 from harness.spec import BudgetRule, Preset, Spec
+from harness.text import one_line, shorten
 from harness.weights import check_weights
 from prepare import Dataset
 
 __all__ = ["Event", "Job", "Settings", "evaluated", "forget_weights", "record", "replayed", "run_experiment", "summary"]
+
+LOG_BYTES = 1 << 20  # of a run's log, kept once it has ended
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Job:
         replay: the `budget` of a record, to be used as it stands; None otherwise.
         stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
             to stop the run as `raced`, or None.
-        folder: receives train.py, log.txt, evaluate.txt and weights.safetensors.
+        folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
     source: bytes
@@ -135,7 +138,7 @@ def run_experiment(
             finally:
                 outcome.conditions |= watch.facts()
     except TrialError as e:
-        outcome.status, outcome.reason = e.status, e.reason
+        outcome.status, outcome.reason = e.status, one_line(e.reason)
         log = "evaluate.txt" if e.reason.startswith("while evaluating") else "log.txt"
         outcome.log_tail = tail(job.folder / log)
     except OSError as e:
@@ -145,6 +148,8 @@ def run_experiment(
     if (verify_seal(), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
     outcome.total_s = time.monotonic() - began
+    for name in ("log.txt", "evaluate.txt"):
+        shorten(job.folder / name, LOG_BYTES)
     if told := warnings(outcome.conditions, outcome.training_s):
         outcome.conditions["warnings"] = told
     emit(Event("done", 1.0, message=outcome.status))

@@ -20,6 +20,7 @@ from harness.sandbox import best
 from harness.score import Noise
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
+from harness.text import forgiving, one_line
 from prepare import default_data_dir, load_dataset
 
 __all__ = [
@@ -116,7 +117,7 @@ def sandbox_warning(settings: Settings) -> str:
     sandbox = settings.sandbox
     if sandbox.level == 3:
         return ""
-    missing = "; ".join(f"{k}: {v}" for k, v in sandbox.missing.items())
+    missing = "; ".join(f"{k}: {one_line(v, 160)}" for k, v in sandbox.missing.items())
     not_stopped = ", ".join(k for k, v in sandbox.probes.items() if not v) or "everything"
     if sandbox.level > 0 and all(sandbox.probes.values()):
         not_stopped = "nothing that was probed"
@@ -146,9 +147,10 @@ def read_train_source(path: Path) -> bytes:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
     try:
         tree = ast.parse(source, filename=str(path))
-    except (SyntaxError, ValueError) as e:
+    except Exception as e:  # RecursionError and MemoryError too
         where = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        raise UsageError(f"{path}{where}: {getattr(e, 'msg', e)}; mend the file and run again") from None
+        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
+        raise UsageError(f"{path}{where}: {words}; mend the file and run again") from None
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     missing = sorted({"build_model", "train"} - defined)
     if missing:
@@ -256,6 +258,8 @@ def main(path: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     args.train = path
+    for stream in (sys.stdout, sys.stderr):
+        forgiving(stream)
     try:
         return run_command(args)
     except HotloopError as e:
