@@ -40,6 +40,7 @@ class Context:
 
     Attributes:
         worktree: holds the incumbent, with program.md; train.py in it is what the agent edits.
+        number: of the proposal: that of the run that it would be, and one more for each edit that was refused.
         preset: which of train.py's values are in force.
         source: train.py as it stands in the worktree.
         seen: syntax hashes of everything that was tried.

@@ -83,6 +83,7 @@ class ApiAgent:
 
     name = "api"
     ahead = True
+    blind = True  # it sees program.md, the brief and train.py
 
     def __init__(
         self, url: str, model: str, timeout_s: float, *, key: str = "", prices: tuple[float, float] = (0.0, 0.0),

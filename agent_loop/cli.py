@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from agent_loop.watchdog import CRASHED, UNDER_WATCH, say, watch
 from harness.errors import HotloopError, UsageError
-from harness.text import forgiving, printable, without_view
+from harness.text import flushed, forgiving, printable
 from harness.walls import project_root
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(argv)
     finally:
-        without_view(sys.stdout, 1)
-        without_view(sys.stderr, 2)
+        for stream in (sys.stdout, sys.stderr):
+            flushed(stream)
 
 
 def _main(argv: list[str]) -> int:

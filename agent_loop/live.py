@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import IO, Any, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,7 +30,7 @@ from rich.text import Text
 from agent_loop.night import Night, Row
 from agent_loop.report import COLOURS
 from harness.experiment import Event, Job
-from harness.text import forgiving, one_line, printable
+from harness.text import flushed, forgiving, one_line, printable
 
 __all__ = ["View", "sparkline"]
 
@@ -68,14 +69,39 @@ class _Current:
         self.began = time.monotonic()
 
 
+class _Output:
+    """A stream that never raises: the console would keep what it could not write, and write all of it again."""
+
+    def __init__(self, stream: IO[str], lost: Callable[[Exception], None]) -> None:
+        self.stream, self._lost = stream, lost
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError) as e:  # ValueError: it was closed
+            self._lost(e)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError) as e:
+            self._lost(e)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class View:
     """Args:
     log: where the lines are kept as well; None for nowhere.
     """
 
     def __init__(self, console: Console, log: Path | None = None) -> None:
-        self.console = console
         forgiving(console.file)
+        self._output = _Output(console.file, self._lost)
+        console.file = cast(IO[str], self._output)
+        self.console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._current: dict[int, _Current] = {}
         self._lock = threading.Lock()  # events come from each device's thread
@@ -105,6 +131,8 @@ class View:
             with contextlib.suppress(queue.Full):
                 self._waiting.put(None, timeout=END_S)
                 self._shows.join(END_S)
+        if not self.stuck:
+            flushed(self._output.stream)
         for handler in self._logger.handlers:
             handler.close()
 
@@ -132,10 +160,13 @@ class View:
             if draw is not None:
                 draw()
         except Exception as e:
-            words = f"{type(e).__name__}: {one_line(str(e), 200)}"
-            if words != self._failed:
-                self._failed = words
-                self._logger.warning(f"the view cannot be shown ({words}); the night goes on without it")
+            self._lost(e)
+
+    def _lost(self, error: Exception) -> None:
+        words = f"{type(error).__name__}: {one_line(str(error), 200)}"
+        if words != self._failed:
+            self._failed = words
+            self._logger.warning(f"the view cannot be shown ({words}); the night goes on without it")
 
     def _later(self, draw: Callable[[], object]) -> None:
         if self._shows is None:

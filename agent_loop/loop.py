@@ -23,7 +23,7 @@ from git.exc import GitError
 
 from agent_loop.agents import Agent, AgentError
 from agent_loop.background import Notifier, Reporter
-from agent_loop.brief import quoted, write_brief
+from agent_loop.brief import Facts, quoted, write_brief
 from agent_loop.decide import Decision, judge
 from agent_loop.gitrepo import Kept, NightRepo, said
 from agent_loop.live import View
@@ -345,11 +345,11 @@ class Driver:
         free = [s for s in self.slots if s.run is None and time.monotonic() >= s.not_before]
         if not agent.ahead and (not free or self.flight.proposals):
             return
-        number = self._next_number()
+        number = self._next_number() + self.night.refused  # so that whoever goes by it proposes another edit
+        source = self.repo.source(incumbent.commit)
         task = Task(
-            number, incumbent.commit, self.repo.source(incumbent.commit), self.settings.preset.name,
-            self.night.history(), frozenset(self._seen()), self.night.new_turn_folder(), self._brief(),
-            self.options.preflight,
+            number, incumbent.commit, source, self.settings.preset.name, self.night.history(),
+            frozenset(self._seen()), self.night.new_turn_folder(), self._brief(agent, source), self.options.preflight,
         )  # fmt: skip
         self.view.turn(agent.name)
         self._turn = self._thread(self._take_turn, agent, task)
@@ -389,21 +389,39 @@ class Driver:
                 self.view.warn(words[0])
 
     def _note_turn(self, agent: str, result: str, reason: str, spent: Proposal, status: str = "") -> None:
+        """An edit that may be made again, on top of another incumbent, has no status."""
         self.night.chain.append(
             "turn",
             {
                 "agent": agent, "result": result, "status": status, "reason": reason,
                 "description": spent.description, "seconds": spent.agent_s, "cost_usd": spent.cost_usd,
                 "tokens": spent.tokens, "why": spent.why, "again_of": spent.again_of,
+                "syntax": syntax_hash(spent.source) if status else "",
             },
         )  # fmt: skip
 
-    def _brief(self) -> Callable[[str], str]:
+    def _brief(self, agent: Agent, incumbent: bytes) -> Callable[[str], str]:
         """Written here, while nothing is appended; a refusal is put in later, by the turn's own thread."""
-        arguments = (self.night, self.settings.preset.name, list(self.flight.runs))
-        ready = write_brief(*arguments, least_gain=self.options.least_gain)
-        mark = "%" * 400  # as long as what takes its place
-        with_refusal = write_brief(*arguments, refused=mark, least_gain=self.options.least_gain)
+        settings = self.settings
+        device = f"{len(self.slots)} GPUs" if len(self.slots) > 1 else settings.device
+        facts = Facts(
+            self.options.budget or settings.preset.budget,
+            settings.preset.seq_len,
+            getattr(settings.dataset, "vocab_size", settings.preset.vocab_size),
+            getattr(settings.dataset, "source", settings.preset.source),
+            f"{device}, {settings.threads} threads",
+            self.repo.source(self._baseline_commit()),
+            incumbent,
+            getattr(agent, "blind", False),
+        )
+
+        def written(refused: str) -> str:
+            return write_brief(
+                self.night, settings.preset.name, list(self.flight.runs), refused, self.options.least_gain, facts=facts
+            )
+
+        ready, mark = written(""), "%" * 400  # as long as what takes its place
+        with_refusal = written(mark)
         return lambda refused: with_refusal.replace(quoted(mark, 400), quoted(refused, 400)) if refused else ready
 
     # What has ended.

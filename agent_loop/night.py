@@ -173,7 +173,7 @@ class Night:
         self._turns: list[dict[str, Any]] = []
         self._asked: list[str] = []
         self._worked: set[str] = set()
-        self._cost_usd, self._tokens = 0.0, 0
+        self._cost_usd, self._tokens, self._refused = 0.0, 0, 0
         self._last_turn = 0
         self._retried: set[int | None] = set()
 
@@ -201,6 +201,8 @@ class Night:
                 self._retried.add(body.get("again_of"))
                 if body.get("result") == "refused":  # an edit, if not one that could be run
                     self._worked.add(str(body.get("agent")))
+                    self._refused += 1
+                    self._seen.update(filter(None, [body.get("syntax")]))
                 self._spent(body)
             elif entry["kind"] == "agents":
                 self._asked = [str(name) for name in body["agents"]]
@@ -274,9 +276,15 @@ class Night:
 
     @property
     def seen(self) -> set[str]:
-        """Syntax hashes of every train.py that was decided on."""
+        """Syntax hashes of every train.py that was decided on, or refused because it cannot run."""
         self._sync()
         return self._seen
+
+    @property
+    def refused(self) -> int:
+        """How many edits were refused."""
+        self._sync()
+        return self._refused
 
     def undecided(self) -> list[Outcome]:
         """Runs that were recorded before the driver died and that wait for their decision, in order."""

@@ -26,7 +26,7 @@ from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
 from harness.prewarm import Prewarmer, Setup
 from harness.process import tail
-from harness.record import Chain, Outcome
+from harness.record import Chain, Outcome, version
 from harness.sandbox import Sandbox, best, exposed
 from harness.seal import verify_seal
 from harness.session import Event, Session
@@ -121,8 +121,7 @@ def run_experiment(
         preset=preset.name,
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=environment(settings.device, settings.threads)
-        | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
+        environment=_environment(settings) | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
         seals={"code": seal, "data": data},
         sandbox=settings.sandbox.as_dict(),
     )
@@ -267,6 +266,12 @@ def evaluated(
         on_event,
         settings.sandbox,
     ).run(weights)
+
+
+def _environment(settings: Settings) -> dict[str, Any]:
+    facts = environment(settings.device, settings.threads)
+    facts["versions"] = facts["versions"] | {"hotloop": version()}  # whose record it is
+    return facts
 
 
 def _verify_data(settings: Settings) -> str:

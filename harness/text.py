@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["forgiving", "one_line", "printable", "shorten", "without_view"]
+__all__ = ["flushed", "forgiving", "one_line", "printable", "shorten"]
 
 
 def printable(text: str) -> str:
@@ -43,8 +43,8 @@ def forgiving(stream: IO[Any] | None) -> None:
             reconfigure(errors="backslashreplace")
 
 
-def without_view(stream: IO[Any] | None, fd: int) -> bool:
-    """Flush a standard stream; where that fails, let what is written there from now on go nowhere. True if so.
+def flushed(stream: IO[Any] | None) -> bool:
+    """Flush a stream; where that fails, let what is written there from now on go nowhere. False if so.
 
     What cannot be written stays in the stream's buffer and would fail again when the process ends.
     """
@@ -52,12 +52,12 @@ def without_view(stream: IO[Any] | None, fd: int) -> bool:
         if stream is not None:
             stream.flush()
     except (OSError, ValueError):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, fd)
+            os.dup2(null, stream.fileno())
             os.close(null)
-        return True
-    return False
+        return False
+    return True
 
 
 def shorten(log: Path, most: int) -> None:
