@@ -65,7 +65,7 @@ def checks(folder: Path, repo: git.Repo | None, key: str | None, packages: bool 
             yield from _commits(night, repo)
             yield _decisions(night, repo)
         path = folder / "results.tsv"
-        same = path.is_file() and path.read_text() == tsv_text(night)
+        same = path.is_file() and path.read_bytes() == tsv_text(night).encode()
         yield "results.tsv", same, "as the records say" if same else f"differs; make it again: hotloop report ({path})"
     yield from _weights(night, folder, outcomes)
     yield from _packages(outcomes, packages)
@@ -162,6 +162,8 @@ def _decisions(night: Night, repo: git.Repo) -> Check:
         if outcome is not None and row.kind != "repeat":
             noise = Noise(float(entries[row.number]["noise_bpb"]), 0)
             try:
+                for commit in (outcome.commit, incumbent.commit if incumbent else outcome.commit):
+                    source_of(commit)
                 again = judge(night, outcome, incumbent, source_of, noise, row.commit in marginal)
             except _MISSING:
                 continue  # a missing commit is told above

@@ -27,11 +27,12 @@ from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
 from harness.prewarm import Prewarmer, Setup
 from harness.process import tail
-from harness.record import OPEN_TEXT, Chain, Outcome
+from harness.record import OPEN_TEXT, Chain, Outcome, version
 from harness.sandbox import Sandbox, best, exposed, exposed_text, readable_text
 from harness.seal import verify_seal
 from harness.session import Event, Session
 from harness.spec import BudgetRule, Preset, Spec
+from harness.text import one_line, shorten
 from harness.weights import check_weights
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "summary",
 ]
 
+LOG_BYTES = 1 << 20  # of a run's log, kept once it has ended
+
 
 @dataclass(frozen=True)
 class Job:
@@ -60,7 +63,7 @@ class Job:
         replay: the `budget` of a record, to be used as it stands; None otherwise.
         stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
             to stop the run as `raced`, or None.
-        folder: receives train.py, log.txt, evaluate.txt and weights.safetensors.
+        folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
     source: bytes
@@ -129,8 +132,7 @@ def run_experiment(
         preset=preset.name,
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=environment(settings.device, settings.threads)
-        | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
+        environment=_environment(settings) | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
         data=settings.dataset.facts(),
         seals={"code": seal, "data": data},
         sandbox=settings.sandbox.as_dict(),
@@ -147,7 +149,7 @@ def run_experiment(
             finally:
                 outcome.conditions |= watch.facts()
     except TrialError as e:
-        outcome.status, outcome.reason = e.status, e.reason
+        outcome.status, outcome.reason = e.status, one_line(e.reason)
         log = "evaluate.txt" if e.reason.startswith("while evaluating") else "log.txt"
         outcome.log_tail = tail(job.folder / log)
     except OSError as e:
@@ -157,6 +159,8 @@ def run_experiment(
     if (verify_seal(), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
     outcome.total_s = time.monotonic() - began
+    for name in ("log.txt", "evaluate.txt"):
+        shorten(job.folder / name, LOG_BYTES)
     told = [
         *data_warnings(settings, outcome.data.get("epochs", 0.0)),
         *warnings(outcome.conditions, outcome.training_s),
@@ -291,6 +295,12 @@ def evaluated(
         settings.sandbox,
         dataset.reference_bytes,
     ).run(weights)
+
+
+def _environment(settings: Settings) -> dict[str, Any]:
+    facts = environment(settings.device, settings.threads)
+    facts["versions"] = facts["versions"] | {"hotloop": version()}  # whose record it is
+    return facts
 
 
 def _verify_data(settings: Settings) -> str:

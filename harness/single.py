@@ -23,6 +23,7 @@ from harness.sandbox import best
 from harness.score import Noise
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
+from harness.text import forgiving, one_line
 
 __all__ = [
     "EXIT_BY_STATUS",
@@ -148,9 +149,10 @@ def read_train_source(path: Path) -> bytes:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
     try:
         tree = ast.parse(source, filename=str(path))
-    except (SyntaxError, ValueError) as e:
+    except Exception as e:  # RecursionError and MemoryError too
         where = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        raise UsageError(f"{path}{where}: {getattr(e, 'msg', e)}; mend the file and run again") from None
+        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
+        raise UsageError(f"{path}{where}: {words}; mend the file and run again") from None
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     missing = sorted({"build_model", "train"} - defined)
     if missing:
@@ -258,6 +260,8 @@ def main(path: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     args.train = path
+    for stream in (sys.stdout, sys.stderr):
+        forgiving(stream)
     try:
         return run_command(args)
     except HotloopError as e:
