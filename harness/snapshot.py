@@ -58,7 +58,8 @@ class Snapshot:
 
 def _module(module: torch.nn.Module) -> PutBack:
     """Its own parameters, buffers and attributes, not its children's."""
-    tables = [(table, dict(table)) for table in (module._parameters, module._buffers)]
+    both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    tables = [(table, dict(table)) for table in both]
     tensors = [(t, t.detach().clone()) for _, was in tables for t in was.values() if t is not None]
     plain, not_saved = _plain(module), set(module._non_persistent_buffers_set)
 

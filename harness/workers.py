@@ -19,8 +19,8 @@ def let_workers_answer() -> None:
     """For this process and the workers that it starts.
 
     Their tensors travel through the pipe, byte by byte: torch would pass descriptors over a new socket, which the
-    sandbox refuses. A worker that cannot send what it made ends, which its loader notices; it would wait for ever otherwise.
-    Workers are forked, for a fresh interpreter could not import train.py (the default from Python 3.14 on).
+    sandbox refuses. A worker that cannot send what it made ends, which its loader notices; otherwise it would wait for
+    ever. Workers are forked, for a fresh interpreter could not import train.py (the default from Python 3.14 on).
     """
     ForkingPickler.register(torch.UntypedStorage, _as_bytes)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]

@@ -31,6 +31,10 @@ def outcome(bpb: float | None, status: str = "ok") -> Outcome:
         (2.020, 50, "discard", "worse by 0.020000"),
         (2.000, 100, "discard", "no change to the last digit"),
         (1.980, 500, "keep", "better by"),
+        (1.9899, 100, "keep", "better by 0.010100, above"),
+        (1.9905, 100, "discard", "better by 0.009500, which is within"),
+        (2.0099, 99, "keep", "(+0.009900) and simpler"),
+        (2.0105, 50, "discard", "worse by 0.010500"),
     ],
 )
 def test_with_an_incumbent_of_2_and_100_lines(bpb: float, lines: int, decision: str, words: str) -> None:
@@ -43,7 +47,8 @@ def test_the_first_score_is_the_baseline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bpb", "decision"), [(1.980, "keep"), (1.994, "marginal"), (1.9951, "discard"), (2.001, "discard")]
+    ("bpb", "decision"),
+    [(1.980, "keep"), (1.9905, "marginal"), (1.9949, "marginal"), (1.9951, "discard"), (2.001, "discard")],
 )
 def test_a_gain_of_more_than_half_the_floor_is_marginal_where_it_may_be_tried_again(bpb: float, decision: str) -> None:
     made = decide(outcome(bpb), SIZE, Score(2.0), SIZE, NOISE, second_seed=True)
@@ -55,7 +60,8 @@ def test_a_gain_of_more_than_half_the_floor_is_marginal_where_it_may_be_tried_ag
     ("gains", "decision", "words"),
     [
         ([0.006, 0.009], "keep", "better by 0.007500 on average over 2 seeds (+0.006000, +0.009000), above the noise"),
-        ([0.006, 0.007], "discard", "within the noise floor of such a mean, 0.007071"),
+        ([0.0071, 0.0072], "keep", "above the noise floor of such a mean, 0.007071"),
+        ([0.007, 0.0071], "discard", "within the noise floor of such a mean, 0.007071"),
         ([0.006, -0.02], "discard", "worse by 0.007000 on average"),
         ([0.006, None], "discard", "nothing can be compared"),
     ],
@@ -102,6 +108,8 @@ def test_what_was_better_than_its_parent_is_tried_again_on_top_of_what_was_kept_
     assert "better than what it was made from by 0.010000" in made.reason
     best_of_both = decide(outcome(1.95), SIZE, Score(1.97), SIZE, NOISE, parent=Score(2.0))
     assert (best_of_both.decision, best_of_both.again) == ("keep", False)
+    again = [decide(outcome(bpb), SIZE, Score(1.97), SIZE, NOISE, parent=Score(2.0)).again for bpb in (1.9949, 1.9951)]
+    assert again == [True, False]  # half the floor
     worse = decide(outcome(2.01), SIZE, Score(1.97), SIZE, NOISE, parent=Score(2.0))
     assert (worse.decision, worse.again) == ("discard", False)
     confirmed = decide_confirmed(outcome(1.99), [0.01, 0.01], NOISE, parent_is_incumbent=False)
