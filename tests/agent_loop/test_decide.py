@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import base64
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from agent_loop.decide import decide, decide_confirmed
@@ -100,6 +108,41 @@ def test_simpler_is_fewer_lines_and_less_syntax() -> None:
     assert not one_line.simpler_than(short)  # two statements on one line
     assert not size_of(b"x = 256\ny = 2\n").simpler_than(size_of(b"x = 2**8\ny = 2\n"))  # a number written otherwise
     assert size_of(b"x = 1\n").simpler_than(short)
+
+
+PACKED = {  # how the code is kept, and what makes it run again
+    "a string": lambda code: f"import builtins as b\ngetattr(b, 'exec')({code.decode()!r}, globals())\n",
+    "a compressed string": lambda code: (
+        f"import bz2, base64, builtins as b\nT = {base64.b85encode(bz2.compress(code, 9)).decode()!r}\n"
+        "getattr(b, 'exec')(bz2.decompress(base64.b85decode(T)), globals())\n"
+    ),
+    "a comment": lambda code: (
+        f"# {base64.b85encode(lzma.compress(code, preset=9)).decode()}\n"
+        "import lzma, base64\nT = open(__file__).readline()[2:]\n"
+        "open('m.py', 'wb').write(lzma.decompress(base64.b85decode(T)))\n"
+        "from m import *\n"
+    ),
+    "an integer": lambda code: (
+        f"N = {hex(int.from_bytes(zlib.compress(code, 9)))}\nimport zlib\n"
+        "open('m.py', 'wb').write(zlib.decompress(N.to_bytes(N.bit_length() // 8 + 1)))\nfrom m import *\n"
+    ),
+    "a docstring": lambda code: (
+        f'"""{base64.b85encode(bz2.compress(code, 9)).decode()}"""\nimport bz2, base64\n'
+        "open('m.py', 'wb').write(bz2.decompress(base64.b85decode(__doc__)))\nfrom m import *\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("pack", PACKED.values(), ids=PACKED)
+def test_packing_the_code_makes_nothing_simpler(pack: Callable[[bytes], str]) -> None:
+    real = (Path(__file__).resolve().parents[2] / "train.py").read_bytes()
+    packed = pack(real).encode()
+    ast.parse(packed)
+    assert size_of(packed).lines < size_of(real).lines
+    assert not size_of(packed).simpler_than(size_of(real))
+    assert decide(outcome(2.0), size_of(packed), Score(2.0), size_of(real), NOISE).decision == "discard"
+    begin, end = (real.index(b"    if progress < " + x) for x in (b"hp.WARMUP_RATIO", b"1.0 - hp.WARMDOWN"))
+    assert size_of(real[:begin] + real[end:]).simpler_than(size_of(real))
 
 
 def test_what_was_better_than_its_parent_is_tried_again_on_top_of_what_was_kept_meanwhile() -> None:

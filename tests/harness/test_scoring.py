@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from fractions import Fraction
 from typing import Any
 
@@ -213,3 +214,45 @@ def test_what_is_no_safetensors_is_invalid(data: bytes) -> None:
     with pytest.raises(TrialError) as e:
         check_weights(bytearray(data))
     assert e.value.status == "invalid"
+
+
+def framed(header: str, body: bytes = b"") -> bytearray:
+    return bytearray(struct.pack("<Q", len(header)) + header.encode() + body)
+
+
+def entry(shape: str, begin: str = "0", end: str = "4", dtype: str = "F32") -> str:
+    return f'{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ('{"w":' + entry("[" + ",".join(["9" * 4300] * 900) + "]") + "}", "a number of 4300 digits"),
+        ('{"w":' + entry("[]", "-" + "9" * 300) + "}", "digits"),
+        ('{"w":' + entry("[" + ",".join(["2"] * 17) + "]") + "}", "malformed shape"),
+        ('{"w":' + entry("[" + ",".join(["9" * 19] * 16) + "]") + "}", "size of its shape"),
+        ('{"w":' + entry("[true]") + "}", "malformed shape"),
+        ('{"w":' + entry("[1.0]") + "}", "malformed shape"),
+        ('{"w":' + entry('"1"') + "}", "malformed shape"),
+        ('{"w":' + entry("[1]", dtype="E" * 500) + "}", "has the type 'EEE"),
+        ('{"w":' + "[" * 20000 + "]" * 20000 + "}", "safetensors"),
+        ('["w"]', "safetensors"),
+        ('{"w":' + entry("[1]") + ',"v":' + entry("[1]") + "}", "overlap"),
+        ('{"w":' + entry("[1]") + " " * (5 << 20) + "}", "header is longer"),
+    ],
+    ids=lambda x: x[:24] if isinstance(x, str) else "",
+)
+def test_a_header_is_bounded_before_anything_is_multiplied(header: str, words: str) -> None:
+    with pytest.raises(TrialError, match=words) as e:
+        check_weights(framed(header, b"\0" * 4))
+    assert e.value.status == "invalid" and len(e.value.reason) < 400
+
+
+def test_overlapping_tensors_are_refused_before_their_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand that each span the whole file: each number would be looked at ten thousand times."""
+    read = []
+    monkeypatch.setattr("harness.weights._finite", lambda data, dtype: read.append(data))
+    header = "{" + ",".join(f'"{i}":{entry("[1]")}' for i in range(10_000)) + "}"
+    with pytest.raises(TrialError, match="overlap"):
+        check_weights(framed(header, b"\0" * 4))
+    assert not read
