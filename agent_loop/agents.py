@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from agent_loop.cage import Cage
-from agent_loop.gitrepo import read_ordinary
 from harness.errors import HotloopError, UsageError
+from harness.files import read_ordinary
 from harness.process import Contained
 
 __all__ = ["Agent", "AgentError", "CommandAgent", "Context", "Tried", "Turn"]

@@ -17,9 +17,9 @@ from agent_loop.agents import AgentError, Context, Turn
 from agent_loop.clients import described
 from agent_loop.edits import Draft, EditError, replace_file
 from agent_loop.faults import printable, retry_after_s, service_error
-from agent_loop.gitrepo import read_ordinary
 from agent_loop.service import Service
 from harness.errors import UsageError
+from harness.files import read_ordinary
 
 __all__ = ["ApiAgent"]
 

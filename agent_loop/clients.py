@@ -23,10 +23,10 @@ from typing import Any
 from agent_loop.agents import AgentError, Context, Turn, first_line, fresh_handover
 from agent_loop.cage import Cage
 from agent_loop.faults import printable, service_error
-from agent_loop.gitrepo import read_ordinary
 from agent_loop.source import MAX_BYTES
 from agent_loop.transcript import Said, from_claude, from_codex
 from harness.errors import UsageError
+from harness.files import read_ordinary
 from harness.process import Contained, tail
 
 __all__ = ["PROMPT", "ClaudeAgent", "CodexAgent", "described"]
