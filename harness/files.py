@@ -22,7 +22,7 @@ def kind_of(path: Path, most: int) -> str:
     """
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
-        return _KINDS.get(stat.S_IFMT(found.st_mode), "no ordinary file")
+        return f"{_KINDS[stat.S_IFMT(found.st_mode)]}, not an ordinary file"
     return f"a file of {found.st_size:,} bytes, and at most {most:,} are read" if found.st_size > most else ""
 
 
