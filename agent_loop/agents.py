@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 from agent_loop.cage import Cage
-from agent_loop.gitrepo import read_ordinary
 from harness.bounds import Bounds
 from harness.errors import HotloopError, UsageError
+from harness.files import read_ordinary
 from harness.process import Contained
 from harness.text import one_line
 

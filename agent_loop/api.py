@@ -20,9 +20,9 @@ from agent_loop.brief import most_tokens
 from agent_loop.chat import from_events, text_of
 from agent_loop.edits import Draft, EditError, replace_file, without_thoughts
 from agent_loop.faults import WORDS, retry_after_s, service_error
-from agent_loop.gitrepo import read_ordinary
 from agent_loop.service import Service
 from harness.errors import UsageError
+from harness.files import read_ordinary
 from harness.text import one_line
 
 __all__ = ["ApiAgent"]

@@ -23,11 +23,11 @@ from typing import Any
 from agent_loop.agents import PRINTED_BYTES, AgentError, Context, Turn, described, fresh_handover, hypothesis
 from agent_loop.cage import Cage
 from agent_loop.faults import WORDS, service_error
-from agent_loop.gitrepo import read_ordinary
 from agent_loop.source import MAX_BYTES
 from agent_loop.transcript import Said, from_claude, from_codex
 from harness.bounds import Bounds
 from harness.errors import UsageError
+from harness.files import read_ordinary
 from harness.process import Contained, tail
 from harness.text import one_line
 

@@ -8,14 +8,15 @@ included, so it can be made again at any time. No hook runs.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import git
 from gitdb.base import IStream
@@ -23,10 +24,11 @@ from gitdb.exc import ODBError
 
 from agent_loop.source import MAX_BYTES, ProposalError, merge
 from harness.errors import HotloopError, UsageError
+from harness.files import kind_of, read_ordinary
 from harness.single import read_train_source
 from harness.text import one_line
 
-__all__ = ["Kept", "NightRepo", "branch_of", "free_tag", "open_repo", "read_ordinary", "said"]
+__all__ = ["Git", "Kept", "NightRepo", "Repo", "branch_of", "free_tag", "open_repo", "said"]
 
 # No hook runs; and somebody else's git (a gc, a fetch) is waited for.
 _SAFE = [
@@ -35,10 +37,24 @@ _SAFE = [
 ]  # fmt: skip
 # In the night's worktree, which holds the bytes that were committed.
 _BYTES = ["core.fsmonitor=false", "core.bare=false", "core.autocrlf=false", "core.eol=lf", "core.safecrlf=false"]
+GIT_S = 60.0
 _AUTHOR = {
     "GIT_AUTHOR_NAME": "hotloop", "GIT_AUTHOR_EMAIL": "hotloop@localhost",
     "GIT_COMMITTER_NAME": "hotloop", "GIT_COMMITTER_EMAIL": "hotloop@localhost",
 }  # fmt: skip
+
+
+class Git(git.Git):
+    """Git's commands, none of which may take longer than GIT_S: an agent's worktree can hold what takes it an hour."""
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        return super().execute(*args, **({"kill_after_timeout": GIT_S} | kwargs))
+
+
+class Repo(git.Repo):
+    """A repository whose commands have a limit of time."""
+
+    GitCommandWrapperType = Git
 
 
 def open_repo(folder: Path) -> git.Repo:
@@ -49,7 +65,7 @@ def open_repo(folder: Path) -> git.Repo:
             train.py that can run.
     """
     try:
-        repo = git.Repo(folder, search_parent_directories=True)
+        repo = Repo(folder, search_parent_directories=True)
         root = Path(repo.working_tree_dir or "")
     except (git.InvalidGitRepositoryError, git.NoSuchPathError):
         raise UsageError(
@@ -235,14 +251,25 @@ class NightRepo:
         Raises:
             ProposalError: something else was changed too, or train.py is no ordinary file.
         """
+        with contextlib.suppress(FileNotFoundError):
+            if what := kind_of(self.worktree / "train.py", MAX_BYTES):  # before git reads it
+                raise ProposalError("invalid", f"train.py is {what}")
         if self._private() is None:
             raise ProposalError("invalid", "the worktree's .git was removed or replaced; only train.py may change")
         # An index of our own: the agent's could say that nothing changed.
         with tempfile.TemporaryDirectory() as folder:
             env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
             self._git(self._common, "read-tree", commit, env=env)
-            changed = self._git(self._common, "diff", "--no-ext-diff", "--no-renames", "--name-only", "-z", env=env)
-            new = self._git(self._common, "ls-files", "--others", "--exclude-standard", "-z", env=env)
+            try:
+                changed = self._git(self._common, "diff", "--no-ext-diff", "--no-renames", "--name-only", "-z", env=env)
+                new = self._git(self._common, "ls-files", "--others", "--exclude-standard", "-z", env=env)
+            except git.GitCommandError as e:
+                if "Timeout" not in str(e.stderr):
+                    raise
+                raise ProposalError(
+                    "invalid",
+                    f"the worktree keeps git busy for more than {GIT_S:g} s; only train.py may change",
+                ) from None
         others = sorted({name for name in (changed + new).split("\0") if name} - {"train.py"})
         if others:
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -303,14 +330,4 @@ class NightRepo:
     def _git(self, git_dir: Path, *args: str, env: dict[str, str] | None = None) -> str:
         where = [f"--git-dir={git_dir}", f"--work-tree={self.worktree}"]
         safe = [word for setting in (*_SAFE, *_BYTES) for word in ("-c", setting)]
-        return str(git.Git(self.worktree).execute(["git", *where, *safe, *args], env=env))
-
-
-def read_ordinary(path: Path, most: int) -> bytes | None:
-    """Up to `most` bytes of a regular file; None for anything else: missing, a link, a pipe, a device, a folder."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with open(fd, "rb") as f:
-        return f.read(most) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        return str(Git(self.worktree).execute(["git", *where, *safe, *args], env=env))

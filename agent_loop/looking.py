@@ -8,7 +8,7 @@ from typing import Any
 
 import git
 
-from agent_loop.gitrepo import branch_of, said
+from agent_loop.gitrepo import Repo, branch_of, said
 from agent_loop.live import sparkline
 from agent_loop.night import Night, Row
 from harness.errors import UsageError
@@ -26,7 +26,7 @@ def night_named(tag: str, runs: Path = Path("runs")) -> Night:
 
 def _repo() -> git.Repo:
     try:
-        return git.Repo(Path.cwd(), search_parent_directories=True)
+        return Repo(Path.cwd(), search_parent_directories=True)
     except git.InvalidGitRepositoryError:
         raise UsageError(f"{Path.cwd()} is not in the repository of that night") from None
 

@@ -11,7 +11,7 @@ import tokenize
 from dataclasses import dataclass
 
 from harness.errors import HotloopError
-from harness.lint import MAX_BYTES, problem
+from harness.lint import MAX_BYTES, compressed_bytes, problem
 from harness.text import one_line
 
 __all__ = ["MAX_BYTES", "ProposalError", "Size", "check_source", "code_lines", "merge", "size_of", "syntax_hash"]
@@ -22,16 +22,19 @@ MAX_LINES = 5000  # a merge compares all lines with all
 
 @dataclass(frozen=True)
 class Size:
-    """How long a train.py is: lines that hold code, and nodes of its syntax tree without docstrings.
+    """How long a train.py is: lines that hold code; nodes of its syntax tree without docstrings, and bytes of its
+    strings and large numbers, which could be code; bytes of the compressed file, comments included.
 
-    Lines alone could be had by writing two statements on one, nodes alone by writing a number in another way.
+    Lines alone could be had by writing two statements on one, nodes alone by writing a number in another way, both by
+    packing the code into a string or a comment: that never makes the compressed file smaller.
     """
 
     lines: int
     nodes: int
+    compressed: int = 0
 
     def simpler_than(self, other: Size) -> bool:
-        return self.lines < other.lines and self.nodes < other.nodes
+        return self.lines < other.lines and self.nodes < other.nodes and self.compressed <= other.compressed
 
 
 class ProposalError(HotloopError):
@@ -110,7 +113,18 @@ def syntax_hash(source: bytes) -> str:
 @functools.lru_cache(maxsize=64)
 def size_of(source: bytes) -> Size:
     """The measure of "simpler". Raises whatever the parser and the tokenizer do."""
-    return Size(code_lines(source), sum(1 for _ in ast.walk(_tree(source))))
+    nodes = sum(1 + _packed_bytes(node) for node in ast.walk(_tree(source)))
+    return Size(code_lines(source), nodes, compressed_bytes(source))
+
+
+def _packed_bytes(node: ast.AST) -> int:
+    """The bytes that a literal could hold; of numbers only what no hyperparameter needs."""
+    value = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes):
+        return len(value)
+    return max(0, value.bit_length() // 8 - 8) if isinstance(value, int) else 0
 
 
 def code_lines(source: bytes) -> int:

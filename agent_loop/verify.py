@@ -20,6 +20,7 @@ import git
 from gitdb.exc import ODBError
 
 from agent_loop.decide import judge
+from agent_loop.gitrepo import Repo
 from agent_loop.night import Night, Row
 from agent_loop.report import tsv_text
 from harness.errors import DataError, HotloopError, UsageError
@@ -207,7 +208,7 @@ def verify_command(args: argparse.Namespace) -> int:
     if not (folder / "records.jsonl").exists():
         raise UsageError(f"there is no night called {args.tag} under {Path('runs').resolve()}")
     try:
-        repo = None if args.tag == "single" else git.Repo(Path.cwd(), search_parent_directories=True)
+        repo = None if args.tag == "single" else Repo(Path.cwd(), search_parent_directories=True)
     except git.GitError:
         raise UsageError(f"{Path.cwd()} is not in the repository of that night") from None
     bad = 0

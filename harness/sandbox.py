@@ -217,7 +217,7 @@ class Sandbox:
             scratch = Path(tempfile.mkdtemp(prefix="hotloop-"))
             launch.ended.callback(remove_shared, config["uid"])
         else:
-            scratch = policy.folder / "scratch"
+            scratch = policy.folder.absolute() / "scratch"  # the child starts in it
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         launch.ended.callback(shutil.rmtree, scratch, ignore_errors=True)

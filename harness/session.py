@@ -204,19 +204,25 @@ class Session:
                 self._serve(rows[0], 0, 0, 0.0, "count")
                 message = self._expect("next", warm_until, "to make a counted step")
                 flops = self._count(message, "flops", 10**24)
+            self._child.wire.send("tidy")
+            self._expect("next", warm_until, "to collect its garbage")
             steps: list[float] = []
-            total = 0.0
             cpu_s = self._child.cpu_s()
-            while len(steps) < self.preset.calibrate_steps or total < self.preset.calibrate_s:
+            while self._to_time(steps):
                 sent = self._clock()
                 self._serve(rows[len(steps) % SLOTS], len(steps) % SLOTS, 0, 0.0, "time")
                 self._expect("next", warm_until, "to make a timed step")
                 steps.append(self._clock() - sent)
-                total += steps[-1]
             self.budget.measured(shape, steps, flops, self._child.cpu_s() - cpu_s)
             self._child.wire.send("calibrated")
             ledger["calibrate"] += self._clock() - mark
             mark = self._clock()
+
+    def _to_time(self, steps: list[float]) -> bool:
+        """Whether one more step is timed. A replay makes as many as its original did, whatever its clock says."""
+        if (recorded := self.budget.recorded_steps()) is not None:
+            return len(steps) < recorded
+        return len(steps) < self.preset.calibrate_steps or sum(steps) < self.preset.calibrate_s
 
     def _take_compiled(self) -> None:
         """What the compilers made, all of it before the first real token is anywhere in the trainer's reach."""

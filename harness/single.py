@@ -17,6 +17,8 @@ from pathlib import Path
 from harness.data.dataset import default_data_dir, load_dataset
 from harness.errors import DataError, HotloopError, UsageError
 from harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
+from harness.files import kind_of, read_ordinary
+from harness.lint import MAX_BYTES
 from harness.machine import check_device, gpu_memory_gib, gpus, threads_default
 from harness.record import Chain, Lock, Outcome
 from harness.sandbox import best
@@ -41,6 +43,7 @@ __all__ = [
 
 EXIT_BY_STATUS = {"ok": 0, "crash": 10, "invalid": 11, "overtime": 12, "timeout": 13, "oom": 14, "nan": 15}
 SINGLES = Path("runs/single")
+GIT_S = 60.0
 
 
 def settings_from(
@@ -142,9 +145,17 @@ def _warn(settings: Settings) -> None:
 
 
 def read_train_source(path: Path) -> bytes:
-    """The bytes of a train.py that can be run. Raises UsageError: missing, no Python, or without its functions."""
+    """The bytes of a train.py that can be run.
+
+    Raises:
+        UsageError: missing, no ordinary file, too large, no text, no Python, or without its functions.
+    """
     try:
-        source = path.read_bytes()
+        if what := kind_of(path, MAX_BYTES):
+            raise UsageError(f"{path} is {what}; name a file of Python code")
+        source = read_ordinary(path, MAX_BYTES)
+        if source is None:
+            raise UsageError(f"{path} cannot be read; start in the folder of train.py")
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
     try:
@@ -301,7 +312,10 @@ def _git_commit(path: Path) -> str:
     """The commit of the checkout that holds `path`, with `-dirty` where the file differs; empty outside git."""
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=path.parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *args], cwd=path.parent, capture_output=True, text=True, timeout=GIT_S)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "HEAD")

@@ -6,12 +6,12 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.needs import NEEDS
 
 # How long one example takes says how busy the machine is, and nothing of the code.
-settings.register_profile("hotloop", deadline=None)
+settings.register_profile("hotloop", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("hotloop")
 
 

@@ -132,7 +132,7 @@ def test_the_flags_of_codex(installed: Path, context: Context, monkeypatch: pyte
 
 @both
 def test_the_description_file_comes_first(installed: Path, context: Context, name: str) -> None:
-    assert propose(installed, context, name, "description").description == "by its  [1mfile"
+    assert propose(installed, context, name, "description").description == "by its \\x1b[1mfile"
 
 
 @pytest.mark.bubblewrap
