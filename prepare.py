@@ -666,11 +666,12 @@ def _sync(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python prepare.py`, `hotloop prepare`; returns the exit status."""
-    from harness.machine import gpu_memory_gib
-    from harness.spec import PRESETS, auto_preset, preset_named
+    from harness.single import preset_here
+    from harness.spec import PRESETS, preset_named
 
     parser = argparse.ArgumentParser(prog="hotloop prepare", description="Text to tokenizer and packed rows, once.")
     parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="lengths and source")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu"], help="cpu: beside a GPU as well")
     parser.add_argument("--source", help="climbmix, stdlib, or a file or folder of .txt, .jsonl, .parquet")
     parser.add_argument("--seq-len", type=int, metavar="T")
     parser.add_argument("--vocab-size", type=int, metavar="V")
@@ -678,9 +679,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix: training shards")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: downloads at a time")
     args = parser.parse_args(argv)
-    name = auto_preset(gpu_memory_gib()) if args.preset == "auto" else args.preset
-    preset = preset_named(name)
     try:
+        name = args.preset if args.preset != "auto" else "laptop" if args.device == "cpu" else preset_here()
+        preset = preset_named(name)
         dataset = prepare(
             args.source or preset.source,
             seq_len=args.seq_len or preset.seq_len,

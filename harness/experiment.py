@@ -103,7 +103,7 @@ def run_experiment(
     Raises:
         HotloopError: the machine's or the user's fault: no device, no data, a broken seal, a full disk.
     """
-    check_device(settings.device)
+    check_device(settings.device, settings.sandbox.gpu)
     seal, data = verify_seal(), _verify_data(settings)
 
     def emit(event: Event) -> None:
@@ -118,7 +118,7 @@ def run_experiment(
         preset=preset.name,
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=environment(settings.device, settings.threads)
+        environment=environment(settings.device, settings.threads, settings.sandbox.gpu)
         | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
         seals={"code": seal, "data": data},
         sandbox=settings.sandbox.as_dict(),
@@ -219,7 +219,9 @@ def _try(
         outcome.conditions["feed_late_s"] = trained.feed_late_s
         if trained.device_s is not None:
             outcome.conditions |= {"device_s": trained.device_s, "device_wall_s": trained.device_wall_s}
-        outcome.mfu_percent = mfu_percent(settings.device, trained.flops_per_token, outcome.tokens_per_s)
+        outcome.mfu_percent = mfu_percent(
+            settings.device, trained.flops_per_token, outcome.tokens_per_s, settings.sandbox.gpu
+        )
         outcome.environment["kernels"] = trained.implementations
     outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
     outcome.num_params = check_weights(trained.weights)

@@ -62,7 +62,7 @@ class Setup:
         return {
             "setup": self,
             "seal": verify_seal(),
-            "machine": environment(self.device, self.threads),
+            "machine": environment(self.device, self.threads, self.sandbox.gpu),
             "environment": child_environment(self.threads, self.repeatable),
         }
 

@@ -32,6 +32,7 @@ __all__ = ["Child", "Contained", "SharedMemory", "child_environment", "end_all",
 # Settings of the user's machine that a child needs, or that choose an implementation openly.
 _PASSED = (
     "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
     "CUDA_HOME",
     "LD_LIBRARY_PATH",
     "CC",

@@ -173,7 +173,7 @@ class Sandbox:
         for path in (*ETC, *sys_paths, *python_and_code()):
             if os.path.exists(path):
                 argv += [*parents_of(path, made), "--ro-bind", path, path]
-        for path in device_nodes(policy.device, self.gpu.node if self.gpu else ""):
+        for path in device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ())):
             argv += ["--dev-bind", path, path]
         for path in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
             argv += ["--ro-bind-try", f"/proc/{path}", f"/proc/{path}"]
@@ -211,7 +211,7 @@ class Sandbox:
         config["read"] = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
         config["write"] = [
             str(scratch), "/proc/self", *(f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom")),
-            *device_nodes(policy.device, self.gpu.node if self.gpu else ""),
+            *device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ())),
         ]  # fmt: skip
         if self.own_uid:
             config["write"].append("/dev/shm")  # what it leaves there is found by its uid
@@ -228,18 +228,19 @@ def exposed(path: Path) -> bool:
 
 
 @functools.cache
-def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu") -> Sandbox:
+def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu", gpu: Gpu | None = None) -> Sandbox:
     """The best sandbox of this machine, or the best at level `wanted`; probed once a process.
 
     Args:
         unsafe: take L0 where nothing better works.
         device: `cuda` also wants a real product from the GPU, inside.
+        gpu: the only one that its children get.
 
     Raises:
         SandboxError: there is none (at that level).
     """
     missing: dict[str, str] = {}
-    for candidate in _candidates(missing):
+    for candidate in (replace(c, gpu=gpu) for c in _candidates(missing)):
         if wanted not in (None, candidate.level) or (candidate.level == 0 and not (unsafe or wanted == 0)):
             continue
         if candidate.level == 0:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,11 +91,11 @@ def parents_of(path: str, made: set[str]) -> list[str]:
     return argv
 
 
-def device_nodes(device: str, only: str = "") -> list[str]:
-    """What a child on a device needs of /dev; with `only` that one GPU's file and no other's."""
+def device_nodes(device: str, only: str = "", caps: Sequence[str] = ()) -> list[str]:
+    """What a child on a device needs of /dev; with `only` that one GPU's file (and its slice's) and no other's."""
     if device != "cuda":
         return []
-    nodes = [only] if only else glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/nvidia-caps/*")
+    nodes = [only, *caps] if only else glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/nvidia-caps/*")
     return sorted(nodes) + [
         p for p in ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools") if os.path.exists(p)
     ]
