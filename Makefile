@@ -1,4 +1,5 @@
 # make run    a short night: baseline and six experiments by the built-in agent (no GPU, no network needed)
+#   (DEVICE=cpu: on the CPU, also on a machine with a GPU)
 # make test   all tests, two at a time (JOBS=1 for one)
 # make clients   Claude Code and Codex into .clients/, for the tests that drive the real ones (npm; no key needed)
 # make sandbox   installs bubblewrap (as root)
@@ -13,14 +14,15 @@ PYTHON      ?= python3
 VENV        ?= .venv
 EXPERIMENTS ?= 6
 TAG         ?=
+DEVICE      ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
 .PHONY: run install test lint types bench gate gate-write gpu-check soak seal clients sandbox browser doctor clean
 
 run: $(VENV)/.installed
-	$(BIN)/hotloop prepare
-	$(BIN)/hotloop loop --experiments $(EXPERIMENTS) $(if $(TAG),--tag $(TAG))
+	$(BIN)/hotloop prepare $(if $(DEVICE),--device $(DEVICE))
+	$(BIN)/hotloop loop --experiments $(EXPERIMENTS) $(if $(TAG),--tag $(TAG)) $(if $(DEVICE),--device $(DEVICE))
 
 install: $(VENV)/.installed
 
@@ -30,11 +32,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements/lock.txt pyproject.toml tools/install.py | $(BIN)/python
-	$(BIN)/python tools/install.py
+	$(BIN)/python tools/install.py $(if $(filter cpu,$(DEVICE)),--cpu)
 	@touch $@
 
 $(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
-	$(BIN)/python tools/install.py --test
+	$(BIN)/python tools/install.py --test $(if $(filter cpu,$(DEVICE)),--cpu)
 	@touch $@
 
 test: $(VENV)/.installed-test
