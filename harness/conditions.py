@@ -138,7 +138,8 @@ def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
 
     Args:
         conditions: what `Watch.facts` returned, `feed_late_s`, `device_s` and `device_wall_s` (the training by two
-            clocks) where the trainer told, and `tried_again` (the first try's reason) if it was.
+            clocks) where the trainer told, `corrected` (promised and taken seconds of a first try), and `tried_again`
+            (the first try's reason) if it was.
         training_s: seconds of the training, against which the feed's are set.
     """
     told = []
@@ -163,6 +164,11 @@ def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
         told.append(
             f"by the device's clock the training took {device_s:.1f} s, by the parent's {wall_s:.1f} s; one of them is "
             f"wrong, or the device was not what the time went into"
+        )
+    if was := conditions.get("corrected"):
+        told.append(
+            f"its calibration promised {was['promised_s']:.1f} s of training and it took {was['training_s']:.1f} s, so "
+            f"it was run once more, with as many tokens as its budget holds at that speed"
         )
     if again := conditions.get("tried_again"):
         told.append(f"it was run twice; the first time it ended as a broken device does: {again}")

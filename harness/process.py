@@ -135,6 +135,14 @@ class Contained:
                 total += waited_for + time.clock_gettime((~pid << 3) | 2)
         return total
 
+    def rss_mb(self) -> float:
+        """Memory that the process and all that it started hold now, MiB; pages that they share count for each."""
+        pages = 0
+        for pid in (self.pid, *descendants(self.pid)):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
     def kill(self) -> None:
         """End the process and everything that it started, and reap it; idempotent."""
         self._watch.set()
