@@ -1,4 +1,5 @@
 # make run    a short night: baseline and six experiments by the built-in agent (no GPU, no network needed)
+#   (DEVICE=cpu: on the CPU, also on a machine with a GPU)
 # make quick  lint, types, and the tests that your change touches, in 90 seconds
 # make test   all tests but the slow ones, two at a time (JOBS=1 for one), in twenty minutes; it first installs what they
 #   need and may be installed: bubblewrap and Chromium (as root), Claude Code and Codex (npm); INSTALL=0 turns that off
@@ -14,24 +15,25 @@ PYTHON      ?= python3
 VENV        ?= .venv
 EXPERIMENTS ?= 6
 TAG         ?=
+DEVICE      ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
 .PHONY: run install quick test slow lint types bench gate gate-write gpu-check seal clients sandbox browser doctor clean
 
 run: $(VENV)/.installed
-	$(BIN)/hotloop prepare
-	$(BIN)/hotloop loop --experiments $(EXPERIMENTS) $(if $(TAG),--tag $(TAG))
+	$(BIN)/hotloop prepare $(if $(DEVICE),--device $(DEVICE))
+	$(BIN)/hotloop loop --experiments $(EXPERIMENTS) $(if $(TAG),--tag $(TAG)) $(if $(DEVICE),--device $(DEVICE))
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements/lock.txt pyproject.toml tools/install.py
 	@$(PYTHON) tools/environment.py "$(VENV)"
-	"$(BIN)/python" tools/install.py
+	$(BIN)/python tools/install.py $(if $(filter cpu,$(DEVICE)),--cpu)
 	@touch "$@"
 
 $(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
-	$(BIN)/python tools/install.py --test
+	$(BIN)/python tools/install.py --test $(if $(filter cpu,$(DEVICE)),--cpu)
 	@touch $@
 
 test: $(VENV)/.installed-test

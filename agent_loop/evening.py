@@ -28,9 +28,9 @@ from agent_loop.roster import make_agent
 from agent_loop.source import ProposalError
 from harness.compiled import Store
 from harness.data.dataset import default_data_dir
+from harness.devices import named
 from harness.errors import HotloopError, UsageError
 from harness.experiment import Settings, data_warnings
-from harness.machine import gpus_at
 from harness.preflight import preflight
 from harness.prewarm import Prewarmer
 from harness.record import Lock
@@ -210,13 +210,7 @@ def _slots(gpus: str | None, settings: Settings) -> list[Settings]:
         return [settings]
     if settings.device != "cuda":
         raise UsageError(f"--gpus {gpus} needs GPUs, and this night runs on {settings.device}")
-    try:
-        indices = [int(word) for word in gpus.split(",")]
-    except ValueError:
-        raise UsageError(f"--gpus {gpus!r} is not a list of numbers, such as 0,1") from None
-    if len(set(indices)) < len(indices):
-        raise UsageError(f"--gpus {gpus} names one twice")
-    sandboxes = [dataclasses.replace(settings.sandbox, gpu=gpu) for gpu in gpus_at(indices)]
+    sandboxes = [dataclasses.replace(settings.sandbox, gpu=gpu) for gpu in named(gpus)]
     return [dataclasses.replace(settings, sandbox=s) for s in sandboxes]
 
 

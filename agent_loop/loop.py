@@ -33,6 +33,7 @@ from agent_loop.report import write_tsv
 from agent_loop.rota import Rota
 from agent_loop.source import ProposalError, check_source, syntax_hash
 from agent_loop.turns import Preflight, Refused, Task, take_turn
+from harness.budget import held_against
 from harness.errors import DeviceError, HotloopError, RecordError, SandboxError
 from harness.experiment import Event, Job, Settings, forget_weights, record, run_experiment
 from harness.process import end_all
@@ -44,6 +45,7 @@ __all__ = ["HEARTBEAT", "Driver", "Options", "Runner", "Slot"]
 
 Runner = Callable[[Job, Settings, Callable[[Event], None]], Outcome]
 HEARTBEAT = "heartbeat"
+COLD_AFTER_S = 60.0  # without a run a card has cooled down, so it is warmed before the next calibration
 BEAT_S = 2.0  # how often the driver looks around while nothing happens
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
 # What may pass by itself or be mended while the driver waits.
@@ -96,6 +98,7 @@ class Slot:
     run: Run | None = None
     free_since: float = field(default_factory=time.monotonic)
     idle_s: float = 0.0  # before the run that is on it
+    used: bool = False  # by this driver
     not_before: float = 0.0  # after a fault
     trouble: Trouble = field(default_factory=Trouble)
 
@@ -304,6 +307,10 @@ class Driver:
         if self.options.race and parent is not None:
             known = lessons(self.night, self.night.noise(self.options.least_gain).floor_bpb)
             race = stopper(parent, known, self.repo.tag, run.number)
+        pace, late = 1.0, 1.0
+        if baseline and run.kind != "baseline" and baseline.device == "cuda":  # a CPU's wall time is who else is there
+            pace, late = held_against(baseline.budget, baseline.training_s)
+        slot.idle_s = time.monotonic() - slot.free_since
         job = Job(
             source=source,
             number=run.number,
@@ -316,10 +323,13 @@ class Driver:
             folder=self.night.experiment_folder(run.number),
             incumbent_tokens=budget.get("tokens"),
             baseline_cpu_s=baseline.training_cpu_s if baseline else None,
+            pace=pace,
+            late=late,
+            cold=not slot.used or slot.idle_s > COLD_AFTER_S,
             budget=self.options.budget,
             stop=race,
         )
-        slot.run, slot.idle_s = run, time.monotonic() - slot.free_since
+        slot.run, slot.used = run, True
         self.view.started(slot.index, job)
         self._thread(self._train, slot, job)
 

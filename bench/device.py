@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.devices import gpus, usable
 from harness.errors import DeviceError
-from harness.machine import gpus
 
 __all__ = [
     "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
@@ -119,7 +120,7 @@ def identity() -> dict[str, Any]:
             "capability": [p.major, p.minor],
             "multiprocessors": p.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": next((g["driver"] for g in gpus()), "unknown"),
+            "driver": next((g.driver for g in gpus()), "unknown"),
         }
     return found
 
@@ -131,7 +132,10 @@ def facts() -> dict[str, Any]:
 
 def require_gpu() -> None:
     """Raises DeviceError where there is no working GPU."""
-    if not gpus():
+    found = gpus()
+    if not found:
         raise DeviceError("this needs an NVIDIA GPU and nvidia-smi shows none; on a CPU: hotloop bench smoke")
+    usable(found[0])
+    os.environ["CUDA_VISIBLE_DEVICES"] = found[0].uuid  # the same as in a night, whatever CUDA's own order is
     if not torch.cuda.is_available():
         raise DeviceError(f"nvidia-smi shows a GPU and torch {torch.__version__} cannot use it; run: make install")

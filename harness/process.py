@@ -34,6 +34,7 @@ __all__ = ["Child", "Contained", "SharedMemory", "child_environment", "end_all",
 # Settings of the user's machine that a child needs, or that choose an implementation openly.
 _PASSED = (
     "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
     "CUDA_HOME",
     "LD_LIBRARY_PATH",
     "CC",
@@ -143,6 +144,14 @@ class Contained:
                 # The process's own clock, to the nanosecond: clock_getcpuclockid(3) makes its number so.
                 total += waited_for + time.clock_gettime((~pid << 3) | 2)
         return total
+
+    def rss_mb(self) -> float:
+        """Memory that the process and all that it started hold now, MiB; pages that they share count for each."""
+        pages = 0
+        for pid in (self.pid, *descendants(self.pid)):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def kill(self) -> None:
         """End the process and everything that it started, and reap it; idempotent."""

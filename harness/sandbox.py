@@ -191,7 +191,7 @@ class Sandbox:
                 argv += [*parents_of(path, made), "--ro-bind", path, path]
         for path in hidden_text():
             argv += ["--tmpfs", path, "--remount-ro", path] if os.path.isdir(path) else ["--ro-bind", "/dev/null", path]
-        nodes = device_nodes(policy.device, self.gpu.node if self.gpu else "")
+        nodes = device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ()))
         for path in nodes:
             argv += [*parents_of(path, made), "--dev-bind", path, path]
         for path in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
@@ -232,7 +232,7 @@ class Sandbox:
         launch.env |= homes(str(scratch / "home"), str(scratch / "tmp"))
         whole = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
         config["read"], config["listed"] = around(whole, hidden_text())
-        nodes = device_nodes(policy.device, self.gpu.node if self.gpu else "")
+        nodes = device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ()))
         config["write"] = [str(scratch), *_DEVICES, *nodes]
         if policy.device == "cuda":
             # libcuda names its threads through /proc and fails where it cannot. With a uid of its own a child may
@@ -275,18 +275,19 @@ def readable_text(source: str, sandbox: Sandbox) -> str:
 
 
 @functools.cache
-def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu") -> Sandbox:
+def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu", gpu: Gpu | None = None) -> Sandbox:
     """The best sandbox of this machine, or the best at level `wanted`; probed once a process.
 
     Args:
         unsafe: take L0 where nothing better works.
         device: `cuda` also wants a real product from the GPU, inside.
+        gpu: the only one that its children get.
 
     Raises:
         SandboxError: there is none (at that level).
     """
     missing: dict[str, str] = {}
-    for candidate in _candidates(missing):
+    for candidate in (replace(c, gpu=gpu) for c in _candidates(missing)):
         if wanted not in (None, candidate.level) or (candidate.level == 0 and not (unsafe or wanted == 0)):
             continue
         if candidate.level == 0:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,17 +130,17 @@ def parents_of(path: str, made: set[str]) -> list[str]:
     return argv
 
 
-def device_nodes(device: str, only: str = "") -> list[str]:
-    """What a child on a device needs of /dev; with `only` that one GPU's file and no other's.
+def device_nodes(device: str, only: str = "", caps: Sequence[str] = ()) -> list[str]:
+    """What a child on a device needs of /dev; with `only` that one GPU's file (and its part's) and no other's.
 
     dxg is the GPU of WSL2. The files of nvidia-caps are the rights to the parts of a divided GPU (MIG), which their own
     modes guard.
     """
     if device != "cuda":
         return []
-    nodes = [only] if only else sorted(glob.glob(f"{DEV}/nvidia[0-9]*"))
+    nodes = [only, *caps] if only else glob.glob(f"{DEV}/nvidia[0-9]*") + glob.glob(f"{DEV}/nvidia-caps/*")
     shared = [f"{DEV}/{name}" for name in ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "dxg")]
-    return nodes + [p for p in shared if os.path.exists(p)] + sorted(glob.glob(f"{DEV}/nvidia-caps/*"))
+    return list(dict.fromkeys(sorted(nodes) + [p for p in shared if os.path.exists(p)]))
 
 
 def first_to_go(argv: list[str]) -> list[str]:

@@ -111,7 +111,7 @@ def test_one_that_is_dead_is_replaced_by_a_cold_start(
 
 
 def test_one_that_does_not_get_ready_is_replaced_by_a_cold_start(cold: Trained, tmp_path: Path) -> None:
-    prewarmer = Prewarmer(setup(start_s=0.001), tmp_path / "warm")
+    prewarmer = Prewarmer(setup(load_s=0.001), tmp_path / "warm")
     try:
         prewarmer.prepare()
         result = train(tmp_path / "run", prewarmer)

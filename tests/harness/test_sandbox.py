@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import harness.sandbox
 from harness import gpu, landlock, lint, machine, seccomp
+from harness.devices import gpus_at
 from harness.errors import DeviceError, SandboxError, TrialError
-from harness.machine import Gpu, gpus_at
 from harness.probe import MUST
 from harness.probe_cuda import probe_cuda
 from harness.process import Child
@@ -29,6 +29,7 @@ from harness.sandbox import Policy, Sandbox, best, exposed
 from harness.session import Session, Trained
 from harness.walls import device_nodes, project_root
 from harness.wire import Closed
+from tests.harness.fake_nvml import H100, FakeNvml
 from tests.needs import at, sandbox
 
 ROOT = project_root()
@@ -386,34 +387,23 @@ def test_whatever_a_trainer_says_is_a_status_or_a_sane_number(message: dict[str,
 
 # ---- one of several GPUs
 
-SMI = """#!/bin/sh
-case "$1" in
-  --query-gpu=index*) printf '0, GPU-aa, 00000000:0F:00.0\n1, GPU-bb, 00000000:1F:00.0\n' ;;
-  --query-compute*) printf 'GPU-bb, 4242, python\n' ;;
-esac
-"""
-
 
 @pytest.fixture
-def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An nvidia-smi that tells of two GPUs, one of them in use, and the driver's own files."""
-    (tmp_path / "nvidia-smi").write_text(SMI)
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for bus, minor in (("0000:0f:00.0", 3), ("0000:1f:00.0", 1)):
-        (tmp_path / "gpus" / bus).mkdir(parents=True)
-        (tmp_path / "gpus" / bus / "information").write_text(f"Model:  H100\nDevice Minor:  {minor}\n")
-    return tmp_path / "gpus"
+def two_gpus(gpus: FakeNvml) -> FakeNvml:
+    """Two GPUs, the second of them in use."""
+    gpus.says(H100, H100 | {"uuid": "GPU-bb", "minor": 1, "apps": [[4242, "python"]]})
+    return gpus
 
 
-def test_a_child_of_one_gpu_gets_that_one_and_no_other(two_gpus: Path, tmp_path: Path) -> None:
-    first, second = gpus_at([0, 1], two_gpus)
-    assert (first, second) == (Gpu(0, "GPU-aa", "/dev/nvidia3"), Gpu(1, "GPU-bb", "/dev/nvidia1"))
-    assert gpus_at([1], tmp_path / "nowhere") == [Gpu(1, "GPU-bb", "")]
+def test_a_child_of_one_gpu_gets_that_one_and_no_other(two_gpus: FakeNvml, tmp_path: Path) -> None:
+    first, second = gpus_at([0, 1])
+    assert (first.node, second.node, second.uuid) == ("/dev/nvidia3", "/dev/nvidia1", "GPU-bb")
     with pytest.raises(DeviceError, match="there is no GPU 7; nvidia-smi shows 0, 1"):
-        gpus_at([7], two_gpus)
+        gpus_at([7])
     nodes = device_nodes("cuda", first.node)
     assert nodes[0] == "/dev/nvidia3" and not any(n in nodes for n in ("/dev/nvidia0", "/dev/nvidia1"))
+    caps = ("/dev/nvidia-caps/nvidia-cap21", "/dev/nvidia-caps/nvidia-cap22")
+    assert set(caps) < set(device_nodes("cuda", first.node, caps))  # those of its slice, and of no other
     walls = dataclasses.replace(Sandbox(0), gpu=second)
     for device, visible in (("cuda", "GPU-bb"), ("cpu", None)):
         launch = walls.launch(Policy("harness.probe", tmp_path / "run", device=device), [], {})
@@ -422,8 +412,7 @@ def test_a_child_of_one_gpu_gets_that_one_and_no_other(two_gpus: Path, tmp_path:
         launch.ended.close()
 
 
-def test_who_computes_is_asked_of_that_gpu_alone(two_gpus: Path) -> None:
-    first, second = gpus_at([0, 1], two_gpus)
-    assert gpu.others(first) == []
+def test_who_computes_is_asked_of_that_gpu_alone(two_gpus: FakeNvml) -> None:
+    first, second = gpus_at([0, 1])
+    assert gpu.others(first) == gpu.others() == []
     assert gpu.others(second) == ["4242 python"]
-    assert gpu.others() == ["4242 python"]

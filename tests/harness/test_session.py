@@ -534,6 +534,32 @@ def _state(pid: int) -> str:
         return ""
 
 
+def test_a_device_is_warmed_before_its_calibration_and_nothing_else_changes(folder: Path, trained: Trained) -> None:
+    events: list[Event] = []
+    warmed = session(folder, tiny.tiny_source(), on_event=events.append, warm_s=0.2)
+    result = warmed.run()
+    assert list(dict.fromkeys(e.phase for e in events))[:5] == ["start", "import", "compile", "warm", "calibrate"]
+    shares = [e.progress for e in events if e.phase == "warm"]
+    assert shares[0] == min(shares) >= 0 and shares == sorted(shares) and shares[-1] < 1
+    assert result.ledger["calibrate"] > 0.2
+    assert result.weights == trained.weights
+
+
+def test_a_start_that_takes_long_shows_that_it_goes_on_and_has_a_limit_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.session.SHOW_S", 0.01)
+    events: list[Event] = []
+    preset = tiny.tiny_preset().with_limits(load_s=60.0, start_s=30.0)
+    session(folder, tiny.tiny_source(), preset, on_event=events.append).run()
+    loading = [e.message for e in events if e.phase == "start" and e.message]
+    assert len(loading) > 1 and all(m.endswith(" MB loaded") for m in loading)
+    error = failure(lambda: train(folder, tiny.tiny_source(), preset=preset.with_limits(load_s=0.01)))
+    assert (error.status, error.reason) == (
+        "timeout", "torch and CUDA were not ready within 0 s; is the disk slow?"
+    )  # fmt: skip
+
+
 def test_events_tell_the_phases_in_order(folder: Path) -> None:
     events: list[Event] = []
     session(folder, tiny.tiny_source(), on_event=events.append).run()
