@@ -139,11 +139,11 @@ def _sandbox(limit_s: float, log: Path) -> tuple[int, str]:
 
 
 def _prepared(folder: Path, data: Path | None, limit_s: float) -> tuple[int, Path]:
-    """(exit status, rows of the GPU preset): those given, or the standard library's text."""
+    """(exit status, rows of the GPU preset): those given, or the built-in text's."""
     path = data or folder / "data"
     if path.exists():
         return 0, path
-    command = [*HOTLOOP, "prepare", "--preset", "h100", "--source", "stdlib", "--out", str(path)]
+    command = [*HOTLOOP, "prepare", "--preset", "h100", "--source", "packages", "--out", str(path)]
     return call(command, limit_s, folder / "prepare.log")[0], path
 
 
@@ -168,9 +168,7 @@ def _experiment(folder: Path, data: Path | None, limit_s: float, say: Callable[[
     work = project_root()
     flags = ["--data", str(data), "--budget-seconds", str(EXPERIMENT_S)]
     code, seconds = call([*HOTLOOP, "run", *flags], deadline - time.monotonic(), folder / "run.log")
-    page = (
-        f"`hotloop run --budget-seconds {EXPERIMENT_S:.0f}` on the standard library's text, {seconds:.0f} s in all:\n\n"
-    )
+    page = f"`hotloop run --budget-seconds {EXPERIMENT_S:.0f}` on the built-in text, {seconds:.0f} s in all:\n\n"
     page += _fenced(tail(folder / "run.log", 40))
     if code:
         return code, page

@@ -26,7 +26,9 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     run.set_defaults(run=_run)
 
     check = parts.add_parser("check", help="everything that needs a GPU, in twenty minutes (make gpu-check)")
-    check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
+    check.add_argument(
+        "--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else of the built-in text"
+    )
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
     check.add_argument(
         "--part",
