@@ -121,9 +121,16 @@ def main(who: str, folder: Path) -> None:
     """One way over one text on one core; prints rows, MB of text a processor second, MB of memory at the peak."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-    size = sum(len(json.loads(line).encode()) for line in open(folder / "text.jsonl"))
-    texts = (json.loads(line) for line in open(folder / "text.jsonl"))
-    groups = iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), [])
+    path = folder / "text.jsonl"
+    with open(path) as lines:
+        size = sum(len(json.loads(line).encode()) for line in lines)
+
+    def groups_of_texts() -> Iterator[list[str]]:
+        with open(path) as lines:
+            while group := [json.loads(line) for line in itertools.islice(lines, BATCH_DOCUMENTS)]:
+                yield group
+
+    groups = groups_of_texts()
     rows = 0
     if who == "reference":
         source = Path(os.environ["REFERENCE"]).read_text()
