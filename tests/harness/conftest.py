@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +84,15 @@ def tiny_rows(n: int, seed: int) -> np.ndarray:
         jump = rng.integers(1, 5, n)
         rows[:, t + 1] = (rows[:, t].astype(np.int64) * 3 + jump) % VOCAB
     return rows
+
+
+def tiny_dataset(splits: dict[str, np.ndarray], path: Path = Path("/nowhere/data")) -> Any:
+    """What a run needs of a `Dataset`: rows in memory, of a text that no child can read."""
+    facts = {"source": "packages", "packing": "carry", "share_in_rows": 1.0, "epoch_tokens": splits["train"].size}
+    return SimpleNamespace(
+        path=path, source="packages", digest="d" * 64, vocab_size=VOCAB, seq_len=LENGTH, rows=splits.__getitem__,
+        token_bytes=np.ones(VOCAB, dtype=np.int32), reference_bytes=np.ones(VOCAB, dtype=np.int32), verify=lambda: None, facts=lambda: dict(facts),
+    )  # fmt: skip
 
 
 @pytest.fixture

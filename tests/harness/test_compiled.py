@@ -7,10 +7,8 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from harness import compiled
@@ -20,7 +18,7 @@ from harness.prewarm import Setup
 from harness.record import Outcome
 from harness.sandbox import best
 from harness.spec import Preset
-from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
+from tests.harness.conftest import tiny_dataset, tiny_preset, tiny_rows, tiny_source
 
 SPLITS = {"train": tiny_rows(256, 0), "val": tiny_rows(64, 1), "holdout": tiny_rows(16, 2)}
 MOST = 1 << 20
@@ -49,11 +47,7 @@ SOURCE = tiny_source(START=SHOW + FILL, STEP=LATE).replace(
 
 
 def settings(root: Path, preset: Preset | None = None) -> Settings:
-    data: Any = SimpleNamespace(
-        rows=SPLITS.__getitem__, token_bytes=np.ones(VOCAB, dtype=np.int32), vocab_size=VOCAB, seq_len=LENGTH,
-        digest="d", verify=lambda: None, path=Path("/nowhere/data"),
-    )  # fmt: skip
-    return Settings(preset or tiny_preset(), "cpu", data, 1, best(), store=Store(root))
+    return Settings(preset or tiny_preset(), "cpu", tiny_dataset(SPLITS), 1, best(), store=Store(root))
 
 
 def run(root: Path, number: int = 0, source: bytes = SOURCE, preset: Preset | None = None) -> tuple[Outcome, Path]:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,8 +25,7 @@ from harness.sandbox import Sandbox
 from harness.session import Event, Session
 from harness.spec import PRESETS, Spec
 from kernels import attend
-from prepare import Dataset
-from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
+from tests.harness.conftest import LENGTH, VOCAB, tiny_dataset, tiny_preset, tiny_rows, tiny_source
 from tests.harness.fake_nvml import DROPPED, H100, SMALL, FakeNvml
 
 
@@ -40,15 +38,13 @@ def settings(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> Se
     """Of the tiny train.py; the data is made up, so it is not verified."""
     splits = {"train": tiny_rows(256, 0), "val": tiny_rows(64, 1), "holdout": tiny_rows(16, 2)}
 
-    class Rows:
-        path, digest, seq_len, vocab_size = tmp_path / "data", "d" * 64, LENGTH, VOCAB
-        token_bytes = np.ones(VOCAB, dtype=np.int32)
-        rows = staticmethod(splits.__getitem__)
-        verify = staticmethod(lambda: None)
-
-    dataset: Any = Rows()
-    assert not isinstance(dataset, Dataset)
-    return Settings(dataclasses.replace(tiny_preset(), device=device), device, dataset, 1, Sandbox(0))
+    return Settings(
+        dataclasses.replace(tiny_preset(), device=device),
+        device,
+        tiny_dataset(splits, tmp_path / "data"),
+        1,
+        Sandbox(0),
+    )
 
 
 def job(tmp_path: Path, **changes: str) -> Job:
@@ -340,7 +336,7 @@ def test_a_warning_is_in_the_record_the_summary_and_every_view(
     outcome = run_experiment(job(tmp_path), settings(tmp_path, "cpu", monkeypatch))
     assert outcome.status == "ok", outcome.reason
     assert outcome.conditions["feed_late_s"] > 0.5
-    (words,) = outcome.conditions["warnings"]
+    words = outcome.conditions["warnings"][-1]
     assert "for its rows" in words
     assert f"warning:          {words}" in summary(outcome)
     assert Outcome.from_dict(outcome.as_dict()).conditions == outcome.conditions
@@ -415,7 +411,7 @@ def test_broken_hardware_gets_a_second_try_and_the_record_says_so(
     monkeypatch.setattr(experiment, "fresh", lambda *a, **k: None)
     outcome = run_experiment(job(tmp_path), settings(tmp_path, "cuda", monkeypatch))
     assert (outcome.status, len(tries), outcome.ledger) == ("ok", 2, {"train": 1.0})
-    assert "run twice" in outcome.conditions["warnings"][0] and "ECC" in outcome.conditions["warnings"][0]
+    assert any("run twice" in words and "ECC" in words for words in outcome.conditions["warnings"])
 
     tries.clear()
     ends[:] = [TrialError("crash", "uncorrectable ECC")] * 3  # once more, and not again
