@@ -44,7 +44,9 @@ _PASSED = (
 DEFAULT_BOUNDS = Bounds()
 _TICKS = os.sysconf("SC_CLK_TCK")
 END_S = 20.0  # how long the end of a killed child may take
-WATCH_S, LOOK_S = 0.5, 0.05  # how often what a tree has is counted, and what the machine has left
+WATCH_S = 1.0  # how often what a tree has is counted
+# What the machine has left is looked at the more often the less it is: memory is hardly filled faster.
+FASTEST_BYTES_S, LOOK_S, OFTEN_S = 20 << 30, 0.5, 0.02
 _alive: weakref.WeakSet[Contained] = weakref.WeakSet()
 
 
@@ -192,10 +194,10 @@ class Contained:
         """End it before the kernel has to choose whom to end, in which it may choose the driver."""
         cgroups = limited_cgroups()
         floor = floor_bytes(cgroups)
-        while not self._watch.wait(LOOK_S):
-            if headroom(cgroups) < floor:
-                self._stop(f"memory ran out: less than {floor >> 20} MiB were left", "oom")
+        while (left := headroom(cgroups) - floor) >= 0:
+            if self._watch.wait(min(LOOK_S, max(OFTEN_S, left / FASTEST_BYTES_S))):
                 return
+        self._stop(f"memory ran out: less than {floor >> 20} MiB were left", "oom")
 
     def _watch_tree(self, bounds: Bounds) -> None:
         mine = score(os.getpid())
