@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from harness.bounds import Bounds, headroom, limited_cgroups, size_of, tree_byte
 from harness.errors import SandboxError
 from harness.process import Contained
 from harness.sandbox import Policy, Sandbox, best
+from harness.walls import first_to_go
 
 MIB = 1 << 20
 
@@ -128,6 +130,18 @@ def level(number: int) -> Sandbox:
         return best(number)
     except SandboxError as e:
         pytest.skip(f"L{number} cannot be tested on this machine: {e}")
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_what_goes_first_is_said_before_it_starts_and_its_environment_is_what_it_was(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    argv = first_to_go(["sh", "-c", "cat /proc/$$/oom_score_adj; tr '\\0' '\\n' </proc/$$/environ"])
+    env = {"PATH": os.environ["PATH"], "A": "x"}
+    done = subprocess.run([shell, *argv[1:]], env=env, capture_output=True, text=True, check=True)
+    score, *found = done.stdout.split()
+    assert score == str(bounds.FIRST)
+    assert dict(line.split("=", 1) for line in found) == env
 
 
 SPARE = """
