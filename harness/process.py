@@ -18,6 +18,7 @@ import subprocess
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -120,7 +121,7 @@ class Contained:
                 self._inside = os.pidfd_open(pid)
         self._watch = threading.Event()
         _alive.add(self)
-        watches = (self._watch_machine, self._watch_tree)
+        watches = (self._watch_machine, self._watch_tree, self._watch_files)
         self._watches = [threading.Thread(target=watch, args=(bounds,), daemon=True) for watch in watches]
         for thread in self._watches:
             thread.start()
@@ -201,18 +202,27 @@ class Contained:
 
     def _watch_tree(self, bounds: Bounds) -> None:
         mine = score(os.getpid())
-        while not self._watch.wait(WATCH_S):
+        for _ in self._rounds():
             pids = descendants(self.pid)
-            if bounds.memory is not None and tree_bytes(pids, self._in_memory(), bounds.memory) > bounds.memory:
-                self._stop(f"its processes hold more than {bounds.memory >> 20} MiB of memory", "oom")
-            elif mine is not None and any(s is not None and s < FIRST for s in map(score, pids)):
+            if mine is not None and any(s is not None and s < FIRST for s in map(score, pids)):
                 self._stop("it made itself one of those that the system spares when memory runs out")
-            elif os.fstat(self._log).st_size > bounds.log:
+            elif bounds.memory is not None and tree_bytes(pids, self._in_memory(), bounds.memory) > bounds.memory:
+                self._stop(f"its processes hold more than {bounds.memory >> 20} MiB of memory", "oom")
+
+    def _watch_files(self, bounds: Bounds) -> None:
+        for _ in self._rounds():
+            if os.fstat(self._log).st_size > bounds.log:
                 self._stop(f"its log grew beyond {bounds.log >> 20} MiB")
             elif any(size_of(f, had + bounds.files) > had + bounds.files for f, had in self._had.items()):
                 self._stop(f"its files grew beyond {bounds.files >> 20} MiB")
-            if self.fault:
-                return
+
+    def _rounds(self) -> Iterator[None]:
+        """One a second until it ends or was ended; less often where a round itself takes long."""
+        wait_s = WATCH_S
+        while not self._watch.wait(wait_s) and not self.fault:
+            began = time.monotonic()
+            yield
+            wait_s = max(WATCH_S, 10 * (time.monotonic() - began))
 
     def _in_memory(self) -> int:
         """Bytes of its files in file systems in memory."""
