@@ -13,7 +13,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,11 +125,14 @@ def score(pid: int) -> int | None:
         return None
 
 
-def size_of(folder: Path | str, most: int | None = None, uid: int | None = None) -> int:
+def size_of(
+    folder: Path | str, most: int | None = None, uid: int | None = None, stop: Callable[[], bool] = lambda: False
+) -> int:
     """Bytes on the disk (or in memory) of all below, counted until there are more than `most`.
 
     Args:
         uid: count what this owner has alone.
+        stop: asked at each folder; true ends the count.
     """
     total = 0
     for root, folders, names in os.walk(folder):
@@ -138,7 +141,7 @@ def size_of(folder: Path | str, most: int | None = None, uid: int | None = None)
                 stat = os.lstat(os.path.join(root, name))
                 if uid in (None, stat.st_uid):
                     total += max(stat.st_blocks * 512, _LEAST_FILE)
-        if most is not None and total > most:
+        if (most is not None and total > most) or stop():
             break
     return total
 

@@ -213,8 +213,11 @@ class Contained:
         for _ in self._rounds():
             if os.fstat(self._log).st_size > bounds.log:
                 self._stop(f"its log grew beyond {bounds.log >> 20} MiB")
-            elif any(size_of(f, had + bounds.files) > had + bounds.files for f, had in self._had.items()):
+            elif any(self._grew(folder, had + bounds.files) for folder, had in self._had.items()):
                 self._stop(f"its files grew beyond {bounds.files >> 20} MiB")
+
+    def _grew(self, folder: Path, most: int) -> bool:
+        return size_of(folder, most, stop=self._watch.is_set) > most
 
     def _rounds(self) -> Iterator[None]:
         """One a second until it ends or was ended; less often where a round itself takes long."""
