@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ __all__ = ["FIRST", "Bounds", "floor_bytes", "headroom", "limited_cgroups", "sco
 FIRST = 1000  # the score of those that the kernel ends first
 _FLOOR_SHARE, _MOST_FLOOR = 20, 2 << 30
 _LEAST_FILE = 1024  # what an empty one is counted as
+_LEFT = re.compile(rb"^(?:MemAvailable|SwapFree): +(\d+)", re.MULTILINE)
 _NO_LIMIT = 1 << 60  # cgroup v1 says "none" by a number near 2^63
 
 
@@ -44,8 +46,9 @@ class Bounds:
 
 def headroom(cgroups: Iterable[tuple[Path, int]] = ()) -> int:
     """Bytes that can be taken before the kernel ends processes: of the machine, or of the fullest of `cgroups`."""
-    fields = _fields("/proc/meminfo")
-    left = (fields["MemAvailable"] + fields.get("SwapFree", 0)) * 1024
+    with open("/proc/meminfo", "rb", buffering=0) as f:  # asked for so often that it must cost next to nothing
+        found = _LEFT.findall(f.read(4096))
+    left = sum(map(int, found)) * 1024
     for folder, most in cgroups:
         with contextlib.suppress(OSError, ValueError, KeyError):
             left = min(left, most - _taken(folder))
@@ -122,11 +125,14 @@ def score(pid: int) -> int | None:
         return None
 
 
-def size_of(folder: Path | str, most: int | None = None, uid: int | None = None) -> int:
+def size_of(
+    folder: Path | str, most: int | None = None, uid: int | None = None, stop: Callable[[], bool] = lambda: False
+) -> int:
     """Bytes on the disk (or in memory) of all below, counted until there are more than `most`.
 
     Args:
         uid: count what this owner has alone.
+        stop: asked at each folder; true ends the count.
     """
     total = 0
     for root, folders, names in os.walk(folder):
@@ -135,7 +141,7 @@ def size_of(folder: Path | str, most: int | None = None, uid: int | None = None)
                 stat = os.lstat(os.path.join(root, name))
                 if uid in (None, stat.st_uid):
                     total += max(stat.st_blocks * 512, _LEAST_FILE)
-        if most is not None and total > most:
+        if (most is not None and total > most) or stop():
             break
     return total
 

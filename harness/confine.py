@@ -28,6 +28,7 @@ __all__ = ["BOOT", "SURVIVORS", "descendants", "main"]
 
 BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from harness.confine import main; main()"
 LAST_CHANCE_S = 10.0  # how long a supervisor goes on killing what does not end
+MOST_FILES = 1 << 16  # open at a time in one process: the parent looks at each
 SURVIVORS = 99  # a supervisor's exit status when something did not end
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_CAPBSET_DROP = 1, 4, 36, 24
@@ -77,6 +78,9 @@ def _limit(config: dict[str, Any]) -> None:
             hard = resource.getrlimit(which)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(which, (value, value))
+    soft, hard = (min(n, MOST_FILES) if n != resource.RLIM_INFINITY else MOST_FILES
+                  for n in resource.getrlimit(resource.RLIMIT_NOFILE))  # fmt: skip
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _become(uid: int, reads_all: bool) -> None:

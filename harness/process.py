@@ -18,6 +18,7 @@ import subprocess
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -45,7 +46,9 @@ _PASSED = (
 DEFAULT_BOUNDS = Bounds()
 _TICKS = os.sysconf("SC_CLK_TCK")
 END_S = 20.0  # how long the end of a killed child may take
-WATCH_S, LOOK_S = 0.5, 0.05  # how often what a tree has is counted, and what the machine has left
+WATCH_S = 1.0  # how often what a tree has is counted
+# What the machine has left is looked at the more often the less it is: memory is hardly filled faster.
+FASTEST_BYTES_S, LOOK_S, OFTEN_S = 20 << 30, 0.5, 0.02
 _alive: weakref.WeakSet[Contained] = weakref.WeakSet()
 
 
@@ -119,7 +122,7 @@ class Contained:
                 self._inside = os.pidfd_open(pid)
         self._watch = threading.Event()
         _alive.add(self)
-        watches = (self._watch_machine, self._watch_tree)
+        watches = (self._watch_machine, self._watch_tree, self._watch_files)
         self._watches = [threading.Thread(target=watch, args=(bounds,), daemon=True) for watch in watches]
         for thread in self._watches:
             thread.start()
@@ -201,25 +204,37 @@ class Contained:
         """End it before the kernel has to choose whom to end, in which it may choose the driver."""
         cgroups = limited_cgroups()
         floor = floor_bytes(cgroups)
-        while not self._watch.wait(LOOK_S):
-            if headroom(cgroups) < floor:
-                self._stop(f"memory ran out: less than {floor >> 20} MiB were left", "oom")
+        while (left := headroom(cgroups) - floor) >= 0:
+            if self._watch.wait(min(LOOK_S, max(OFTEN_S, left / FASTEST_BYTES_S))):
                 return
+        self._stop(f"memory ran out: less than {floor >> 20} MiB were left", "oom")
 
     def _watch_tree(self, bounds: Bounds) -> None:
         mine = score(os.getpid())
-        while not self._watch.wait(WATCH_S):
+        for _ in self._rounds():
             pids = descendants(self.pid)
-            if bounds.memory is not None and tree_bytes(pids, self._in_memory(), bounds.memory) > bounds.memory:
-                self._stop(f"its processes hold more than {bounds.memory >> 20} MiB of memory", "oom")
-            elif mine is not None and any(s is not None and s < FIRST for s in map(score, pids)):
+            if mine is not None and any(s is not None and s < FIRST for s in map(score, pids)):
                 self._stop("it made itself one of those that the system spares when memory runs out")
-            elif os.fstat(self._log).st_size > bounds.log:
+            elif bounds.memory is not None and tree_bytes(pids, self._in_memory(), bounds.memory) > bounds.memory:
+                self._stop(f"its processes hold more than {bounds.memory >> 20} MiB of memory", "oom")
+
+    def _watch_files(self, bounds: Bounds) -> None:
+        for _ in self._rounds():
+            if os.fstat(self._log).st_size > bounds.log:
                 self._stop(f"its log grew beyond {bounds.log >> 20} MiB")
-            elif any(size_of(f, had + bounds.files) > had + bounds.files for f, had in self._had.items()):
+            elif any(self._grew(folder, had + bounds.files) for folder, had in self._had.items()):
                 self._stop(f"its files grew beyond {bounds.files >> 20} MiB")
-            if self.fault:
-                return
+
+    def _grew(self, folder: Path, most: int) -> bool:
+        return size_of(folder, most, stop=self._watch.is_set) > most
+
+    def _rounds(self) -> Iterator[None]:
+        """One a second until it ends or was ended; less often where a round itself takes long."""
+        wait_s = WATCH_S
+        while not self._watch.wait(wait_s) and not self.fault:
+            began = time.monotonic()
+            yield
+            wait_s = max(WATCH_S, 10 * (time.monotonic() - began))
 
     def _in_memory(self) -> int:
         """Bytes of its files in file systems in memory."""

@@ -1,27 +1,34 @@
-"""Which parts of files lie in memory, brought to one state between processes that must not hear of each other.
+"""What reading a file leaves behind, brought to one state between processes that must not hear of each other.
 
 Reading a page brings it into the kernel's memory, and that it is there shows in how long the next read takes, in
 another process too: one bit a page, on files that may only be read. So when an evaluator has ended, which had val text,
 the parent has the kernel drop every page of every file that children can read. What stays is what living processes
 map, and they made their imports before it got a row. It is not done where the kernel's own counters say that since then
 no page was brought in or pushed out on the whole machine.
+
+A read also leaves its time, once a day (`relatime`), where a child can see the machine's own mounts (L2, L1): one bit
+for each file, folder and link that nobody read for a day. So all of them are touched before an evaluator gets a row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
+import stat
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from harness.walls import ETC, SYSTEM, python_and_code
 
-__all__ = ["begin", "drop", "mark", "readable", "wait"]
+__all__ = ["begin", "drop", "mark", "readable", "settle_times", "wait"]
 
 # File systems whose reads are counted: those on the machine's own disks, and what is stacked on them.
 _COUNTED = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "squashfs", "erofs", "overlay", "tmpfs"}
+_DAY_S = 24 * 3600
 _lock = threading.Lock()
 _pending: threading.Thread | None = None
 
@@ -73,6 +80,32 @@ def drop(files: Iterable[str]) -> None:
                 os.close(fd)
 
 
+def settle_times(entries: Iterable[str] | None = None) -> None:
+    """Touch what a read would leave a new time of access on, without reading it; by default all that children can read.
+
+    From then on, for a day, reading leaves none. What its file system keeps no times for costs a look.
+    """
+    if entries is None:
+        entries = readable() if _keeps_times() else ()
+        entries = (*entries, *_folders_and_links(_roots())) if entries else ()
+    now = time.time()
+    for path in entries:
+        with contextlib.suppress(OSError):
+            s = os.lstat(path)
+            if now - s.st_atime < _DAY_S and s.st_atime > max(s.st_mtime, s.st_ctime):
+                continue
+            if stat.S_ISLNK(s.st_mode):
+                os.readlink(path)
+            elif stat.S_ISDIR(s.st_mode):
+                os.listdir(path)
+            elif s.st_size:
+                with open(path, "rb", buffering=0) as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ):
+                    pass  # the mapping alone counts as a use, and brings no page in
+            else:
+                with open(path, "rb", buffering=0) as f:
+                    f.read(1)
+
+
 def readable() -> tuple[str, ...]:
     """Every file that a child can read and nobody writes: looked up once."""
     return _below(_roots())
@@ -85,13 +118,27 @@ def _roots() -> tuple[str, ...]:
 @functools.cache
 def _all_counted() -> bool:
     """Whether the reads of all of them show in the kernel's counters; not so over a network, say."""
-    kinds: dict[str, str] = {}
+    kinds = {kind for kind, _ in _mounts()}
+    return bool(kinds) and kinds <= _COUNTED
+
+
+@functools.cache
+def _keeps_times() -> bool:
+    """Whether a read of any of them may leave its time. Of what an overlay shows from below it never does."""
+    return any(kind != "overlay" and not {"noatime", "ro"} & options for kind, options in _mounts())
+
+
+def _mounts() -> list[tuple[str, set[str]]]:
+    """File system and options of every mount that holds a part of them."""
+    found: dict[str, tuple[str, set[str]]] = {}
     with contextlib.suppress(OSError, ValueError), open("/proc/self/mountinfo") as f:
         for line in f:
             fields = line.split()
-            kinds[fields[4]] = fields[fields.index("-") + 1]  # a later mount hides an earlier one
-    relevant = {kinds.get(mount, "") for root in _roots() for mount in _mounts_of(root, kinds)}
-    return bool(relevant) and relevant <= _COUNTED
+            found[fields[4]] = (
+                fields[fields.index("-") + 1],
+                set(fields[5].split(",")),
+            )  # a later one hides an earlier
+    return [found[m] for root in _roots() for m in _mounts_of(root, found) if m in found]
 
 
 def _mounts_of(root: str, mounts: Iterable[str]) -> list[str]:
@@ -107,6 +154,17 @@ def _below(roots: tuple[str, ...]) -> tuple[str, ...]:
         if not any(Path(root).is_relative_to(other) for other in set(roots) - {root}):
             found += [root] if os.path.isfile(root) else _files(root)
     return tuple(found)
+
+
+@functools.cache
+def _folders_and_links(roots: tuple[str, ...]) -> tuple[str, ...]:
+    found: list[str] = []
+    for root in roots:
+        for folder, folders, names in os.walk(root):
+            found.append(folder)
+            entries = (os.path.join(folder, name) for name in (*folders, *names))
+            found += (entry for entry in entries if os.path.islink(entry))
+    return tuple(dict.fromkeys(found))
 
 
 def _files(folder: str) -> list[str]:

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness import landlock, seccomp
+from harness import compilers, landlock, seccomp
 from harness.bounds import Bounds, score
 from harness.confine import BOOT
 from harness.data.dataset import BUILT_IN, Dataset
-from harness.errors import SandboxError
+from harness.errors import DeviceError, SandboxError
 from harness.machine import Gpu
 from harness.spec import Limits
 from harness.walls import (
@@ -285,7 +285,10 @@ def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu", g
 
     Raises:
         SandboxError: there is none (at that level).
+        DeviceError: `cuda` lacks a compiler or headers, which is no sandbox's fault; with the package that has them.
     """
+    if device == "cuda" and (lacking := compilers.missing()):
+        raise DeviceError(lacking)
     missing: dict[str, str] = {}
     for candidate in (replace(c, gpu=gpu) for c in _candidates(missing)):
         if wanted not in (None, candidate.level) or (candidate.level == 0 and not (unsafe or wanted == 0)):

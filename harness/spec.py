@@ -74,7 +74,8 @@ class Limits:
         file_bytes: the largest file that a child may write, its log included.
         scratch_bytes: all that a child may write to its private folders.
         processes: that a child may have, threads included.
-        memory_bytes: what one process of a child may allocate on a CPU; None for most of the machine's.
+        memory_bytes: what all processes of a child may hold, and one may allocate on a CPU; None for most of the
+            machine's.
     """
 
     load_s: float = 900.0

@@ -148,7 +148,9 @@ def first_to_go(argv: list[str]) -> list[str]:
 
     Where root says so it is also the least that it can be made by what runs in it; bubblewrap drops the right to.
     """
-    return ["/bin/sh", "-c", '{ echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', "sh", *argv]
+    # Without the variables that some shells export.
+    command = '{ echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec env -u PWD -u OLDPWD -u SHLVL -u _ "$@"'
+    return ["/bin/sh", "-c", command, "sh", *argv]
 
 
 def homes(home: str, tmp: str) -> dict[str, str]:

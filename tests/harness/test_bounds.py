@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from harness.bounds import Bounds, headroom, limited_cgroups, size_of, tree_byte
 from harness.errors import SandboxError
 from harness.process import Contained
 from harness.sandbox import Policy, Sandbox, best
+from harness.walls import first_to_go, project_root
 
 MIB = 1 << 20
 
@@ -130,6 +133,18 @@ def level(number: int) -> Sandbox:
         pytest.skip(f"L{number} cannot be tested on this machine: {e}")
 
 
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_what_goes_first_is_said_before_it_starts_and_its_environment_is_what_it_was(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    argv = first_to_go(["sh", "-c", "cat /proc/$$/oom_score_adj; tr '\\0' '\\n' </proc/$$/environ"])
+    env = {"PATH": os.environ["PATH"], "A": "x"}
+    done = subprocess.run([shell, *argv[1:]], env=env, capture_output=True, text=True, check=True)
+    score, *found = done.stdout.split()
+    assert score == str(bounds.FIRST)
+    assert dict(line.split("=", 1) for line in found) == env
+
+
 SPARE = """
 def spare():
     try:
@@ -190,3 +205,59 @@ def test_memory_under_way_in_a_socket_ends_it_before_the_machine_is_full(
     )
     contained = run(level(3), code, tmp_path)
     assert (contained.fault_status, contained.fault.split(":")[0]) == ("oom", "memory ran out")
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """A cgroup of 2 GiB to join; only root can make one, and not in every container."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    folder = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"hotloop-test-{os.getpid()}"
+    limit = "memory.limit_in_bytes" if v1.is_dir() else "memory.max"
+    try:
+        folder.mkdir()
+    except OSError as e:
+        pytest.skip(f"no cgroup can be made here: {e}")
+    try:
+        (folder / limit).write_text(str(2 << 30))
+    except OSError as e:
+        folder.rmdir()
+        pytest.skip(f"no cgroup can be limited here: {e}")
+    yield folder
+    for _ in range(100):
+        try:
+            folder.rmdir()
+            break
+        except OSError:
+            time.sleep(0.1)
+
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+Path({cgroup!r}, "cgroup.procs").write_text(str(os.getpid()))
+from tests.harness.test_bounds import SPARE, run
+from harness.sandbox import best
+code = SPARE.replace("os._exit(0)", "return").replace("time.sleep(30)", "") + '''
+spare()
+for n in range(64):
+    fd = os.memfd_create("x")
+    for _ in range(64): os.write(fd, bytes(1 << 20))
+time.sleep(30)
+'''
+contained = run(best({level}), code, Path({folder!r}))
+print(contained.fault_status, contained.fault)
+"""
+
+
+@pytest.mark.parametrize("number", [3, 1])
+def test_the_driver_lives_where_a_child_fills_the_cgroup_of_both(
+    small_cgroup: Path, tmp_path: Path, number: int
+) -> None:
+    """The child asks to be spared, and hides what it takes in memfds that nothing maps."""
+    level(number)
+    code = DRIVER.format(root=str(project_root()), cgroup=str(small_cgroup), level=number, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
+    assert done.stdout.split()[0] in ("oom", "crash")
+    assert "memory ran out" in done.stdout or "spares when memory runs out" in done.stdout

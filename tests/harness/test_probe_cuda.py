@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness import compilers, machine, probe_cuda
-from harness.errors import SandboxError
+from harness.errors import DeviceError, SandboxError
 from harness.sandbox import Sandbox, best
 from harness.walls import project_root
 
@@ -80,6 +80,12 @@ def test_what_is_missing_is_said_before_a_child_is_started(monkeypatch: pytest.M
     monkeypatch.setattr(compilers, "missing", lambda: "there is no Python.h")
     with pytest.raises(SandboxError, match=r"^there is no Python\.h$"):
         probe_cuda.probe_cuda(Sandbox(0))
+    best.cache_clear()
+    try:
+        with pytest.raises(DeviceError, match=r"^there is no Python\.h$"):
+            best(device="cuda")
+    finally:
+        best.cache_clear()
 
 
 def test_a_failure_names_what_the_sandbox_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     with pytest.raises(TrialError) as e:
         train(folder, walls, 1.5, STEP=HANG)
     assert e.value.status == "timeout"
-    assert e.value.reason == "no sign of life for 2 s while training"
+    assert re.fullmatch(r"no sign of life for \d+ s while training", e.value.reason)
     assert "HANGS" in (folder / "log.txt").read_text()
     assert max(map(len, seen)) >= 2, "the trainer and its child"
     assert writers(folder / "log.txt") == []
