@@ -150,8 +150,8 @@ def compile_cases() -> list[CompileCase]:
     """
     cases = []
     for head_dim in (64, 128):
-        default, key_of = (functools.partial(f, head_dim) for f in (default_config, config_key))
-        shipped = product.shipped("linear_qkv", default, key_of)
+        default = functools.partial(default_config, head_dim)
+        shipped = product.shipped("linear_qkv", default, functools.partial(config_key, head_dim))
         for config, capabilities in shipped:
             for ve, norm in ((True, False), (False, False), (True, True), (False, True)):
                 constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve, "NORM": norm} | config

@@ -324,7 +324,8 @@ def embedding(tokens: Tensor, weight: Tensor, order: TokenOrder | TokenRows | No
     if isinstance(plan, TokenRows):
         if plan.rows.shape[1] != vocab + tokens.numel() // PLAIN_PIECE or len(plan.pieces) != vocab + 1:
             raise KernelError(f"the order is one of other tokens than {tokens.numel()} of {vocab}")
-        return sorted_embedding(tokens, weight, *plan)
+        rows: Tensor = sorted_embedding(tokens, weight, *plan)
+        return rows
     if len(plan.order) != tokens.numel() or len(plan.offsets) != vocab + 1:
         raise KernelError(
             f"the order is one of {len(plan.order)} tokens and {len(plan.offsets) - 1} rows, not of {tokens.numel()} "
