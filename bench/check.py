@@ -72,6 +72,7 @@ def main(
     identity = dev.identity() if device != "cpu" else dev.cpu_identity()
     folder = out / results.folder_of(identity["device"]).name if out else results.folder_of(identity["device"])
     folder = folder.resolve()
+    (folder / "work").mkdir(parents=True, exist_ok=True)
     notes = Notes(folder / "work" / "check.json", stamp(train, identity))
     if notes.why:
         say(f"begun anew: {notes.why}")
@@ -137,11 +138,11 @@ def _write(notes: Notes, folder: Path) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     name = notes.body.setdefault("file", f"{now:%Y%m%d-%H%M}-{body['commit_info']['id'][:9]}.json")
     path = folder / str(name)
-    write_whole(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(body, indent=1) + "\n")
     found = results.read(path)
     beside = predictions.page(found)
     body["hotloop"]["pages"] = {"Beside the predictions": beside} | body["hotloop"]["pages"]
-    write_whole(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(body, indent=1) + "\n")
     write_whole(path.with_suffix(".md"), results.markdown(results.read(path)))
     notes.save()
     return path

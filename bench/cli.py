@@ -275,9 +275,8 @@ def _switches(args: argparse.Namespace) -> int:
     if not args.trial:
         dev.require_gpu()
     path = args.notes or (Path("trial.json") if args.trial else _notes("switches"))
-    return switches(
-        train, preset, Notes(path, stamp(train, preset)), path.with_name("chosen.json"), args.minutes, extras
-    )
+    notes = Notes(path, stamp(train, preset))
+    return switches(train, preset, notes, path.with_name("chosen.json"), args.minutes, extras)
 
 
 def _notes(name: str) -> Path:

@@ -19,8 +19,8 @@ from harness.errors import DeviceError
 from harness.machine import gpus
 
 __all__ = [
-    "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now", "require_gpu",
-    "rotations", "seconds",
+    "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "require_gpu", "rotations", "seconds",
 ]  # fmt: skip
 
 

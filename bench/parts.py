@@ -145,7 +145,7 @@ def _kernels(bench: Bench, limit_s: float) -> Result:
 
 
 def _attention(bench: Bench, limit_s: float) -> Result:
-    out = bench.work / "attention.json"
+    out = bench.work / "attention-rows.json"
     command = [*BENCH, "attention", "--out", str(out), *minutes(limit_s)]
     command += ["--trial"] if bench.trial else ["--shape", "baseline", "--shape", "baseline full", "--repeats", "200"]
     code = _resealed(bench, lambda: call(command, limit_s, bench.log("attention"))[0])

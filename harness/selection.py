@@ -209,7 +209,7 @@ class Selection:
     def _prove(self, runner: Runner) -> None:
         """Raises Unfit for a set that varies, or whose losses are not plain's."""
         first, again = runner.answer(), runner.answer()
-        if first != again:
+        if repr(first) != repr(again):  # by words, since NaN is not what it is
             raise Unfit("it varies: the same steps from the same state gave other bits")
         for step, (mine, true) in enumerate(zip(first.losses, self._truth(), strict=True)):
             if not math.isclose(mine, true, rel_tol=LOSS_TOLERANCE):
