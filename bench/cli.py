@@ -182,6 +182,7 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from bench import device as dev
     from bench.check import main as check
     from bench.parts import PARTS
     from harness.single import read_train_source
@@ -189,10 +190,12 @@ def _check(args: argparse.Namespace) -> int:
     _check_minutes(args)
     if unknown := sorted(set(args.part or ()) - set(PARTS)):
         raise UsageError(f"no part is called {unknown[0]}; they are {', '.join(PARTS)}")
-    read_train_source(args.train)
     data = args.data.resolve() if args.data else None
     if data and not data.exists():
         raise UsageError(f"there is no prepared data at {data}; leave it out, or run: hotloop prepare --out {data}")
+    if args.device == "cuda":
+        dev.require_gpu()
+    read_train_source(args.train)
     return check(args.train.resolve(), data, args.out, args.part, args.minutes, args.again, args.device)
 
 
