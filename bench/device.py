@@ -19,7 +19,7 @@ from harness.errors import DeviceError
 from harness.machine import gpus
 
 __all__ = [
-    "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "Mark", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
     "require_gpu", "rotations", "seconds",
 ]  # fmt: skip
 
@@ -97,19 +97,13 @@ def matrix_rate() -> float:
     return 2 * n**3 / seconds(lambda: a @ b)
 
 
-def cpu_identity() -> dict[str, Any]:
-    """Of a trial."""
+def identity() -> dict[str, Any]:
+    """What figures depend on."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "cpu_figures": True}
     with contextlib.suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
-    return found
-
-
-def identity() -> dict[str, Any]:
-    """What figures depend on."""
-    found = cpu_identity()
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties()
         found |= {

@@ -11,8 +11,8 @@ import pytest
 
 import prepare as prep
 from bench import check, parts, predictions, results
-from bench import device as dev
 from bench.cli import main
+from bench.operators import OPERATORS
 from bench.parts import PARTS, Bench, Part
 from bench.switches import UNFINISHED
 from tests.harness.conftest import TINY
@@ -62,7 +62,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return Part(name, 100.0, run, "words", named=name == "c")
 
     monkeypatch.setattr(check, "PARTS", {name: part(name) for name in "abc"})
-    monkeypatch.setattr(dev, "facts", lambda: FACTS)
+    monkeypatch.setattr(check, "_asked", lambda *_: FACTS)
     return given
 
 
@@ -104,6 +104,14 @@ def test_it_goes_on_after_a_kill_in_one_file(train: Path, tmp_path: Path, script
     code, found, _ = checked(train, tmp_path)  # the same file: `checked` finds one
     assert code == 0 and found["pages"]["b"] == "whole"
     assert [name for name, _ in scripted["ran"]] == ["a", "b", "b", "b"]
+
+
+def test_what_is_out_of_time_is_tried_again_and_then_fails(
+    train: Path, tmp_path: Path, scripted: dict[str, Any]
+) -> None:
+    scripted["a"] = (124, "so far")
+    assert [checked(train, tmp_path)[0] for _ in range(4)] == [UNFINISHED, UNFINISHED, 1, 1]
+    assert [name for name, _ in scripted["ran"]] == ["a", "b", "a", "a"]
 
 
 def test_no_part_is_begun_that_may_not_end_in_time(train: Path, tmp_path: Path, scripted: dict[str, Any]) -> None:
@@ -161,11 +169,13 @@ def test_every_command_of_every_part_is_one_that_exists(
         return (1, 0.0) if args.verb == "run" else (0, 0.0)  # no record to read
 
     monkeypatch.setattr(parts, "call", take)
-    monkeypatch.setattr(parts, "run_kernels", lambda *_, **__: 0)
+    timed: list[str] = []
+    monkeypatch.setattr(parts, "run_kernels", lambda out, limit_s, log, names, *_: timed.extend(names) or 0)
     facts = {"run": {"number": 0, "environment": {}, "data": "x"}}
     bench = Bench(device, ROOT / "train.py", tmp_path, None, lambda _: None, facts)
     for part in PARTS.values():
         part.run(bench, part.limit_s)
+    assert timed if device == "cpu" else set(timed) == OPERATORS.keys() - {"attention"}
     assert {"doctor", "run", "replay", "prepare"} <= set(taken)
     assert {f"bench {p}" for p in ("attention", "switches", "step", "baseline", "tune", "overheads")} <= set(taken)
 
@@ -193,7 +203,7 @@ def test_each_part_for_real_at_a_minute_size(
     result = results.read(path)
     pages = result.extra["pages"]
     assert list(pages) == ["Beside the predictions", *named]
-    assert {r.operator for r in result.rows} == {"residual_rms_norm"}
+    assert {r.operator for r in result.rows} == {"residual_rms_norm", "attention"}
     assert "K=16 T=1 W=1: triton" in pages["attention"]
     assert re.search(r"^\| adamw_=ours \| plain \| [\d,]+ \|", pages["switches"], re.MULTILINE)
     assert "With HOTLOOP_KERNELS=" in pages["step"] and "CPU figures" in pages["step"]
@@ -220,8 +230,6 @@ def test_predictions_are_labelled_and_set_beside_what_was_measured(tmp_path: Pat
 
 
 def test_the_operators_of_predictions_are_benchmarked() -> None:
-    from bench.operators import OPERATORS
-
     for part in predictions.PARTS:
         assert len(part.rows) == len(part.times)
         for operator, shape, way in part.rows:
