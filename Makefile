@@ -6,8 +6,8 @@
 # make soak   300 experiments under faults of every kind, driver killed again and again (no GPU, minutes)
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
 # make gpu-check   everything that needs a GPU, part by part; the same command goes on where it was ended (MINUTES=9.5: begin
-#   nothing that takes longer; PART="switches step": only these, done or not; AGAIN=1: forget what was done; DATA=folder of
-#   rows of 2048 tokens, else stdlib's text; TRIAL=1: all of it on a CPU at a minute size, which measures nothing)
+#   nothing that takes longer; PART="switches step": only these; AGAIN=1: though they were done; DATA=folder of rows of
+#   2048 tokens, else stdlib's text; TRIAL=1: all of it on a CPU at a minute size, which measures nothing)
 
 PYTHON      ?= python3
 VENV        ?= .venv

@@ -56,16 +56,16 @@ def main(
     device: str = "cuda",
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run what is left of the parts, or those named whether they were done or not.
+    """Run what is left of the parts, or of those named.
 
     Args:
         out: for the results; None for bench/results.
         minutes: no part is begun that may take longer than what is left of them.
-        again: forget what was done.
+        again: forget what these parts found.
         device: `cpu` for a trial.
 
     Returns:
-        0 when all passed, 1 where one failed, UNFINISHED where some are left.
+        0 when all passed, UNFINISHED where some are left, 1 where one failed.
     """
     deadline = time.monotonic() + minutes * 60
     identity = _asked("identity", device)
@@ -75,7 +75,7 @@ def main(
     notes = Notes(folder / "work" / "check.json", stamp(train, identity))
     if notes.why:
         say(f"begun anew: {notes.why}")
-    if again:
+    if again and not named:
         notes.body.clear()
     if not notes.body:
         for stale in ("chosen.json", "chosen.md", "kernels.json", "attention-rows.json"):
@@ -83,7 +83,10 @@ def main(
     done: dict[str, Any] = notes.body.setdefault("parts", {})
     bench = Bench(device, train.resolve(), folder / "work", data, say, notes.body.setdefault("facts", {}), notes.save)
     wanted = [p for p in PARTS.values() if (p.name in named if named else not p.named)]
-    left = [p for p in wanted if named or done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
+    for part in wanted if again else ():
+        done.pop(part.name, None)
+        forget(bench, part.name)
+    left = [p for p in wanted if done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
     for part in left:
         rest_s = deadline - time.monotonic()
         limit_s = min(part.limit_s, rest_s)
@@ -91,8 +94,6 @@ def main(
             say(f"{rest_s:.0f} s are left, and {part.name} may take {part.limit_s:.0f} s")
             break
         say(f"{part.name}: {part.words} (at most {limit_s:.0f} s)")
-        if done.get(part.name, {}).get("code", UNFINISHED) != UNFINISHED:
-            forget(bench, part.name)
         began = time.monotonic()
         try:
             code, page = part.run(bench, limit_s)
@@ -115,12 +116,12 @@ def main(
     failed = [p.name for p in wanted if done.get(p.name, {}).get("code", 0) not in (0, UNFINISHED)]
     missing = [p.name for p in wanted if done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
     if failed:
-        say(f'failed: {", ".join(failed)}; once more with PART="{" ".join(failed)}"')
+        say(f'failed: {", ".join(failed)}; once more with AGAIN=1 PART="{" ".join(failed)}"')
     if missing:
         say(f"left: {', '.join(missing)}; the same command goes on")
     if not failed and not missing:
         say("all parts passed")
-    return 1 if failed else UNFINISHED if missing else 0
+    return UNFINISHED if missing else 1 if failed else 0
 
 
 def _asked(what: str, device: str) -> dict[str, Any]:

@@ -30,11 +30,11 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
-    check.add_argument("--part", action="append", metavar="NAME", help="only this, done or not; may be repeated")
+    check.add_argument("--part", action="append", metavar="NAME", help="only this; may be repeated")
     check.add_argument(
         "--minutes", type=float, default=1440.0, metavar="N", help="begin no part that may take longer than is left"
     )
-    check.add_argument("--again", action="store_true", help="forget what was done on this GPU")
+    check.add_argument("--again", action="store_true", help="forget what was done here")
     check.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a trial of every part, which measures nothing"
     )

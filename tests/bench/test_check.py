@@ -82,11 +82,12 @@ def test_a_part_that_fails_stops_no_other_and_each_is_run_once(
     assert code == 1 and scripted["ran"] == [("a", 100), ("b", 100)]  # c only where it is named
     assert found["failed"] == {"a": 3}
     assert list(found["pages"]) == ["Beside the predictions", "a", "b"]
-    assert any('once more with PART="a"' in line for line in said)
+    assert any('once more with AGAIN=1 PART="a"' in line for line in said)
     scripted["a"] = (0, "mended")
     assert checked(train, tmp_path)[0] == 1  # what is done is not done again
+    assert checked(train, tmp_path, ["a"])[0] == 1
     assert len(scripted["ran"]) == 2
-    code, found, _ = checked(train, tmp_path, ["a"])
+    code, found, _ = checked(train, tmp_path, ["a"], again=True)
     assert code == 0 and found["failed"] == {} and found["pages"]["a"] == "mended"
     assert checked(train, tmp_path, ["c"])[1]["pages"]["c"] == "page c"
 
