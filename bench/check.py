@@ -89,9 +89,12 @@ def main(
     left = [p for p in wanted if done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
     for part in left:
         rest_s = deadline - time.monotonic()
-        limit_s = min(part.limit_s, rest_s)
-        if limit_s < part.limit_s and (not part.goes_on or limit_s < LEAST_S):
-            say(f"{rest_s:.0f} s are left, and {part.name} may take {part.limit_s:.0f} s")
+        whole_s = part.limit_s * (
+            10 if bench.trial else 1
+        )  # a trial is bounded by what hangs, not by a machine's speed
+        limit_s = min(whole_s, rest_s)
+        if limit_s < whole_s and (not part.goes_on or limit_s < LEAST_S):
+            say(f"{rest_s:.0f} s are left, and {part.name} may take {whole_s:.0f} s")
             break
         say(f"{part.name}: {part.words} (at most {limit_s:.0f} s)")
         began = time.monotonic()

@@ -19,7 +19,7 @@ from harness.errors import DeviceError
 from harness.machine import gpus
 
 __all__ = [
-    "Mark", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "Mark", "compiled", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
     "require_gpu", "rotations", "seconds",
 ]  # fmt: skip
 
@@ -120,6 +120,17 @@ def identity() -> dict[str, Any]:
 def facts() -> dict[str, Any]:
     """What figures depend on, and the machine's ceilings; goes into every result."""
     return identity() | {"copy_bytes_per_s": copy_bandwidth(), "matrix_flops_per_s": matrix_rate()}
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile for each shape by itself, however many come. Past its limit, of eight, torch goes on with eager
+    code, which would be timed in its place, or raises where the whole graph is wanted.
+    """
+    import torch._dynamo  # slow, and only this needs it
+
+    torch._dynamo.config.recompile_limit = 1 << 10
+    made: Callable[..., Any] = torch.compile(function, dynamic=False, **options)
+    return made
 
 
 def require_gpu() -> None:

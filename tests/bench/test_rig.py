@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bench import device as dev
 from bench import gate, peers, results
 from bench.cli import main
 from bench.operators import OPERATORS
@@ -272,6 +274,17 @@ def test_a_peer_that_is_missing_or_broken_says_so(tmp_path: Path, monkeypatch: p
     assert loaded == {}
     assert missing["a"] == "not installed (no module not_there_at_all)"
     assert missing["b"] == "fails to import: ImportError: built for another torch"
+
+
+def test_what_is_compiled_for_timing_is_compiled_for_every_shape() -> None:
+    """torch's own limit is eight; past it eager code would be timed as the compiled reference."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    double = dev.compiled(lambda x: 2 * x, backend=counter, fullgraph=True)
+    for size in range(2, 22):
+        assert double(torch.ones(size)).sum() == 2 * size
+    assert counter.frame_count == 20
 
 
 def test_kernels_are_grouped_by_their_names() -> None:
