@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import predictions, results
-from bench.parts import PARTS, Bench, forget
+from bench.parts import PARTS, Bench, Part, forget
 from bench.processes import OUT_OF_TIME, commit
 from bench.switches import UNFINISHED
 from harness.errors import DeviceError
@@ -86,38 +86,26 @@ def main(
     for part in wanted if again else ():
         done.pop(part.name, None)
         forget(bench, part.name)
-    left = [p for p in wanted if done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
-    for part in left:
-        rest_s = deadline - time.monotonic()
-        whole_s = part.limit_s * (
-            10 if bench.trial else 1
-        )  # a trial is bounded by what hangs, not by a machine's speed
+    path: Path | None = None
+    queue = [p for p in wanted if _missing(done, p)]
+    while queue:
+        part = queue[0]
+        # A trial is bounded because something may hang, not because of a machine's speed.
+        whole_s, rest_s = part.limit_s * (10 if bench.trial else 1), deadline - time.monotonic()
         limit_s = min(whole_s, rest_s)
         if limit_s < whole_s and (not part.goes_on or limit_s < LEAST_S):
             say(f"{rest_s:.0f} s are left, and {part.name} may take {whole_s:.0f} s")
             break
         say(f"{part.name}: {part.words} (at most {limit_s:.0f} s)")
-        began = time.monotonic()
-        try:
-            code, page = part.run(bench, limit_s)
-        except RuntimeError as e:  # no rows to train on
-            code, page = 1, f"{e}\n"
-        took = time.monotonic() - began
-        times = done.get(part.name, {}).get("times", 0) + 1
-        if code == OUT_OF_TIME and (part.goes_on or times < TIMES):
-            code = UNFINISHED
-        done[part.name] = {"code": code, "seconds": round(took, 1), "times": times, "page": page}
+        _run(part, bench, limit_s, done)
         path = _write(notes, folder, device)
-        words = {0: "passed", UNFINISHED: "not finished"}.get(code, f"FAILED, exit status {code}")
-        say(f"    {words} in {took:.0f} s")
-        if code not in (0, UNFINISHED):
-            for line in tail(bench.log(part.name), 12) or page.splitlines()[-12:]:
-                say(f"    | {line}")
-    if left:
-        say(path.with_suffix(".md").read_text() if done else "")
-        say(f"written: {path} and {path.with_suffix('.md').name}" if done else "")
+        if not (part.goes_on and _missing(done, part)):
+            queue.pop(0)
+    if path:
+        say(path.with_suffix(".md").read_text())
+        say(f"written: {path} and {path.with_suffix('.md').name}")
     failed = [p.name for p in wanted if done.get(p.name, {}).get("code", 0) not in (0, UNFINISHED)]
-    missing = [p.name for p in wanted if done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
+    missing = [p.name for p in wanted if _missing(done, p)]
     if failed:
         say(f'failed: {", ".join(failed)}; once more with AGAIN=1 PART="{" ".join(failed)}"')
     if missing:
@@ -125,6 +113,29 @@ def main(
     if not failed and not missing:
         say("all parts passed")
     return UNFINISHED if missing else 1 if failed else 0
+
+
+def _missing(done: dict[str, Any], part: Part) -> bool:
+    return bool(done.get(part.name, {}).get("code", UNFINISHED) == UNFINISHED)
+
+
+def _run(part: Part, bench: Bench, limit_s: float, done: dict[str, Any]) -> None:
+    """Run a part, and put what came of it into `done`."""
+    began = time.monotonic()
+    try:
+        code, page = part.run(bench, limit_s)
+    except RuntimeError as e:  # no rows to train on
+        code, page = 1, f"{e}\n"
+    late = done.get(part.name, {}).get("late", 0) + (code == OUT_OF_TIME)
+    if code == OUT_OF_TIME and late < TIMES:
+        code = UNFINISHED
+    took = time.monotonic() - began
+    done[part.name] = {"code": code, "seconds": round(took, 1), "late": late, "page": page}
+    words = {0: "passed", UNFINISHED: "not finished"}.get(code, f"FAILED, exit status {code}")
+    bench.say(f"    {words} in {took:.0f} s")
+    if code not in (0, UNFINISHED):
+        for line in tail(bench.log(part.name), 12) or page.splitlines()[-12:]:
+            bench.say(f"    | {line}")
 
 
 def _asked(what: str, device: str) -> dict[str, Any]:

@@ -115,6 +115,21 @@ def test_what_is_out_of_time_is_tried_again_and_then_fails(
     assert [name for name, _ in scripted["ran"]] == ["a", "b", "a", "a"]
 
 
+def test_a_part_that_goes_on_is_repeated_before_the_next(
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripted: dict[str, Any]
+) -> None:
+    """What comes after the selection runs with what it chose."""
+    codes = iter([UNFINISHED, 124, UNFINISHED, UNFINISHED, 0])
+
+    def run(bench: Bench, limit_s: float) -> tuple[int, str]:
+        scripted["ran"].append(("a", round(limit_s)))
+        return next(codes), "page"
+
+    monkeypatch.setitem(check.PARTS, "a", Part("a", 100.0, run, "words", goes_on=True))
+    assert checked(train, tmp_path)[0] == 0
+    assert [name for name, _ in scripted["ran"]] == ["a"] * 5 + ["b"]
+
+
 def test_no_part_is_begun_that_may_not_end_in_time(train: Path, tmp_path: Path, scripted: dict[str, Any]) -> None:
     said: list[str] = []
     code = check.main(train, None, tmp_path / "out", minutes=1.0, device="cpu", say=said.append)
@@ -185,7 +200,7 @@ def test_every_command_of_every_part_is_one_that_exists(
 def test_each_part_for_real_at_a_minute_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All but those with tests of their own (`run` and `replay` are what `experiment` calls) and `tests`, which skips."""
+    """All but those with tests of their own (`run`, `replay`: what `experiment` calls) and `tests`, which skips all."""
     pytest.importorskip("triton")
     from pydoc_data.topics import topics
 

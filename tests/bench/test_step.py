@@ -294,6 +294,43 @@ def test_the_set_that_wins_is_measured_and_written(tmp_path: Path) -> None:
     assert switches.switches(*arguments) == 0 and not started  # all of it was noted
 
 
+def gaining(gains: dict[str, float], limit: float, tmp_path: Path) -> dict[str, Any]:
+    """What is chosen where only so many comparisons are made; members that are not named cost a tenth."""
+    out, notes = tmp_path / "chosen.json", Notes(tmp_path / "switches.json", {})
+
+    def start(members: Members) -> Turns:
+        if len(notes.body.get("comparisons", {})) >= limit:
+            raise KeyboardInterrupt
+        return Turns(lambda: 1e6 * gains.get(words(members), math.prod(gains.get(m.part, 0.9) for m in members)))
+
+    with contextlib.suppress(KeyboardInterrupt):
+        switches.switches(Path("train.py"), "h100", notes, out, 60.0, [], start, [], lambda _: None)
+    clock = iter([0.0, *[1e9] * 1000])  # over at once: what was noted is all there is
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(switches.time, "monotonic", lambda: next(clock))
+        switches.switches(Path("train.py"), "h100", notes, out, 60.0, [], start, [], lambda _: None)
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+STREAM = "linear_residual,norm_linear_qkv,norm_mlp_relu2"
+
+
+def test_with_little_time_the_best_set_so_far_is_taken(tmp_path: Path) -> None:
+    every = {"adamw_": 1.05, "embedding": 1.1, STREAM: 1.2}
+    for name in ("whole", "none"):
+        (tmp_path / name).mkdir()
+    found = gaining(every, 2, tmp_path / "whole")  # ours for attention, and all of ours
+    assert found["environment"]["HOTLOOP_KERNELS"] == ",".join(sorted(every)) and not found["finished"]
+    assert gaining(every, 1, tmp_path / "none")["environment"]["HOTLOOP_KERNELS"] == "reference"
+
+
+def test_what_gains_only_together_is_chosen_after_all(tmp_path: Path) -> None:
+    whole = f"adamw_=ours embedding=ours {STREAM}=ours"
+    found = gaining({"adamw_": 0.99, "embedding": 0.99, STREAM: 0.99, whole: 1.2}, 99, tmp_path)
+    assert found["chosen"] == whole and found["finished"]
+
+
 def test_a_selection_that_is_out_of_time_says_what_it_has_so_far(tmp_path: Path) -> None:
     said: list[str] = []
     notes = Notes(tmp_path / "switches.json", {})
