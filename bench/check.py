@@ -11,16 +11,19 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import device as dev
 from bench import predictions, results
-from bench.parts import PARTS, Bench
-from bench.processes import commit
+from bench.parts import PARTS, Bench, Part, forget
+from bench.processes import OUT_OF_TIME, commit
 from bench.switches import UNFINISHED
+from harness.errors import DeviceError
 from harness.notes import Notes, write_whole
 from harness.process import tail
 from harness.seal import current_manifest
@@ -28,6 +31,7 @@ from harness.walls import project_root
 
 __all__ = ["main", "stamp"]
 
+TIMES = 3  # that a part may be out of time: what it compiled is kept, so the next time it gets further
 LEAST_S = 90.0  # with less time left no part that can be cut short is begun
 
 
@@ -52,80 +56,111 @@ def main(
     device: str = "cuda",
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run what is left of the parts, or those named whether they were done or not.
+    """Run what is left of the parts, or of those named.
 
     Args:
         out: for the results; None for bench/results.
         minutes: no part is begun that may take longer than what is left of them.
-        again: forget what was done.
+        again: forget what these parts found.
         device: `cpu` for a trial.
 
     Returns:
-        0 when all passed, 1 where one failed, UNFINISHED where some are left.
-
-    Raises:
-        DeviceError: no GPU.
+        0 when all passed, UNFINISHED where some are left, 1 where one failed.
     """
-    if device != "cpu":
-        dev.require_gpu()
     deadline = time.monotonic() + minutes * 60
-    identity = dev.identity() if device != "cpu" else dev.cpu_identity()
+    identity = _asked("identity", device)
     folder = out / results.folder_of(identity["device"]).name if out else results.folder_of(identity["device"])
     folder = folder.resolve()
+    (folder / "work").mkdir(parents=True, exist_ok=True)
     notes = Notes(folder / "work" / "check.json", stamp(train, identity))
     if notes.why:
         say(f"begun anew: {notes.why}")
-    if again:
+    if again and not named:
         notes.body.clear()
     if not notes.body:
-        for stale in ("chosen.json", "chosen.md", "kernels.json"):
+        for stale in ("chosen.json", "chosen.md", "kernels.json", "attention-rows.json"):
             (folder / "work" / stale).unlink(missing_ok=True)
     done: dict[str, Any] = notes.body.setdefault("parts", {})
-    bench = Bench(device, train.resolve(), folder / "work", data, say, notes.body.setdefault("facts", {}))
+    bench = Bench(device, train.resolve(), folder / "work", data, say, notes.body.setdefault("facts", {}), notes.save)
     wanted = [p for p in PARTS.values() if (p.name in named if named else not p.named)]
-    left = [p for p in wanted if named or done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
-    for part in left:
-        rest_s = deadline - time.monotonic()
-        limit_s = min(part.limit_s, rest_s)
-        if limit_s < part.limit_s and (part.name not in ("switches", "tune") or limit_s < LEAST_S):
-            say(f"{rest_s:.0f} s are left, and {part.name} may take {part.limit_s:.0f} s")
+    for part in wanted if again else ():
+        done.pop(part.name, None)
+        forget(bench, part.name)
+    path: Path | None = None
+    queue = [p for p in wanted if _missing(done, p)]
+    while queue:
+        part = queue[0]
+        # A trial is bounded because something may hang, not because of a machine's speed.
+        whole_s, rest_s = part.limit_s * (10 if bench.trial else 1), deadline - time.monotonic()
+        limit_s = min(whole_s, rest_s)
+        if limit_s < whole_s and (not part.goes_on or limit_s < LEAST_S):
+            say(f"{rest_s:.0f} s are left, and {part.name} may take {whole_s:.0f} s")
             break
         say(f"{part.name}: {part.words} (at most {limit_s:.0f} s)")
-        began = time.monotonic()
-        try:
-            code, page = part.run(bench, limit_s)
-        except RuntimeError as e:  # no rows to train on
-            code, page = 1, f"{e}\n"
-        took = time.monotonic() - began
-        done[part.name] = {"code": code, "seconds": round(took, 1), "page": page}
-        path = _write(notes, folder)
-        words = {0: "passed", UNFINISHED: "not finished"}.get(code, f"FAILED, exit status {code}")
-        say(f"    {words} in {took:.0f} s")
-        if code not in (0, UNFINISHED):
-            for line in tail(bench.log(part.name), 12) or page.splitlines()[-12:]:
-                say(f"    | {line}")
-    if left:
-        say(path.with_suffix(".md").read_text() if done else "")
-        say(f"written: {path} and {path.with_suffix('.md').name}" if done else "")
+        _run(part, bench, limit_s, done)
+        path = _write(notes, folder, device)
+        if not (part.goes_on and _missing(done, part)):
+            queue.pop(0)
+    if path:
+        say(path.with_suffix(".md").read_text())
+        say(f"written: {path} and {path.with_suffix('.md').name}")
     failed = [p.name for p in wanted if done.get(p.name, {}).get("code", 0) not in (0, UNFINISHED)]
-    missing = [p.name for p in wanted if done.get(p.name, {}).get("code", UNFINISHED) == UNFINISHED]
+    missing = [p.name for p in wanted if _missing(done, p)]
     if failed:
-        say(f'failed: {", ".join(failed)}; once more with PART="{" ".join(failed)}"')
+        say(f'failed: {", ".join(failed)}; once more with AGAIN=1 PART="{" ".join(failed)}"')
     if missing:
         say(f"left: {', '.join(missing)}; the same command goes on")
     if not failed and not missing:
         say("all parts passed")
-    return 1 if failed else UNFINISHED if missing else 0
+    return UNFINISHED if missing else 1 if failed else 0
 
 
-def _write(notes: Notes, folder: Path) -> Path:
+def _missing(done: dict[str, Any], part: Part) -> bool:
+    return bool(done.get(part.name, {}).get("code", UNFINISHED) == UNFINISHED)
+
+
+def _run(part: Part, bench: Bench, limit_s: float, done: dict[str, Any]) -> None:
+    """Run a part, and put what came of it into `done`."""
+    began = time.monotonic()
+    try:
+        code, page = part.run(bench, limit_s)
+    except RuntimeError as e:  # no rows to train on
+        code, page = 1, f"{e}\n"
+    late = done.get(part.name, {}).get("late", 0) + (code == OUT_OF_TIME)
+    if code == OUT_OF_TIME and late < TIMES:
+        code = UNFINISHED
+    took = time.monotonic() - began
+    done[part.name] = {"code": code, "seconds": round(took, 1), "late": late, "page": page}
+    words = {0: "passed", UNFINISHED: "not finished"}.get(code, f"FAILED, exit status {code}")
+    bench.say(f"    {words} in {took:.0f} s")
+    if code not in (0, UNFINISHED):
+        for line in tail(bench.log(part.name), 12) or page.splitlines()[-12:]:
+            bench.say(f"    | {line}")
+
+
+def _asked(what: str, device: str) -> dict[str, Any]:
+    """`identity` or `facts` of the device, by a process of its own: one that has used the GPU stays there, and no
+    experiment is begun while somebody computes on it.
+    """
+    code = f"import json; from bench.device import {what}; print(json.dumps({what}()))"
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    done = subprocess.run([sys.executable, "-c", code], cwd=project_root(), env=env, capture_output=True, text=True)
+    if done.returncode:
+        words = (done.stderr.strip().splitlines() or ["no words"])[-1][:200]
+        raise DeviceError(f"the GPU does not work ({words}); see: hotloop doctor")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _write(notes: Notes, folder: Path, device: str) -> Path:
     """The results so far; the path of the JSON."""
-    raw = folder / "work" / "kernels.json"
-    if raw.exists():
-        body: dict[str, Any] = json.loads(raw.read_text())
+    rows = [folder / "work" / name for name in ("kernels.json", "attention-rows.json")]
+    found = [json.loads(path.read_text()) for path in rows if path.exists()]
+    if found:
+        body: dict[str, Any] = found[0] | {"benchmarks": [b for part in found for b in part["benchmarks"]]}
     else:
         body = {"benchmarks": [], "datetime": datetime.datetime.now(datetime.UTC).isoformat()}
-        body |= {"commit_info": {"id": commit()}, "machine_info": notes.body.get("machine") or dev.facts()}
+        body |= {"commit_info": {"id": commit()}, "machine_info": notes.body.get("machine") or _asked("facts", device)}
     notes.body["machine"] = body["machine_info"]
     body["hotloop"] = {
         "failed": {n: p["code"] for n, p in notes.body["parts"].items() if p["code"] not in (0, UNFINISHED)},
@@ -137,11 +172,10 @@ def _write(notes: Notes, folder: Path) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     name = notes.body.setdefault("file", f"{now:%Y%m%d-%H%M}-{body['commit_info']['id'][:9]}.json")
     path = folder / str(name)
-    write_whole(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
-    found = results.read(path)
-    beside = predictions.page(found)
+    write_whole(path, json.dumps(body, indent=1) + "\n")
+    beside = predictions.page(results.read(path))
     body["hotloop"]["pages"] = {"Beside the predictions": beside} | body["hotloop"]["pages"]
-    write_whole(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(body, indent=1) + "\n")
     write_whole(path.with_suffix(".md"), results.markdown(results.read(path)))
     notes.save()
     return path

@@ -32,11 +32,11 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else of the built-in text"
     )
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
-    check.add_argument("--part", action="append", metavar="NAME", help="only this, done or not; may be repeated")
+    check.add_argument("--part", action="append", metavar="NAME", help="only this; may be repeated")
     check.add_argument(
         "--minutes", type=float, default=1440.0, metavar="N", help="begin no part that may take longer than is left"
     )
-    check.add_argument("--again", action="store_true", help="forget what was done on this GPU")
+    check.add_argument("--again", action="store_true", help="forget what was done here")
     check.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a trial of every part, which measures nothing"
     )
@@ -184,6 +184,7 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from bench import device as dev
     from bench.check import main as check
     from bench.parts import PARTS
     from harness.single import read_train_source
@@ -191,10 +192,12 @@ def _check(args: argparse.Namespace) -> int:
     _check_minutes(args)
     if unknown := sorted(set(args.part or ()) - set(PARTS)):
         raise UsageError(f"no part is called {unknown[0]}; they are {', '.join(PARTS)}")
-    read_train_source(args.train)
     data = args.data.resolve() if args.data else None
     if data and not data.exists():
         raise UsageError(f"there is no prepared data at {data}; leave it out, or run: hotloop prepare --out {data}")
+    if args.device == "cuda":
+        dev.require_gpu()
+    read_train_source(args.train)
     return check(args.train.resolve(), data, args.out, args.part, args.minutes, args.again, args.device)
 
 
@@ -277,9 +280,8 @@ def _switches(args: argparse.Namespace) -> int:
     if not args.trial:
         dev.require_gpu()
     path = args.notes or (Path("trial.json") if args.trial else _notes("switches"))
-    return switches(
-        train, preset, Notes(path, stamp(train, preset)), path.with_name("chosen.json"), args.minutes, extras
-    )
+    notes = Notes(path, stamp(train, preset))
+    return switches(train, preset, notes, path.with_name("chosen.json"), args.minutes, extras)
 
 
 def _notes(name: str) -> Path:

@@ -20,9 +20,8 @@ from harness.devices import gpus, usable
 from harness.errors import DeviceError
 
 __all__ = [
-    "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
-    "require_gpu",
-    "rotations", "seconds",
+    "Mark", "compiled", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "require_gpu", "rotations", "seconds",
 ]  # fmt: skip
 
 
@@ -99,19 +98,13 @@ def matrix_rate() -> float:
     return 2 * n**3 / seconds(lambda: a @ b)
 
 
-def cpu_identity() -> dict[str, Any]:
-    """Of a trial."""
+def identity() -> dict[str, Any]:
+    """What figures depend on."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "cpu_figures": True}
     with contextlib.suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
-    return found
-
-
-def identity() -> dict[str, Any]:
-    """What figures depend on."""
-    found = cpu_identity()
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties()
         found |= {
@@ -128,6 +121,17 @@ def identity() -> dict[str, Any]:
 def facts() -> dict[str, Any]:
     """What figures depend on, and the machine's ceilings; goes into every result."""
     return identity() | {"copy_bytes_per_s": copy_bandwidth(), "matrix_flops_per_s": matrix_rate()}
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile for each shape by itself, however many come. Past its limit, of eight, torch goes on with eager
+    code, which would be timed in its place, or raises where the whole graph is wanted.
+    """
+    import torch._dynamo  # slow, and only this needs it
+
+    torch._dynamo.config.recompile_limit = 1 << 10
+    made: Callable[..., Any] = torch.compile(function, dynamic=False, **options)
+    return made
 
 
 def require_gpu() -> None:

@@ -176,8 +176,8 @@ def _night(
     code = "import sys; from agent_loop.cli import main; sys.exit(main())"
     command = [
         sys.executable, "-c", code, "loop", "--tag", name, "--experiments", str(experiments), "--noise-seeds", "0",
-        "--no-watchdog", "--no-second-seed", "--preset", preset,
-        "--data", str(settings.dataset.path.resolve()), *BUDGETS[preset], *NIGHTS[name],
+        "--no-watchdog", "--no-second-seed", "--preset", preset, "--data", str(settings.dataset.path.resolve()),
+        *BUDGETS[preset], *NIGHTS[name],
     ]  # fmt: skip
     author = {f"GIT_{who}_{what}": "hotloop" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     env = os.environ | {"PYTHONPATH": str(project_root())} | author

@@ -72,6 +72,7 @@ def run_kernels(
     Those with a kernel of ours come first; what is not begun after `limit_s` is left out.
     """
     deadline = time.monotonic() + limit_s
+    out.unlink(missing_ok=True)  # of another run
     wanted = [op.name for op in sorted(OPERATORS.values(), key=lambda op: not op.module)]
     wanted = [name for name in wanted if not operators or name in operators]
     body: dict[str, Any] = {}

@@ -197,7 +197,7 @@ class _Turns:
     def turn(self) -> dict[str, Any]:
         from bench.step import time_step
 
-        step_s = time_step(self._step.once, 4 if self._on_gpu else 1)
+        step_s = time_step(self._step.once, 3 if self._on_gpu else 1)
         self._pause()
         return {"tokens_per_s": self._step.tokens / step_s}
 

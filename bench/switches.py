@@ -85,7 +85,8 @@ def switches(
     train: Path, preset: str, notes: Notes, out: Path, minutes: float = 60.0, extras: Iterable[str] = EXTRAS,
     start: Start | None = None, backends: Iterable[str] | None = None, say: Callable[[str], None] = print,
 ) -> int:  # fmt: skip
-    """Choose, and write what was chosen: `out` (JSON) and the table beside it (Markdown).
+    """Choose, and write what was chosen: `out` (JSON) and the table beside it (Markdown). Where the time is over, the
+    best of the sets that were compared by then.
 
     Args:
         notes: comparisons of before count.
@@ -105,17 +106,26 @@ def switches(
     start = start or (lambda members: StepRunner(setting_of(members), train, preset))
     plain: Members = frozenset()
     facts = notes.body.setdefault("facts", {})
-    if "asked" not in facts:
-        with contextlib.closing(_plain(start)) as runner:
-            facts["asked"] = sorted(getattr(runner, "asked", ()))
-            notes.save()
     chosen = plain
     with Selection(start, notes, say, lambda: time.monotonic() > deadline) as selection:
         try:
+            if "asked" not in facts:
+                facts["asked"] = sorted(selection.base(plain).asked)  # type: ignore[attr-defined]
+                notes.save()
             members = members_of(facts["asked"], _unranked() if backends is None else backends)
             attention = [m for m in members if m.part == ATTENTION]
-            chosen = selection.forward(attention, plain)
-            chosen = selection.forward([m for m in members if m.part != ATTENTION], chosen)
+            kernels = [m for m in members if m.part != ATTENTION]
+            chosen = fastest = selection.forward(attention, plain)
+            whole = frozenset(kernels) | fastest  # first, so that little time tells most
+            sets = [whole, *(selection.with_member(fastest, m) for m in kernels)]
+            try:
+                selection.compare(whole, fastest)
+                chosen = selection.forward(kernels, fastest)
+                if whole == selection.best_known([whole, chosen], fastest) and selection.compare(whole, chosen).gains:
+                    chosen = whole
+            except TimeIsUp:
+                chosen = selection.best_known(sets, fastest)
+                raise
             if chosen != plain:
                 say(str(selection.compare(chosen, plain)))
             for constant in extras:
@@ -124,10 +134,11 @@ def switches(
             done = False
     environment = setting_of(chosen).environment
     compared = [Comparison(**c | {"ratios": tuple(c["ratios"])}) for c in notes.body.get("comparisons", {}).values()]
-    whole = next((c for c in compared if c.new == words(chosen) and c.old == words(plain)), None)
+    against_plain = next((c for c in compared if c.new == words(chosen) and c.old == words(plain)), None)
     body: dict[str, Any] = {"chosen": words(chosen), "environment": environment, "finished": done}
-    if whole and whole.ratios:
-        body |= {"tokens_per_s": whole.new_rate, "plain_tokens_per_s": whole.old_rate, "ratio": whole.ratio}
+    if against_plain and against_plain.ratios:
+        body |= {"tokens_per_s": against_plain.new_rate, "plain_tokens_per_s": against_plain.old_rate}
+        body["ratio"] = against_plain.ratio
     shown = " ".join(f"{k}={v}" for k, v in environment.items() if v)
     told = f"Chosen{'' if done else ' so far'}: {words(chosen)}. To run it: {shown}\n\n"
     told += "" if torch.cuda.is_available() else "CPU figures: a trial of the way, they say nothing of a GPU.\n\n"
@@ -135,13 +146,6 @@ def switches(
     write_whole(out.with_suffix(".md"), told + table(compared))
     say(told.rstrip() if done else f"the time is over; run it again to go on. {told.rstrip()}")
     return 0 if done else UNFINISHED
-
-
-def _plain(start: Start) -> Any:
-    try:
-        return start(frozenset())
-    except Unfit as e:
-        raise HotloopError(f"the step without kernels of ours does not run: {e}") from None
 
 
 def _unranked() -> list[str]:

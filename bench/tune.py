@@ -302,7 +302,7 @@ def _prune(candidate: Candidate, space: dict[str, Config], card: Card, notes: No
         facts = compile_all([*default, *(x for found in launches.values() for x in found)], card.capability)
         for name, found in launches.items():
             why = next((r for x in found if (r := facts[x].refusal(card.shared_limit))), "")
-            if found == default:  # where descriptors do not serve, for one
+            if found and found == default:  # where descriptors do not serve, for one
                 why = "the same launches as the default's"
             if why:
                 out_of(notes, candidate.name, name, why)
@@ -389,7 +389,8 @@ def main(
             failed.append(name)
     if failed:
         say(f"failed: {', '.join(failed)}")
-    say("all that was found is in kernels/tuned; now: make gate-write && hotloop seal, and commit them together")
+    if table == TABLE:
+        say("what was found is in kernels/tuned; now: make gate-write && hotloop seal, and commit them together")
     return 1 if failed else 0
 
 

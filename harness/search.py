@@ -66,7 +66,7 @@ def halving(
     left = [name for name in names if name not in here["out"]]
     for rung, rounds in enumerate(RUNGS):
         for name in left:
-            ratios = here["ratios"].setdefault(name, [])
+            ratios = here["ratios"].get(name, [])
             if len(ratios) >= rounds:
                 continue
             if over():
@@ -76,10 +76,10 @@ def halving(
             try:
                 if not ratios:
                     prove(name)
-                ratios += [round_of(name) for _ in range(rounds - len(ratios))]
+                here["ratios"][name] = ratios + [round_of(name) for _ in range(rounds - len(ratios))]
             except Unfit as e:
                 here["out"][name] = str(e)
-                del here["ratios"][name]
+                here["ratios"].pop(name, None)
             notes.body.pop("trying")
             notes.save()
         faster = [n for n in left if n in here["ratios"] and statistics.median(here["ratios"][n]) > 1.0]

@@ -126,6 +126,10 @@ def words(members: Iterable[Member]) -> str:
     return " ".join(sorted(map(str, members))) or "plain"
 
 
+def _key(new: Members, old: Members) -> str:
+    return f"{words(new)} | {words(old)}"
+
+
 class Selection:
     """Compares and selects; at most two sets are kept ready at a time, since each takes the device's memory.
 
@@ -170,18 +174,26 @@ class Selection:
 
     def compare(self, new: Members, old: Members) -> Comparison:
         """As `forward` raises."""
-        noted: dict[str, Any] = self._notes.body.setdefault("comparisons", {})
-        key = f"{words(new)} | {words(old)}"
-        if key in noted:
-            return Comparison(**noted[key] | {"ratios": tuple(noted[key]["ratios"])})
+        if known := self.known(new, old):
+            return known
         if self._over():
             raise TimeIsUp
-        base = self._base(old)
+        base = self.base(old)
         found = self._measure(new, old, base)
-        noted[key] = asdict(found)
+        self._notes.body.setdefault("comparisons", {})[_key(new, old)] = asdict(found)
         self._notes.save()
         self._say(str(found))
         return found
+
+    def known(self, new: Members, old: Members) -> Comparison | None:
+        """What was compared already."""
+        noted: dict[str, Any] | None = self._notes.body.get("comparisons", {}).get(_key(new, old))
+        return Comparison(**noted | {"ratios": tuple(noted["ratios"])}) if noted else None
+
+    def best_known(self, sets: Iterable[Members], old: Members) -> Members:
+        """Of the sets that were compared with `old`, the one that gained most on it; `old` where none did."""
+        found = [(known.ratio, s) for s in sets if (known := self.known(s, old)) and known.gains]
+        return max(found, key=lambda x: x[0], default=(1.0, old))[1]
 
     def _measure(self, new: Members, old: Members, base: Runner) -> Comparison:
         runner: Runner | None = None
@@ -209,7 +221,7 @@ class Selection:
     def _prove(self, runner: Runner) -> None:
         """Raises Unfit for a set that varies, or whose losses are not plain's."""
         first, again = runner.answer(), runner.answer()
-        if first != again:
+        if repr(first) != repr(again):  # by words, since NaN is not what it is
             raise Unfit("it varies: the same steps from the same state gave other bits")
         for step, (mine, true) in enumerate(zip(first.losses, self._truth(), strict=True)):
             if not math.isclose(mine, true, rel_tol=LOSS_TOLERANCE):
@@ -228,9 +240,10 @@ class Selection:
             self._let_go()
             raise Unfit(f"what ran beside it ended: {e}") from None
 
-    def _base(self, members: Members) -> Runner:
+    def base(self, members: Members) -> Runner:
+        """A set that others are compared with, kept ready until it is another. Raises HotloopError as `forward`."""
         if "losses" not in self._notes.body and members != self._plain:
-            self._base(self._plain)
+            self.base(self._plain)
         if self._ready is None or self._ready[0] != members:
             self._let_go()
             try:

@@ -154,10 +154,10 @@ def without_driver(capability: int) -> None:
 
 
 def _compile(launch: Launch) -> Facts:
-    function: Any = importlib.import_module(launch.module)
-    for name in launch.function.split("."):
-        function = getattr(function, name)
     try:
+        function: Any = importlib.import_module(launch.module)
+        for name in launch.function.split("."):
+            function = getattr(function, name)
         kernel = function.preload(launch.data)
         taken = resources(kernel.asm["cubin"])
     except Exception as e:  # whatever the compiler raises is this configuration's fault
