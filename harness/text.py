@@ -48,9 +48,10 @@ def flushed(stream: IO[Any] | None) -> bool:
 
     What cannot be written stays in the stream's buffer and would fail again when the process ends.
     """
+    if stream is None:
+        return True
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             null = os.open(os.devnull, os.O_WRONLY)
