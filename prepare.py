@@ -683,8 +683,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         dataset = prepare(
             args.source or preset.source,
-            seq_len=args.seq_len or preset.seq_len,
-            vocab_size=args.vocab_size or preset.vocab_size,
+            seq_len=preset.seq_len if args.seq_len is None else args.seq_len,
+            vocab_size=preset.vocab_size if args.vocab_size is None else args.vocab_size,
             out=args.out,
             num_shards=args.num_shards,
             workers=args.workers,
