@@ -1,4 +1,4 @@
-"""What a user is told (wrong flags, how to go on, which agent worked, another version's records) and what agents are."""
+"""What a user is told (wrong flags, how to go on, which agent worked, other versions' records) and what agents are."""
 
 from __future__ import annotations
 
@@ -318,7 +318,8 @@ def test_nothing_that_a_night_does_with_its_records_grows_worse_than_they_do(
         for i in range(count):
             kept, curve = i % 4 == 0, [[j / 10, 3.0] for j in range(11)]
             val = 1.0 - i / 1e4 * (1 if kept else 0.9)
-            made.run("experiment" if i else "baseline", "keep" if kept else "discard", val, f"edit {i}", gain=1e-4 if kept else -1e-4, curve=curve, holdout=1.0)  # fmt: skip
+            made.run("experiment" if i else "baseline", "keep" if kept else "discard", val, f"edit {i}",
+                     gain=1e-4 if kept else -1e-4, curve=curve, holdout=1.0)  # fmt: skip
         state = Night.reading(folder)
         work = {
             "reading": lambda folder=folder: Night.reading(folder).tried(),
