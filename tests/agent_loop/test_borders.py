@@ -497,3 +497,33 @@ def test_a_long_log_keeps_its_end(tmp_path: Path) -> None:
     shorten(tmp_path / "log", 100)
     assert (tmp_path / "log").read_bytes().endswith(b"xthe end") and (tmp_path / "log").stat().st_size < 200
     shorten(tmp_path / "none", 100)
+
+
+def test_the_warning_of_a_lesser_sandbox_ends_in_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line of a traceback, and no piece of the lines before it."""
+    from harness import probe
+    from harness.errors import SandboxError
+    from harness.sandbox import Sandbox
+
+    class Died:
+        def __init__(self, sandbox: Any, policy: Any, fds: Any, log: Path, threads: int) -> None:
+            log.write_text(
+                'Traceback:\n  File "<frozen importlib._bootstrap>", line 241\nImportError: no \x1b[1m libc\n\n'
+            )
+            self.wire = SimpleNamespace(send=lambda *_, **__: None, recv=self.recv)
+
+        def recv(self, timeout_s: float) -> Any:
+            from harness.wire import Closed
+
+            raise Closed
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("harness.process.Child", Died)
+    with pytest.raises(SandboxError) as raised:
+        probe.probe(Sandbox(1))
+    assert str(raised.value) == "a child could not be started (ImportError: no ?[1m libc)"
