@@ -247,9 +247,10 @@ def _seal(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from agent_loop.evening import cage_check
     from harness.doctor import main as doctor
 
-    return doctor(args)
+    return doctor(args, more=[cage_check])
 
 
 def _console() -> Console:

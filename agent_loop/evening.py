@@ -19,7 +19,7 @@ from rich.console import Console
 from agent_loop.agents import Agent
 from agent_loop.background import Notifier, Reporter
 from agent_loop.cage import Cage, text_of, try_cage
-from agent_loop.gitrepo import NightRepo, free_tag, open_repo, said
+from agent_loop.gitrepo import NightRepo, Repo, free_tag, open_repo, said
 from agent_loop.live import View
 from agent_loop.loop import Driver, Options
 from agent_loop.night import Night
@@ -34,10 +34,12 @@ from harness.experiment import Settings, data_warnings
 from harness.preflight import preflight
 from harness.prewarm import Prewarmer
 from harness.record import Lock
+from harness.sandbox import best
 from harness.signing import key_path
 from harness.single import budget_from, repeatable_warning, sandbox_warning, settings_of
+from harness.text import one_line
 
-__all__ = ["Evening", "start"]
+__all__ = ["Evening", "cage_check", "hidden_from_agents", "start"]
 
 
 @dataclass
@@ -189,10 +191,8 @@ def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: 
         raise UsageError(f"--agent {args.agent!r}: each agent once, separated by commas")
     if "builtin" not in names and not args.no_fallback:
         names.append("builtin")
-    data = default_data_dir("x", 1, 1).parent
     text = text_of(settings.dataset.path, str(settings.dataset.manifest["source"]))
-    key = key_path() if os.environ.get("HOTLOOP_KEY") else key_path().parent
-    hidden = (settings.dataset.path, data, *text, runs, Path(repo.common_dir), key)
+    hidden = (settings.dataset.path, *text, *hidden_from_agents(runs, repo))
     cage = Cage(settings.sandbox, hidden, tuple(map(Path, args.agent_write)), args.agent_network)
     networked = dataclasses.replace(cage, network=True)
     return [
@@ -203,6 +203,27 @@ def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: 
         )
         for name in names
     ]  # fmt: skip
+
+
+def hidden_from_agents(runs: Path, repo: git.Repo | None) -> tuple[Path, ...]:
+    """What no agent sees: prepared data, the records of all nights, the user's key, git's folders."""
+    key = key_path() if os.environ.get("HOTLOOP_KEY") else key_path().parent
+    return (default_data_dir("x", 1, 1).parent, runs, key, *([Path(repo.common_dir)] if repo else []))
+
+
+def cage_check() -> tuple[str, bool, str]:
+    """For `hotloop doctor`: whether an agent can start in its cage, with everything where it is by default."""
+    try:
+        repo = Repo(Path.cwd(), search_parent_directories=True)
+    except GitError:
+        repo = None
+    runs = Path((repo and repo.working_tree_dir) or ".").resolve() / "runs"
+    try:
+        cage = Cage(best(), hidden_from_agents(runs, repo))
+        try_cage(cage, runs if runs.is_dir() else runs.parent)
+    except (HotloopError, OSError) as e:
+        return "agents' cage", False, one_line(str(e), 300)
+    return "agents' cage", True, f"a program starts in it, at L{cage.sandbox.level}"
 
 
 def _slots(gpus: str | None, settings: Settings) -> list[Settings]:

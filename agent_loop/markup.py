@@ -180,25 +180,56 @@ def place(
     The shortest texts are placed first, if need be over `others`, which are points without a label; the longer ones
     where there is still room and nothing to cover. So no long text takes the place of a short one.
     """
-    points = [(p.x - 4, p.y - 4, p.x + 4, p.y + 4) for p in labels]
-    dots = [(x - 3, y - 3, x + 3, y + 3) for x, y in others]
+    taken = _Boxes((p.x - 4, p.y - 4, p.x + 4, p.y + 4) for p in labels)
+    dots = _Boxes((x - 3, y - 3, x + 3, y + 3) for x, y in others)
     placed: list[Label] = []
 
-    def find(label: Label, texts: Sequence[str], avoid: Sequence[_Box]) -> bool:
-        taken = [*avoid, *points, *(other.box for other in placed if other is not label)]
+    def find(label: Label, texts: Sequence[str], over_dots: bool = False) -> bool:
         for text in texts:
             for anchor, box in _boxes(label, text, gap):
-                if _inside(box, area) and all(_apart(box, other) for other in taken):
+                if _inside(box, area) and taken.free(box, label) and (over_dots or dots.free(box)):
                     label.text, label.anchor, label.box = text, anchor, box
+                    taken.add(box, label)
                     return True
         return False
 
     for label in labels:
-        if find(label, label.texts[-1:], dots) or find(label, label.texts[-1:], ()):
+        if find(label, label.texts[-1:]) or find(label, label.texts[-1:], over_dots=True):
             placed.append(label)
     for label in placed:
-        find(label, label.texts[:-1], dots)
+        find(label, label.texts[:-1])
     return placed
+
+
+class _Boxes:
+    """Boxes by the cells of a grid that they touch, so that a box is compared with its neighbours alone.
+
+    A box is entered once for each place to the half pixel: thousands of points lie on the pixels of one line.
+    """
+
+    WIDE, TALL = 40.0, 20.0
+
+    def __init__(self, boxes: Iterable[_Box] = ()) -> None:
+        self._cells: dict[tuple[int, int], dict[_Box, object]] = {}
+        for box in boxes:
+            self.add((round(2 * box[0]) / 2, round(2 * box[1]) / 2, round(2 * box[2]) / 2, round(2 * box[3]) / 2))
+
+    def add(self, box: _Box, owner: object = None) -> None:
+        for cell in self._touched(box):
+            self._cells.setdefault(cell, {})[box] = owner
+
+    def free(self, box: _Box, owner: object = None) -> bool:
+        """Whether it covers none, but for those of its owner: the one that it takes the place of."""
+        for cell in self._touched(box):
+            for other, whose in self._cells.get(cell, {}).items():
+                if not _apart(box, other) and (owner is None or whose is not owner):
+                    return False
+        return True
+
+    def _touched(self, box: _Box) -> Iterator[tuple[int, int]]:
+        for i in range(int(box[0] // self.WIDE), int(box[2] // self.WIDE) + 1):
+            for j in range(int(box[1] // self.TALL), int(box[3] // self.TALL) + 1):
+                yield i, j
 
 
 def _inside(box: _Box, area: _Box) -> bool:

@@ -119,6 +119,10 @@ class Row:
         return self.outcome.val_bpb if self.outcome else None
 
 
+def _told(row: Row) -> Tried:
+    return Tried(row.number, row.decision, row.reason, row.description, row.val_bpb)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file by one that is whole, or leave it as it is. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
@@ -159,6 +163,9 @@ class Night:
         self._settings: dict[str, Any] | None = None
         self._outcomes: dict[int, Outcome] = {}
         self._rows: list[Row] = []
+        self._tried: list[Row] = []
+        self._history: list[Tried] = []
+        self._places: dict[str, list[int]] = {}  # commit -> where it stands among those
         self._experiments = 0
         self._run: set[tuple[str, int]] = set()
         self._by_commit: dict[str, Outcome] = {}
@@ -251,6 +258,7 @@ class Night:
             self._confirmed[row.commit] = row
         if row.decision == "keep":
             self._incumbent = row
+        self._try(row)
 
     # What was written.
 
@@ -392,17 +400,27 @@ class Night:
 
     def tried(self) -> list[Row]:
         """Baseline and experiments, each as it ended: a marginal gain with what its second seed decided."""
-        return [
-            replace(r, decision=end.decision, reason=end.reason)
-            if r.decision == "marginal" and (end := self._confirmed.get(r.commit))
-            else r
-            for r in self.rows()
-            if r.kind not in ("repeat", "confirm")
-        ]
+        self._sync()
+        return self._tried
 
     def history(self) -> list[Tried]:
         """What agents are told: no repeats, no holdout."""
-        return [Tried(r.number, r.decision, r.reason, r.description, r.val_bpb) for r in self.tried()]
+        self._sync()
+        return list(self._history)
+
+    def _try(self, row: Row) -> None:
+        """Take a decided run in among those that were tried; a second seed's decision becomes that of its first."""
+        if row.kind in ("repeat", "confirm"):
+            for place in self._places.get(row.commit, []) if row.kind == "confirm" else []:
+                if self._tried[place].decision == "marginal":
+                    self._tried[place] = replace(self._tried[place], decision=row.decision, reason=row.reason)
+                    self._history[place] = _told(self._tried[place])
+            return
+        if row.decision == "marginal" and (end := self._confirmed.get(row.commit)):
+            row = replace(row, decision=end.decision, reason=end.reason)
+        self._places.setdefault(row.commit, []).append(len(self._tried))
+        self._tried.append(row)
+        self._history.append(_told(row))
 
     def experiment_folder(self, number: int) -> Path:
         return self.folder / "experiments" / f"{number:04d}"

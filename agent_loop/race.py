@@ -16,9 +16,11 @@ The losses are the trainer's word. A lie can keep a run from being stopped and w
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent_loop.night import Night
 from harness.record import Outcome
@@ -98,10 +100,14 @@ def deficit(curve: Curve, tokens: int, best: Curve, best_tokens: int, progress: 
     return None if mine is None or not known else min(mine - t for t in known)
 
 
+_learned: weakref.WeakKeyDictionary[Night, tuple[int, list[Lesson]]] = weakref.WeakKeyDictionary()
+
+
 def lessons(night: Night, floor: float) -> list[Lesson]:
-    """The complete experiments of a night beside the incumbents that they were made from."""
-    found = []
-    for row in night.rows():
+    """The complete experiments of a night beside the incumbents that they were made from. Each is looked at once."""
+    seen, found = _learned.get(night, (0, []))
+    rows = night.rows()
+    for row in rows[seen:]:
         outcome = row.outcome
         if row.kind != "experiment" or outcome is None or outcome.val_bpb is None:
             continue
@@ -109,9 +115,9 @@ def lessons(night: Night, floor: float) -> list[Lesson]:
         if parent is None or parent.val_bpb is None or not parent.tokens:
             continue
         deficits = tuple(deficit(outcome.curve, outcome.tokens, parent.curve, parent.tokens, p) for p in CHECKPOINTS)
-        gain = parent.val_bpb - outcome.val_bpb
-        found.append(Lesson(row.number, deficits, gain, gain > -floor))
-    return found
+        found.append(Lesson(row.number, deficits, parent.val_bpb - outcome.val_bpb, False))
+    _learned[night] = (len(rows), found)
+    return [replace(lesson, good=lesson.gain > -floor) for lesson in found]
 
 
 def thresholds(known: Sequence[Lesson]) -> list[float | None]:
@@ -137,11 +143,30 @@ def _stops(deficits: Sequence[float | None], limits: Sequence[float | None]) -> 
 def false_stops(known: Sequence[Lesson]) -> Rate:
     """The rule tried on the complete runs that gained, each by what all others say."""
     gained = [lesson for lesson in known if lesson.gain > 0]
-    stopped = 0
-    for lesson in gained:
-        limits = thresholds([o for o in known if o.number != lesson.number])
-        stopped += _stops(lesson.deficits, limits) is not None
+    without = [_limits_without(known, i) for i in range(len(CHECKPOINTS))]
+    stopped = sum(_stops(g.deficits, [limit(g) for limit in without]) is not None for g in gained)
     return Rate(stopped, len(gained))
+
+
+def _limits_without(known: Sequence[Lesson], place: int) -> Callable[[Lesson], float | None]:
+    """What `thresholds` says at a checkpoint without a lesson: from sums over all, so that each takes no time."""
+    good = [d for lesson in known if lesson.good and (d := lesson.deficits[place]) is not None]
+    top = sorted(good)[-2:]
+    mean = statistics.fmean(good) if good else 0.0
+    squares = math.fsum((d - mean) ** 2 for d in good)
+
+    def limit(lesson: Lesson) -> float | None:
+        d = lesson.deficits[place] if lesson.good else None
+        count = len(good) - (d is not None)
+        if len(known) - 1 < LEAST_RUNS or count < LEAST_GOOD:
+            return None
+        most, spread = top[-1], squares
+        if d is not None:
+            most = top[-2] if d == most else most
+            spread = max(0.0, squares - (d - mean) ** 2 * (count + 1) / count)
+        return max(0.0, most) + max(MARGIN_NATS, math.sqrt(spread / (count - 1)))
+
+    return limit
 
 
 def spared(tag: str, number: int) -> bool:

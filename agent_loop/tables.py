@@ -67,6 +67,7 @@ def _remarks(tally: Tally) -> list[str]:
         words.append(f"The baseline ended as {baseline.decision}: {clip(baseline.reason, REASON)}")
     if not tally.rows:
         words.append("Nothing was decided yet.")
+    words += [f"WARNING: {clip(w, REASON)}" for w in tally.night.unheard()]
     decided = {r.number for r in tally.rows}
     under_way = [r.number for r in tally.night.flight().runs if r.number not in decided]
     numbers = sorted({*under_way, *(o.number for o in tally.night.undecided())})
@@ -103,8 +104,16 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
         ("Preset and budget", " ".join([str(settings.get("preset", "")), *_budget(settings.get("budget"))]).strip()),
         ("Repeatable", "no: --fast-nondeterministic" if settings.get("repeatable", True) is False else ""),
         ("Incumbent", f"{best.tokens_per_s:,.0f} tokens/s, {best.peak_mb / 1024:.2f} GiB{mfu}" if best else ""),
-        ("Agent", str(settings.get("agent", ""))),
+        ("Agent", _agents(tally)),
+        ("Model tokens", f"{tally.night.tokens:,}" if tally.night.tokens else ""),
     ]  # fmt: skip
+
+
+def _agents(tally: Tally) -> str:
+    """Who made how many of the experiments, and who else was asked for."""
+    made = Counter(r.agent for r in tally.experiments if r.agent)
+    named = [f"{name} ({count})" for name, count in made.most_common()]
+    return ", ".join([*named, *(f"{name} (0)" for name in tally.night.asked if name not in made)])
 
 
 def _budget(rule: object) -> list[str]:

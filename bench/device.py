@@ -20,7 +20,7 @@ from harness.devices import gpus, usable
 from harness.errors import DeviceError
 
 __all__ = [
-    "Mark", "compiled", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "Mark", "compiled", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
     "require_gpu", "rotations", "seconds",
 ]  # fmt: skip
 

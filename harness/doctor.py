@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from harness import nvml
@@ -225,10 +226,10 @@ def _cuda(gpu: Gpu) -> tuple[str, bool, str]:
         return "cuda", False, str(e)
 
 
-def main(args: argparse.Namespace | None = None) -> int:
-    """Print every check; 0 when all are fine, 1 otherwise."""
+def main(args: argparse.Namespace | None = None, more: Sequence[Callable[[], tuple[str, bool, str]]] = ()) -> int:
+    """Print every check, and those of `more`; 0 when all are fine, 1 otherwise."""
     bad = 0
-    for name, good, text in checks():
+    for name, good, text in itertools.chain(checks(), (check() for check in more)):
         bad += not good
         print(f"{'ok ' if good else 'BAD'}  {name:<13} {text}")
     print("all is fine" if not bad else f"{bad} to mend")

@@ -62,7 +62,7 @@ def probe(sandbox: Sandbox, device: str = "cpu") -> dict[str, bool]:
     Raises:
         SandboxError: no child can be started in this sandbox.
     """
-    from harness.process import Child
+    from harness.process import Child, tail
     from harness.sandbox import Policy
 
     with contextlib.ExitStack() as stack:
@@ -104,8 +104,8 @@ def probe(sandbox: Sandbox, device: str = "cpu") -> dict[str, bool]:
                 )  # fmt: skip
                 answer = child.wire.recv(20.0)
             except (Closed, Malformed, TimedOut):
-                words = " ".join(log.read_text(errors="replace").split())[-200:] if log.exists() else ""
-                raise SandboxError(f"a child could not be started ({words or 'no answer'})") from None
+                lines = [line for line in tail(log) if line.strip()]  # the last says what, those before it where
+                raise SandboxError(f"a child could not be started ({lines[-1] if lines else 'no answer'})") from None
             child.kill()
         if not isinstance(answer.get("stopped"), dict):
             raise SandboxError("the probe gave no answer")

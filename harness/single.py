@@ -148,10 +148,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that the flags of `add_run_arguments` ask for."""
-    return settings_from(
+    rule = budget_from(args)
+    settings = settings_from(
         preset=args.preset, device=args.device, data=args.data, threads=args.threads, sandbox=args.sandbox,
         unsafe=args.unsafe_no_sandbox, repeatable=not args.fast_nondeterministic, gpus=getattr(args, "gpus", None),
     )  # fmt: skip
+    row = settings.preset.seq_len
+    if rule and rule.kind == "tokens" and rule.amount < row:
+        raise UsageError(f"--budget-tokens {rule.amount:g} is less than a row of {row} tokens, the least step")
+    return settings
 
 
 def sandbox_warning(settings: Settings) -> str:

@@ -53,8 +53,7 @@ class Synthetic:
         preset = "h100" if self.device == "cuda" else "laptop"
         self.append(
             "night",
-            {"preset": preset, "device": self.device, "seed": 1, "budget": budget, "agent": "command", "sandbox": 3}
-            | changes,
+            {"preset": preset, "device": self.device, "seed": 1, "budget": budget, "sandbox": 3} | changes,
         )
 
     def run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from agent_loop.agents import AgentError, Context, Turn
 from agent_loop.api import ApiAgent
-from agent_loop.edits import Draft, EditError, replace_file
+from agent_loop.edits import Draft, EditError, replace_file, without_thoughts
+from agent_loop.roster import _extra
 from agent_loop.source import MAX_BYTES
 from harness.errors import UsageError
 from tests.agent_loop.services import Reply, Scripted, chat, serve, slowly
@@ -334,3 +336,141 @@ def test_a_proxy_of_the_environment_is_used(context: Context, monkeypatch: pytes
 def test_what_cannot_work_is_said_at_the_start(arguments: Any, options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         ApiAgent(*arguments, **options)
+
+
+# What models and services do beside the plain case.
+
+
+@pytest.mark.parametrize("tag", ["think", "thinking"])
+@pytest.mark.parametrize("begin", ["<{tag}>\n", ""])
+def test_thoughts_are_no_edits(context: Context, tag: str, begin: str) -> None:
+    if not begin and tag != "think":
+        pytest.skip("a template that opens the block itself is known of <think> alone")
+    thought = begin.format(tag=tag) + BLOCKS.replace("0.07", "0.5") + f"Or rather less.\n</{tag}>\n\n"
+    turn, _, text = propose(context, chat(thought + BLOCKS))
+    assert (turn.description, text) == ("raise the rate", SOURCE.replace("0.04", "0.07"))
+
+
+def test_a_thought_that_never_ends_is_no_edit() -> None:
+    assert without_thoughts("<think>\n" + BLOCKS) == ""
+    assert without_thoughts("x = '<think>'\n") == "x = '<think>'"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_three_equal_failures_end_the_turn(context: Context, plain: bool) -> None:
+    wrong = (
+        chat(BLOCKS.replace("0.04", "0.05")) if plain else chat(None, ("edit", {"old": "MATRIX_LR = 0.05", "new": "x"}))
+    )
+    words = r"3 times.*nearest line is 'MATRIX_LR = 0\.04', line 1"
+    with serve(*[wrong] * 24) as service, pytest.raises(AgentError, match=words) as raised:
+        ApiAgent(service.url, "m", 10.0).propose(context)
+    assert len(service.requests) == 3 and not raised.value.permanent
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 4096 tokens. However, you requested 9000 tokens.",
+        "the request exceeds the available context size, try increasing it",
+        "prompt is too long: 210000 tokens > 200000 maximum",
+        "Input tokens exceed the configured limit: context_length_exceeded",
+    ],
+)
+def test_a_context_that_is_too_small_is_permanent_and_says_what_is_needed(context: Context, message: str) -> None:
+    error = failure(context, Reply({"error": {"message": message}}, 400))
+    assert error.permanent and message[:40] in str(error)
+    assert re.search(r"this request has up to \d{3,} tokens|up to [\d,]+ tokens", str(error))
+
+
+def test_a_conversation_that_grew_too_long_is_one_turns_failure(context: Context) -> None:
+    error = failure(context, chat(None, EDIT), Reply({"error": {"message": "maximum context length is 9"}}, 400))
+    assert not error.permanent
+
+
+def test_content_in_parts_is_text(context: Context) -> None:
+    parts = [
+        {"type": "thinking", "thinking": "0.5"},
+        {"type": "text", "text": BLOCKS[:40]},
+        {"type": "text", "text": BLOCKS[40:]},
+    ]
+    turn, _, text = propose(context, chat(parts))
+    assert (turn.description, text) == ("raise the rate", SOURCE.replace("0.04", "0.07"))
+
+
+def events(*values: Any) -> Reply:
+    lines = [f"data: {json.dumps(v)}\n\n" for v in values]
+    return Reply((": a comment\n\n" + "".join(lines) + "data: [DONE]\n\n").encode())
+
+
+def delta(finish: str | None = None, **given: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": given, "finish_reason": finish}]}
+
+
+def test_server_sent_events_are_put_together(context: Context) -> None:
+    arguments = json.dumps(EDIT[1])
+    call = {"index": 0, "id": "c1", "function": {"name": "edit", "arguments": arguments[:7]}}
+    first = events(
+        delta(role="assistant", reasoning_content="Hm"), delta(tool_calls=[call]),
+        delta("tool_calls", tool_calls=[{"index": 0, "function": {"arguments": arguments[7:]}}]),
+        {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}},
+    )  # fmt: skip
+    second = events(delta(content="Description: raise "), delta("stop", content="the rate\nWhy: it was low"))
+    turn, service, text = propose(context, first, second, extra={"stream": True})
+    assert (turn.description, turn.why, turn.tokens) == ("raise the rate", "it was low", 15)
+    assert text == SOURCE.replace("0.04", "0.07")
+    assert service.requests[0][2]["stream"] is True
+    assert service.requests[1][2]["messages"][2]["reasoning_content"] == "Hm"
+
+
+@pytest.mark.parametrize(
+    "body", [b"data: {\n\n", b"data: [DONE]\n\n", b'data: {"error": {"message": "no"}}\n\n', b"event: x\n"]
+)
+def test_events_that_are_none_are_a_line(context: Context, body: bytes) -> None:
+    assert "did not answer with a chat completion" in str(failure(context, Reply(body)))
+
+
+DIFF = """\
+--- a/train.py
++++ b/train.py
+@@ -1,3 +1,3 @@
+-MATRIX_LR = 0.04
++MATRIX_LR = 0.07
+ DEPTH = 4
+"""
+
+
+@pytest.mark.parametrize("fence", ["```diff\n{}```\n", "{}"])
+@pytest.mark.parametrize("at", ["@@ -1,3 +1,3 @@", "@@ -77,9 +77,9 @@ def f():", "@@"])
+def test_unified_diffs_are_understood(context: Context, fence: str, at: str) -> None:
+    diff = DIFF.replace("@@ -1,3 +1,3 @@", at)
+    turn, _, text = propose(context, chat(f"Here:\n{fence.format(diff)}\nDescription: raise the rate\n"))
+    assert (turn.description, text) == ("raise the rate", SOURCE.replace("0.04", "0.07"))
+
+
+def test_hunks_go_where_their_lines_stand_and_all_or_none() -> None:
+    draft = Draft(b"a = 1\nb = 2\nc = 3\na = 1\nb = 2\nd = 4\n")
+    assert draft.read_answer("@@ -4,2 +4,3 @@\n a = 1\n-b = 2\n+b = 5\n+e = 6\n")
+    assert draft.text == "a = 1\nb = 2\nc = 3\na = 1\nb = 5\ne = 6\nd = 4\n"
+    with pytest.raises(EditError, match=r"not in train\.py"):
+        draft.read_answer("@@ -1 +1 @@\n-a = 1\n+a = 9\n@@ -9 +9 @@\n-zzz = 1\n+zzz = 2\n")
+    assert "a = 9" not in draft.text
+
+
+def test_what_the_model_thought_goes_back_to_it_unless_it_refuses(context: Context) -> None:
+    no = Reply({"error": {"message": "reasoning_content is not allowed in messages"}}, 400)
+    thoughtful = chat(None, EDIT, reasoning_content="a higher rate")
+    _, service, _ = propose(context, thoughtful, no, chat(None, DONE))
+    assert service.requests[1][2]["messages"][2]["reasoning_content"] == "a higher rate"
+    assert "reasoning_content" not in service.requests[2][2]["messages"][2]
+
+
+def test_extra_entries_go_into_each_request(context: Context) -> None:
+    _, service, _ = propose(context, chat(None, EDIT), chat(None, DONE), extra={"temperature": 0.7})
+    assert [r[2]["temperature"] for r in service.requests] == [0.7, 0.7]
+    assert service.requests[0][2]["model"] == "m"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"model": "x"}', "[" * 99999])
+def test_extra_that_is_none_is_a_line(text: str) -> None:
+    with pytest.raises(UsageError, match="--api-extra"):
+        _extra(text)

@@ -12,9 +12,9 @@ import pytest
 
 from agent_loop.agents import CommandAgent
 from agent_loop.builtin import BuiltinAgent
-from agent_loop.cage import Cage, everything_but, text_of
+from agent_loop.cage import Cage, everything_but, outermost, text_of, try_cage
 from harness.bounds import Bounds
-from harness.errors import UsageError
+from harness.errors import SandboxError, UsageError
 from harness.process import Contained
 from harness.sandbox import best
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
@@ -180,3 +180,51 @@ def test_everything_but_leaves_out_what_is_hidden_and_nothing_else(tmp_path: Pat
     assert ours == [str(tmp_path / "a" / "seen"), str(tmp_path / "b")]
     assert "/usr" in paths
     assert not any((tmp_path / "a" / "hidden").is_relative_to(p) for p in paths)
+
+
+@pytest.mark.parametrize("level", [3, 2, 1])
+def test_a_folder_that_lies_in_a_hidden_one_is_hidden_with_it(tmp_path: Path, level: int) -> None:
+    """As by default: the data, and the folder that all prepared data lies in; a key that lies beside nothing else."""
+    runs, data = tmp_path / "runs", tmp_path / "cache" / "hotloop" / "stdlib"
+    for folder in (runs, data):
+        folder.mkdir(parents=True)
+    (data / "val.bin").write_text("val")
+    try:
+        sandbox = best(level)
+    except SandboxError as e:
+        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
+    hidden = (data, data.parent, runs, runs / "none", data / "val.bin", runs)
+    cage = Cage(sandbox, hidden)
+    assert cage.hidden == (runs, data.parent)
+    try_cage(cage, runs)
+    assert not os.listdir(runs)
+
+
+def test_each_path_is_hidden_once_and_the_outermost_first(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    paths = [tmp_path / "a" / "b" / "c", tmp_path / "link", tmp_path / "a" / "b", tmp_path / "ab"]
+    assert outermost(paths) == (tmp_path / "ab", tmp_path / "a" / "b")
+    assert outermost([tmp_path / "a" / ".." / "a"]) == (tmp_path / "a",)
+
+
+def test_a_cage_that_cannot_start_is_said_with_its_reason(tmp_path: Path) -> None:
+    try:
+        sandbox = best(3)
+    except SandboxError as e:
+        pytest.skip(f"L3 cannot be tested on this machine: {e}")
+    with pytest.raises(SandboxError, match=r"no agent can start in its cage: .+"):
+        try_cage(Cage(sandbox, (Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())), tmp_path)
+
+
+def test_what_an_agent_prints_has_a_cap_while_it_runs(
+    repo: Path,  # noqa: F811
+    places: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agent_loop.cage.FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("agent_loop.agents.FILE_BYTES", 1 << 20)
+    shout = agent(1, "import os, sys\nfor i in range(10 ** 6): os.write(1, b'x' * 65536)", places)
+    night = scripted.drive(repo, "t", 1, agent=[shout, BuiltinAgent(1)])
+    assert night.turns()[0]["reason"] == "the agent printed more than 1 MiB"
+    assert (night.folder / "turns" / "000001" / "agent.log").stat().st_size <= 300_000

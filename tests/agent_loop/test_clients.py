@@ -203,7 +203,7 @@ def test_a_client_that_waits_for_its_service_says_so(installed: Path, context: C
 
 NO = {
     # variant: (words, permanent, least and most seconds to wait) for claude; then for codex
-    "garbage": (("it said: [31m", False, 0, 0), ("it said: [31m", False, 0, 0)),
+    "garbage": (("it said: \\x1b[31m", False, 0, 0), ("it said: \\x1b[31m", False, 0, 0)),
     "crash": (("Segmentation fault", False, 0, 0), ("Segmentation fault", False, 0, 0)),
     "option": (("unknown option '--restricted'", True, 0, 0), ("unknown option", True, 0, 0)),
     "refusal": (("the model refused: API Error: Opus", False, 0, 0), ("refused to answer", False, 0, 0)),
@@ -349,7 +349,7 @@ def test_every_agent_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Description:\n", "an edit without a description"),
         ("", "an edit without a description"),
         ("x" * 500, "x" * 197 + "..."),
-        ("Description: a\x1b[1m b", "a [1m b"),
+        ("Description: a\x1b[1m b", "a\\x1b[1m b"),
     ],
 )
 def test_a_description_out_of_the_last_words(message: str, line: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from agent_loop.agents import Agent, AgentError, Context
 from agent_loop.cage import Cage
 from agent_loop.clients import ClaudeAgent, CodexAgent
+from agent_loop.evening import hidden_from_agents
 from tests.agent_loop.services import Reply, anthropic, responses, serve, tool_use
 from tests.needs import at, clients, sandbox
 
@@ -27,23 +28,32 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.upper().startswith(("ANTHROPIC_", "OPENAI_", "CLAUDE", "CODEX")) or name.upper().endswith("_PROXY"):
             monkeypatch.delenv(name)
-    (tmp_path / "user").mkdir()
+    data = tmp_path / "user" / ".cache" / "hotloop" / "packages-t256-v2048"  # where prepare puts it
+    data.mkdir(parents=True)
+    (data / "val.bin").write_text("the text that scores")
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    for name in ("HOTLOOP_DATA", "HOTLOOP_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{clients()}:{os.environ['PATH']}")
 
 
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
-    worktree, folder = tmp_path / "worktree", tmp_path / "proposal"
-    worktree.mkdir()
-    folder.mkdir()
+    night = tmp_path / "runs" / "t"
+    worktree, folder = night / "worktree", night / "turns" / "000001"
+    for made in (worktree, folder):
+        made.mkdir(parents=True)
+    (night / "records.jsonl").write_text("the records")
     (worktree / "train.py").write_text(SOURCE)
     (worktree / "program.md").write_text("lower val_bpb\n")
     return Context(worktree, 1, "laptop", SOURCE.encode(), [], frozenset(), folder, "nothing was tried yet")
 
 
-def made(kind: type[ClaudeAgent] | type[CodexAgent], level: int, model: str = "") -> Agent:
-    return kind(60.0, Cage(sandbox(level), (), network=True), model=model)
+def made(kind: type[ClaudeAgent] | type[CodexAgent], level: int, context: Context, model: str = "") -> Agent:
+    """With everything where it is in a night that was started without a flag."""
+    data, runs = Path.home() / ".cache" / "hotloop" / "packages-t256-v2048", context.worktree.parents[1]
+    walls = Cage(sandbox(level), (data, *hidden_from_agents(runs, None)), network=True)
+    return kind(60.0, walls, model=model)
 
 
 @pytest.mark.parametrize("level", [at(3), at(1)])
@@ -60,7 +70,7 @@ def test_claude_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPa
     with serve(*script) as service:
         monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-dummy")
         monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
-        turn = made(ClaudeAgent, level).propose(context)
+        turn = made(ClaudeAgent, level, context).propose(context)
     assert (turn.description, turn.tokens) == ("raise the rate", 5 * 150)
     assert turn.cost_usd > 0
     assert "0.07" in (context.worktree / "train.py").read_text()
@@ -68,7 +78,7 @@ def test_claude_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPa
     asked = json.dumps(service.requests[0][2])
     assert "nothing was tried yet" in asked
     assert "No such tool available: Bash" in json.dumps(service.requests[3][2])
-    assert not os.listdir(Path.home())
+    assert os.listdir(Path.home()) == [".cache"]
     assert sorted(os.listdir(context.folder / "handover")) == [
         "brief.md", "description.txt", "prompt.md", "stderr.txt"
     ]  # fmt: skip
@@ -87,13 +97,13 @@ def test_codex_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPat
     with serve(*script) as service:
         monkeypatch.setenv("OPENAI_API_KEY", "sk-dummy")
         monkeypatch.setenv("OPENAI_BASE_URL", service.url + "/v1")
-        turn = made(CodexAgent, level).propose(context)
+        turn = made(CodexAgent, level, context).propose(context)
     assert (turn.description, turn.tokens) == ("raise the rate", 3 * 150)
     assert "0.07" in (context.worktree / "train.py").read_text()
     said = json.dumps(service.requests[1][2])
     assert "MATRIX_LR = 0.04" in said
     assert "key=." in said
-    assert not os.listdir(Path.home())
+    assert os.listdir(Path.home()) == [".cache"]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +130,7 @@ def test_a_service_that_says_no(
         monkeypatch.setenv("OPENAI_API_KEY", "sk-dummy")
         monkeypatch.setenv("OPENAI_BASE_URL", service.url + "/v1")
         with pytest.raises(AgentError, match=words) as raised:
-            made(kind, 3, "no-such-model" if status == 404 else "").propose(context)
+            made(kind, 3, context, "no-such-model" if status == 404 else "").propose(context)
     assert raised.value.permanent == permanent
     assert (raised.value.retry_after_s > 0) == (not permanent)
 
@@ -138,7 +148,9 @@ def test_claude_reads_its_folders_only(context: Context, monkeypatch: pytest.Mon
     with serve(*script) as service:
         monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-dummy")
         monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
-        assert made(ClaudeAgent, 0).propose(context).description == "raise the rate"  # without a cage: its own walls
+        assert (
+            made(ClaudeAgent, 0, context).propose(context).description == "raise the rate"
+        )  # without a cage: its own walls
     assert "not for agents" not in json.dumps([body for _, _, body in service.requests])
     assert not (tmp_path / "new").exists()
 
@@ -148,7 +160,7 @@ def test_a_refusal_of_claude(context: Context, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-dummy")
         monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
         with pytest.raises(AgentError, match="the model refused") as raised:
-            made(ClaudeAgent, 3).propose(context)
+            made(ClaudeAgent, 3, context).propose(context)
     assert raised.value.cost_usd > 0
 
 
@@ -163,7 +175,7 @@ def test_a_service_that_is_not_there(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-dummy")
     monkeypatch.setenv("OPENAI_BASE_URL", service.url + "/v1")
     with pytest.raises(AgentError, match=r"[Cc]onnection (refused|failed)") as raised:
-        made(kind, 3).propose(context)
+        made(kind, 3, context).propose(context)
     assert raised.value.retry_after_s > 0 and not raised.value.permanent
 
 
@@ -178,5 +190,5 @@ def test_claude_says_when_a_limit_ends(context: Context, monkeypatch: pytest.Mon
         monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "sk-ant-oat01-dummy")
         monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
         with pytest.raises(AgentError, match="hit your 5-hour limit") as raised:
-            made(ClaudeAgent, 3).propose(context)
+            made(ClaudeAgent, 3, context).propose(context)
     assert 4900 < raised.value.retry_after_s <= 5000

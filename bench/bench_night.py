@@ -1,0 +1,91 @@
+"""What a night does with its records, at 100, 1,000 and 10,000 experiments: each should grow with their number alone.
+
+pytest bench/bench_night.py --benchmark-only -o addopts=--import-mode=importlib
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from agent_loop.brief import write_brief
+from agent_loop.night import Night
+from agent_loop.page import page
+from agent_loop.race import false_stops, lessons
+from agent_loop.report import tsv_text, write_progress
+from harness import record
+from harness.record import Chain, Outcome
+
+COUNTS = (100, 1000, 10_000)
+EDITS = ("MATRIX_LR 0.04 -> 0.05", "value embeddings in every second layer", "DEPTH 8 -> 9", "attention window 1024")
+FLOOR = 0.001
+
+
+@functools.cache
+def folder_of(count: int) -> Path:
+    """Records of a night that never ran: one run in twelve crashed, one in fifteen was kept."""
+    folder = Path(tempfile.mkdtemp(prefix="hotloop-night-")) / "t"
+    rng = random.Random(7)
+    with mock.patch.object(record.os, "fsync", return_value=None):
+        chain = Chain.open(folder / "records.jsonl")
+        chain.append("night", {"preset": "h100", "device": "cuda", "seed": 1, "budget": ["seconds", 300.0]})
+        best, parent = 1.0, f"{0:040x}"
+        for number in range(count):
+            kind = "experiment" if number else "baseline"
+            failed = number % 12 == 5
+            gain = rng.uniform(0.0011, 0.003) if number % 15 == 0 else rng.gauss(-0.002, 0.001)
+            val = None if failed else best - gain * bool(number)
+            decision = (
+                "crash" if failed else "keep" if val is not None and (best - val > FLOOR or not number) else "discard"
+            )
+            words, commit = f"{rng.choice(EDITS)}, number {number}", f"{number:040x}"
+            outcome = Outcome(
+                number, "t", kind, commit, parent, words, 1, "h100", "cuda", "", status="crash" if failed else "ok",
+                reason="RuntimeError: shapes" if failed else "", val_bpb=val, holdout_bpb=val, tokens=500_000_000,
+                steps=950, tokens_per_s=1.6e6, training_s=300.0, total_s=355.0, peak_mb=45_000.0,
+                curve=[[i / 50, (val or 1.0) + 2.0 + 6.0 * math.exp(-i / 6)] for i in range(50)],
+                ledger={"start": 3.0, "train": 300.0, "evaluate": 21.0, "audit": 9.0},
+            )  # fmt: skip
+            chain.append("experiment", outcome.as_dict())
+            chain.append("decision", {
+                "number": number, "kind": kind, "commit": commit, "description": words, "decision": decision,
+                "reason": "because", "gain": None if val is None else best - val, "noise_bpb": FLOOR, "syntax": "",
+                "agent": "codex", "agent_s": 60.0, "cost_usd": 0.05, "slot": 0, "idle_s": 2.0,
+            })  # fmt: skip
+            if decision == "keep" and val is not None:
+                best, parent = val, commit
+    return folder
+
+
+@functools.cache
+def night_of(count: int) -> Night:
+    return Night.reading(folder_of(count))
+
+
+def raced(count: int) -> Any:
+    """Of a night that is read anew: what is learned from a run is kept."""
+    return false_stops(lessons(Night(folder_of(count), night_of(count).chain), FLOOR))
+
+
+DOES = {
+    "start again": lambda count: Night.reading(folder_of(count)).tried(),
+    "brief": lambda count: write_brief(night_of(count), "h100"),
+    "results.tsv": lambda count: tsv_text(night_of(count)),
+    "report.html": lambda count: page(night_of(count), None),
+    "progress.png": lambda count: write_progress(night_of(count)),
+    "false stops": raced,
+}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("what", DOES)
+def bench_night(benchmark: Any, what: str, count: int) -> None:
+    night_of(count)
+    benchmark.pedantic(DOES[what], args=(count,), rounds=1 if count == COUNTS[-1] else 3)
