@@ -16,12 +16,12 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import Self
 
 from harness.confine import SURVIVORS, descendants
+from harness.cputime import CpuTime
 from harness.errors import SandboxError
 from harness.sandbox import Policy, Sandbox
 from harness.walls import Launch, namespace_pid
@@ -39,7 +39,6 @@ _PASSED = (
     "HOTLOOP_ATTENTION",
     "TRITON_INTERPRET",
 )
-_TICKS = os.sysconf("SC_CLK_TCK")
 END_S = 20.0  # how long the end of a killed child may take
 WATCH_S = 0.5
 _alive: weakref.WeakSet[Contained] = weakref.WeakSet()
@@ -83,6 +82,7 @@ class Contained:
     def __init__(self, launch: Launch, log: Path, scratch_bytes: int = 4 << 30) -> None:
         self.peak_rss_mb = 0.0
         self.returncode: int | None = None
+        self._cpu: CpuTime | None = None
         self.fault = ""  # why it was ended from here, if it was
         self._inside: int | None = None  # a descriptor of the first process in its pid namespace
         self._launch = launch
@@ -124,15 +124,17 @@ class Contained:
         return self.returncode
 
     def cpu_s(self) -> float:
-        """Processor seconds of the process and all that it started, also of what has ended and was waited for."""
-        total = 0.0
-        for pid in (self.pid, *descendants(self.pid)):
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-                waited_for = (int(fields[13]) + int(fields[14])) / _TICKS
-                # The process's own clock, to the nanosecond: clock_getcpuclockid(3) makes its number so.
-                total += waited_for + time.clock_gettime((~pid << 3) | 2)
-        return total
+        """Processor seconds of the process and all that it started since `count_cpu`; 0 without."""
+        return self._cpu.seconds() if self._cpu else 0.0
+
+    @property
+    def hidden_cpu_s(self) -> float:
+        """What of it went to nobody, as far as that can be seen; see `harness.cputime`."""
+        return self._cpu.hidden_s if self._cpu else 0.0
+
+    def count_cpu(self) -> None:
+        """Count its processor time from now on: before it runs code that nobody trusts."""
+        self._cpu = self._cpu or CpuTime(self.pid)
 
     def kill(self) -> None:
         """End the process and everything that it started, and reap it; idempotent."""
@@ -155,6 +157,8 @@ class Contained:
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
             _alive.discard(self)
+            if self._cpu is not None:
+                self._cpu.close()
             if self._inside is not None:
                 os.close(self._inside)
                 self._inside = None
