@@ -1,8 +1,8 @@
 """Processor seconds of a process and of all that it starts, whoever waits for them, and whether anybody does.
 
 The kernel gives the time of a child that has ended to the parent that waits for it; where SIGCHLD is ignored, to
-nobody. A cgroup of its own counts all. Where none can be had, the tree is sampled: what vanished and was credited to nobody is
-remembered as `hidden_s`, with what it went on to use, by its rate, until the next look.
+nobody. A cgroup of its own counts all. Where none can be had, the tree is sampled: what vanished and was credited to
+nobody is remembered as `hidden_s`, with what it went on to use, by its rate, until the next look.
 """
 
 from __future__ import annotations

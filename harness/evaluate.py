@@ -13,6 +13,7 @@ loss, disagrees with itself.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from harness.errors import TrialError
 from harness.gpu import fresh
+from harness.hearsay import failure_of
 from harness.process import Child, SharedMemory
 from harness.sandbox import Policy, Sandbox, best
 from harness.session import Event
@@ -107,7 +109,7 @@ def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolera
     if mismatches:
         raise TrialError(
             "invalid",
-            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.3f} nats): "
+            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.1g} nats): "
             f"it looks ahead, keeps state across rows, or its probabilities are none",
         )
     if abs(mean) > allowed:
@@ -174,6 +176,7 @@ class Evaluator:
         self.source, self.spec, self.preset = source, spec, preset
         self.val, self.holdout, self.train, self.token_bytes = val, holdout, train, token_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
+        self._served = False  # whether the evaluator at work has got a row
 
     def run(self, weights: bytearray) -> Evaluation:
         """Raises TrialError: `invalid`, `nan`, `crash`, `oom` or `timeout`."""
@@ -189,7 +192,7 @@ class Evaluator:
         if not np.isfinite(nll).all():
             raise TrialError("nan", "the model's loss on a validation token is not finite")
         if nll.min() < -1e-3:
-            raise TrialError("invalid", f"the model reported a negative loss ({nll.min():.4f} nats)")
+            raise TrialError("invalid", "the model reported a negative loss")
         n = len(self.val)
         result.val_bpb = bits_per_byte(nll[:n], self.val[:, 1:], self.token_bytes)
         result.holdout_bpb = bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes)
@@ -243,10 +246,11 @@ class Evaluator:
                     )  # fmt: skip
                 except TimedOut:
                     raise TrialError("timeout", f"the evaluation took longer than {limits.evaluate_s:.0f} s") from None
-                except Malformed as e:
-                    raise TrialError("invalid", f"the evaluator sent {e}") from None
+                except Malformed:
+                    raise TrialError("invalid", "the evaluator sent something that is no message") from None
                 except Closed:
-                    why = child.fault or f"exit status {child.wait()}"
+                    killed = child.wait() == -signal.SIGKILL
+                    why = child.fault or ("killed by the system, most likely out of memory" if killed else "by itself")
                     raise TrialError("crash", f"the evaluator died ({why})") from None
         finally:
             for m in memories:
@@ -267,6 +271,9 @@ class Evaluator:
         batch = rows_in.shape[1]
         starts = range(0, len(rows), batch)
 
+        self._served = False
+        self._expect(child, "loaded", deadline)
+
         def give(index: int) -> None:
             if index == len(starts):
                 child.wire.send("end")
@@ -280,6 +287,7 @@ class Evaluator:
 
         for index in range(_SLOTS):
             give(index)
+        self._served = True
         for index, start in enumerate(starts):
             self._expect(child, "answer", deadline)
             count = len(rows[start : start + batch])
@@ -291,13 +299,6 @@ class Evaluator:
     def _expect(self, child: Child, kind: str, deadline: float) -> None:
         message = child.wire.recv(max(0.001, deadline - time.monotonic()))
         if message["kind"] == "error":
-            status = message.get("status")
-            reason = " ".join(str(message.get("reason", "")).split())[:400]
-            if "Error(s) in loading state_dict" in reason:
-                status = "invalid"
-            raise TrialError(
-                status if status in ("crash", "oom", "nan", "invalid") else "crash",
-                f"while evaluating: {reason}",
-            )
+            raise failure_of(message, self._served, self.source.count(b"\n") + 1)
         if message["kind"] != kind:
-            raise TrialError("invalid", f"the evaluator sent {message['kind']!r} where {kind!r} was due")
+            raise TrialError("invalid", f"the evaluator sent something else where {kind!r} was due")

@@ -62,6 +62,7 @@ def _evaluate(wire: Wire, memories: list[int]) -> None:
         to[:] = out.numpy().reshape(-1)
         wire.send("answer", slot=slot)
 
+    wire.send("loaded")
     with torch.inference_mode():
         while True:
             message = wire.recv()

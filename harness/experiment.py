@@ -136,8 +136,7 @@ def run_experiment(
                 outcome.conditions |= watch.facts()
     except TrialError as e:
         outcome.status, outcome.reason = e.status, e.reason
-        log = "evaluate.txt" if e.reason.startswith("while evaluating") else "log.txt"
-        outcome.log_tail = tail(job.folder / log)
+        outcome.log_tail = tail(job.folder / "log.txt")  # never evaluate.txt: it can hold val text
     except OSError as e:
         if e.errno == 28:
             raise DiskFullError(f"the disk of {job.folder} is full; free some space and start again") from None
