@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import TrialError
+from harness.evaluation_bound import Bound
 from harness.gpu import fresh
 from harness.hearsay import failure_of
 from harness.process import Child, SharedMemory
@@ -46,6 +47,7 @@ MEAN_ERRORS = 6.0
 MEAN_SLACK_NATS = 2e-5
 # Batches that an evaluator holds at a time: one in work, one launched behind it, one on its way.
 _SLOTS = 3
+LOOK_S = 0.5  # how often an evaluator that does not answer is looked at
 
 
 def bits_per_byte(nll: npt.NDArray[Any], targets: Rows, token_bytes: npt.NDArray[np.int32]) -> float:
@@ -144,18 +146,20 @@ def questions(
 
 @dataclass
 class Evaluation:
-    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`."""
+    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`, `cost` what they computed."""
 
     val_bpb: float = math.nan
     holdout_bpb: float = math.nan
     audit: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
 
 
 class Evaluator:
     """Args:
     val, holdout, train: uint16 [N, T + 1]; the train rows are only B's decoys.
     token_bytes: int32 [V].
+    token_s: what training on a token cost, by which its scoring is bounded; None for no such bound.
     """
 
     def __init__(
@@ -171,11 +175,14 @@ class Evaluator:
         threads: int,
         on_event: Callable[[Event], None] = lambda _: None,
         sandbox: Sandbox | None = None,
+        token_s: float | None = None,
     ) -> None:
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
         self.val, self.holdout, self.train, self.token_bytes = val, holdout, train, token_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
+        self._token_s = token_s
+        self._cost: dict[str, float] = {}
         self._served = False  # whether the evaluator at work has got a row
 
     def run(self, weights: bytearray) -> Evaluation:
@@ -200,6 +207,7 @@ class Evaluator:
         began = time.monotonic()
         result.audit = self._audit(weights, nll[:n])
         result.ledger["audit"] = time.monotonic() - began
+        result.cost = self._cost
         return result
 
     def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32]) -> dict[str, Any]:
@@ -272,6 +280,10 @@ class Evaluator:
         starts = range(0, len(rows), batch)
 
         self._served = False
+        self._bound = Bound(child, self.spec.device, self.preset.limits, self._token_s)
+        self._expect(child, "ready", deadline)
+        self._bound.begin()
+        child.wire.send("begin")
         self._expect(child, "loaded", deadline)
 
         def give(index: int) -> None:
@@ -290,13 +302,19 @@ class Evaluator:
         self._served = True
         for index, start in enumerate(starts):
             self._expect(child, "answer", deadline)
+            self._bound.answered(min(len(rows), start + (1 + _SLOTS) * batch) * self.spec.seq_len)
             count = len(rows[start : start + batch])
             answer = answers[index % _SLOTS, :count].copy()  # it can write to the other for as long as it lives
             give(index + _SLOTS)
             take(slice(start, start + count), answer)
             self._emit(Event(phase, (start + count) / len(rows)))
+        self._cost |= {f"{phase}_{k}": v for k, v in self._bound.facts().items()}
 
     def _expect(self, child: Child, kind: str, deadline: float) -> None:
+        while not child.wire.waiting(min(LOOK_S, max(0.001, deadline - time.monotonic()))):
+            self._bound.check()
+            if time.monotonic() >= deadline:
+                raise TimedOut
         message = child.wire.recv(max(0.001, deadline - time.monotonic()))
         if message["kind"] == "error":
             raise failure_of(message, self._served, self.source.count(b"\n") + 1)

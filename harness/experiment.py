@@ -231,6 +231,7 @@ def _try(
     outcome.ledger |= evaluation.ledger
     outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb
     outcome.audit = evaluation.audit
+    outcome.conditions |= evaluation.cost
     outcome.status = "ok"
 
 
@@ -248,6 +249,7 @@ def evaluated(
         preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
+    used_s = outcome.training_cpu_s if settings.device == "cpu" else outcome.training_s
     return Evaluator(
         source,
         spec,
@@ -260,6 +262,7 @@ def evaluated(
         settings.threads,
         on_event,
         settings.sandbox,
+        used_s / outcome.tokens if outcome.tokens else None,
     ).run(weights)
 
 

@@ -29,7 +29,7 @@ def failure_of(message: dict[str, Any], served: bool, lines: int) -> TrialError:
         served: whether it had got a row.
         lines: of train.py.
     """
-    status = message.get("status") if message.get("status") in _STATUSES else "crash"
+    status = next((s for s in _STATUSES if s == message.get("status")), "crash")
     said = " ".join(str(message.get("reason", "")).split())[:400]
     if served:
         return TrialError(status, f"while evaluating: {_bare(said, lines)}; its words are in evaluate.txt")
