@@ -34,7 +34,7 @@ from agent_loop.rota import Rota
 from agent_loop.source import ProposalError, check_source, syntax_hash
 from agent_loop.turns import Preflight, Refused, Task, take_turn
 from harness.errors import DeviceError, HotloopError, RecordError, SandboxError
-from harness.experiment import Event, Job, Settings, forget_weights, record, run_experiment
+from harness.experiment import LOSSES, Event, Job, Settings, forget_weights, record, run_experiment
 from harness.process import end_all
 from harness.record import Outcome
 from harness.spec import BudgetRule
@@ -313,6 +313,7 @@ class Driver:
             baseline_cpu_s=baseline.training_cpu_s if baseline else None,
             budget=self.options.budget,
             stop=race,
+            reference=self.night.experiment_folder(0) / LOSSES,
         )
         slot.run, slot.idle_s = run, time.monotonic() - slot.free_since
         self.view.started(slot.index, job)

@@ -3,11 +3,11 @@
     bpb = sum of NLL over tokens with bytes / (ln 2 * sum of their bytes)
 
 The trainer is dead and the parent has only bytes. Evaluator A, a fresh process, gets the rows and returns each
-token's NLL; it is killed, and its numbers stand. Evaluator B, another fresh process, gets the val rows in another
-order, each only up to a cut that was drawn after A had answered, followed by tokens of train rows, and returns the
-logits at the cut. The parent normalises them in fp64, looks up the true next token, which B never had, and compares
-with what A said. A model that looks ahead, keeps state across rows, returns what is no distribution, or lies about its
-loss, disagrees with itself.
+token's NLL; it is killed, and its numbers stand. Evaluator B, another fresh process, gets some of those rows again, of
+val and holdout, each only up to a cut that was drawn after A had answered (`harness.cuts`), followed by tokens of train
+rows, and returns the logits at the cut. The parent normalises them in fp64, looks up the true next token, which B never
+had, and compares with what A said. A model that looks ahead, keeps state across rows, returns what is no distribution,
+or lies about its loss, disagrees with itself.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness.cuts import allowed_mismatches, draw
 from harness.errors import TrialError
 from harness.evaluation_bound import Bound
 from harness.gpu import fresh
@@ -79,13 +80,16 @@ def surprise(logits: npt.NDArray[np.float32], true: Rows) -> npt.NDArray[np.floa
     return np.where(finite, found, np.nan)
 
 
-def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float) -> dict[str, Any]:
+def compare(
+    nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0
+) -> dict[str, Any]:
     """What B's logits say about A's numbers at the cuts.
 
     Args:
         nll: float32 [N], A's NLL at each cut.
         found: float64 [N], what B's logits make of the tokens that really follow.
         tolerance: nats, for one token.
+        most: cuts that may differ by more.
 
     Returns:
         The audit's figures, as they are recorded.
@@ -102,13 +106,14 @@ def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolera
         "cuts": n,
         "tolerance_nats": tolerance,
         "mismatches": mismatches,
+        "mismatches_allowed": most,
         "largest_nats": float(np.abs(difference).max()),
         "mean_nats": mean,
         "mean_allowed_nats": allowed,
         # The smallest share of falsified tokens that n cuts find with 99 % probability: 1 - 0.01^(1/n).
         "detectable_share": 1.0 - 0.01 ** (1.0 / n),
     }
-    if mismatches:
+    if mismatches > most:
         raise TrialError(
             "invalid",
             f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.1g} nats): "
@@ -123,25 +128,20 @@ def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolera
 
 
 def questions(
-    val: Rows, train: Rows, rng: np.random.Generator
-) -> tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """What evaluator B is asked: every val row once, cut somewhere, in another order.
+    scored: Rows, train: Rows, rows: npt.NDArray[np.int64], cuts: npt.NDArray[np.int64], rng: np.random.Generator
+) -> Rows:
+    """What evaluator B is asked, uint16 [n, T]: rows up to and with their cut, behind it tokens of a train row.
 
     Args:
-        val, train: uint16 [N, T + 1], [M, T + 1].
-
-    Returns:
-        rows [N, T], each up to and with its cut from val, behind it from a train row; the val row of each [N]; the
-        position of each cut [N].
+        scored, train: uint16 [N, T + 1], [M, T + 1].
+        rows, cuts: int64 [n], which row each is, and its position.
     """
-    n, length = val.shape[0], val.shape[1] - 1
-    order = rng.permutation(n)
-    cuts = np.asarray(rng.integers(0, length, size=n))
-    rows = val[order, :length].copy()
-    decoys = train[rng.integers(0, len(train), n), :length]
+    length = scored.shape[1] - 1
+    asked = scored[rows, :length].copy()
+    decoys = train[rng.integers(0, len(train), len(rows)), :length]
     behind = np.arange(length)[None, :] > cuts[:, None]
-    rows[behind] = decoys[behind]
-    return rows, order, cuts
+    asked[behind] = decoys[behind]
+    return asked
 
 
 @dataclass
@@ -153,12 +153,14 @@ class Evaluation:
     audit: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, float] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    nll: npt.NDArray[np.float32] | None = None  # [N, T], nats, of val and then of holdout
 
 
 class Evaluator:
     """Args:
     val, holdout, train: uint16 [N, T + 1]; the train rows are only B's decoys.
     token_bytes: int32 [V].
+    reference: float [N, T], what a trusted train.py lost on val and then holdout; None for none.
     token_s: what training on a token cost, by which its scoring is bounded; None for no such bound.
     """
 
@@ -176,12 +178,13 @@ class Evaluator:
         on_event: Callable[[Event], None] = lambda _: None,
         sandbox: Sandbox | None = None,
         token_s: float | None = None,
+        reference: npt.NDArray[np.floating] | None = None,
     ) -> None:
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
         self.val, self.holdout, self.train, self.token_bytes = val, holdout, train, token_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
-        self._token_s = token_s
+        self._token_s, self.reference = token_s, reference
         self._cost: dict[str, float] = {}
         self._served = False  # whether the evaluator at work has got a row
 
@@ -205,15 +208,17 @@ class Evaluator:
         result.holdout_bpb = bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes)
         result.ledger["evaluate"] = time.monotonic() - began
         began = time.monotonic()
-        result.audit = self._audit(weights, nll[:n])
+        result.audit, result.nll = self._audit(weights, nll, scored), nll
         result.ledger["audit"] = time.monotonic() - began
         result.cost = self._cost
         return result
 
-    def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32]) -> dict[str, Any]:
+    def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32], scored: Rows) -> dict[str, Any]:
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
-        rows, order, cuts = questions(self.val, self.train, rng)
-        true = self.val[order, cuts + 1]
+        reference = self.reference if self.reference is not None and self.reference.shape == nll.shape else None
+        order, cuts = draw(nll, reference, len(self.val), rng)
+        rows = questions(scored, self.train, order, cuts, rng)
+        true = scored[order, cuts + 1]
         found = np.empty(len(rows))
 
         def take(here: slice, logits: npt.NDArray[np.float32]) -> None:
@@ -222,7 +227,9 @@ class Evaluator:
         self._answer("audit", weights, rows, cuts.tolist(), self.spec.vocab_size, take)
         if not np.isfinite(found).all():
             raise TrialError("nan", "the model's logits are not finite")
-        return compare(nll[order, cuts], found, TOLERANCE_NATS[self.spec.device])
+        device = self.spec.device
+        figures = compare(nll[order, cuts], found, TOLERANCE_NATS[device], allowed_mismatches(len(rows), device))
+        return figures | {"reference": reference is not None}
 
     def _answer(
         self, phase: str, weights: bytearray, rows: Rows, cuts: list[int] | None, width_out: int, take: Take
