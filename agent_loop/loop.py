@@ -35,7 +35,7 @@ from agent_loop.source import ProposalError, check_source, syntax_hash
 from agent_loop.turns import Preflight, Refused, Task, take_turn
 from harness.budget import held_against
 from harness.errors import DeviceError, HotloopError, RecordError, SandboxError
-from harness.experiment import Event, Job, Settings, forget_weights, record, run_experiment
+from harness.experiment import LOSSES, Event, Job, Settings, forget_weights, record, run_experiment
 from harness.process import end_all
 from harness.record import Outcome
 from harness.spec import BudgetRule
@@ -328,6 +328,7 @@ class Driver:
             cold=not slot.used or slot.idle_s > COLD_AFTER_S,
             budget=self.options.budget,
             stop=race,
+            reference=self.night.experiment_folder(0) / LOSSES,
         )
         slot.run, slot.used = run, True
         self.view.started(slot.index, job)

@@ -24,7 +24,7 @@ from agent_loop.gitrepo import Repo
 from agent_loop.night import Night, Row
 from agent_loop.report import tsv_text
 from harness.errors import DataError, HotloopError, UsageError
-from harness.experiment import evaluated
+from harness.experiment import LOSSES, evaluated
 from harness.machine import changed_files, environment
 from harness.record import Chain, Outcome
 from harness.score import Noise
@@ -242,7 +242,8 @@ def audit_command(args: argparse.Namespace) -> int:
     for what, data, digest in (("weights", weights, was.weights_sha256), ("train.py", source, was.source_sha256)):
         if hashlib.sha256(data).hexdigest() != digest:
             raise HotloopError(f"the stored {what} of experiment {was.number} are not those that were scored")
-    found = evaluated(source, was, settings, folder / "audits" / f"{was.number:04d}", weights)
+    reference = folder / "experiments" / "0000" / LOSSES
+    found = evaluated(source, was, settings, folder / "audits" / f"{was.number:04d}", weights, reference=reference)
     for key, value in found.audit.items():
         print(f"{key + ':':<20}{value:.6g}" if isinstance(value, float) else f"{key + ':':<20}{value}")
     print(f"val_bpb:            {found.val_bpb:.9f}\nrecorded:           {was.val_bpb:.9f}")

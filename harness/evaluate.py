@@ -3,16 +3,17 @@
     bpb = sum of NLL over tokens with bytes / (ln 2 * sum of their bytes)
 
 The trainer is dead and the parent has only bytes. Evaluator A, a fresh process, gets the rows and returns each
-token's NLL; it is killed, and its numbers stand. Evaluator B, another fresh process, gets the val rows in another
-order, each only up to a cut that was drawn after A had answered, followed by tokens of train rows, and returns the
-logits at the cut. The parent normalises them in fp64, looks up the true next token, which B never had, and compares
-with what A said. A model that looks ahead, keeps state across rows, returns what is no distribution, or lies about its
-loss, disagrees with itself.
+token's NLL; it is killed, and its numbers stand. Evaluator B, another fresh process, gets some of those rows again, of
+val and holdout, each only up to a cut that was drawn after A had answered (`harness.cuts`), followed by tokens of train
+rows, and returns the logits at the cut. The parent normalises them in fp64, looks up the true next token, which B never
+had, and compares with what A said. A model that looks ahead, keeps state across rows, returns what is no distribution,
+or lies about its loss, disagrees with itself.
 """
 
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,8 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from harness import residency
+from harness.cuts import allowed_mismatches, draw
 from harness.errors import TrialError
+from harness.evaluation_bound import Bound
 from harness.gpu import fresh
+from harness.hearsay import failure_of
 from harness.process import Child, SharedMemory
 from harness.sandbox import Policy, Sandbox, best
 from harness.session import Event
@@ -45,6 +49,7 @@ MEAN_ERRORS = 6.0
 MEAN_SLACK_NATS = 2e-5
 # Batches that an evaluator holds at a time: one in work, one launched behind it, one on its way.
 _SLOTS = 3
+LOOK_S = 0.5  # how often an evaluator that does not answer is looked at
 
 
 def bits_per_byte(nll: npt.NDArray[Any], targets: Rows, token_bytes: npt.NDArray[np.int32]) -> float:
@@ -76,13 +81,16 @@ def surprise(logits: npt.NDArray[np.float32], true: Rows) -> npt.NDArray[np.floa
     return np.where(finite, found, np.nan)
 
 
-def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float) -> dict[str, Any]:
+def compare(
+    nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0
+) -> dict[str, Any]:
     """What B's logits say about A's numbers at the cuts.
 
     Args:
         nll: float32 [N], A's NLL at each cut.
         found: float64 [N], what B's logits make of the tokens that really follow.
         tolerance: nats, for one token.
+        most: cuts that may differ by more.
 
     Returns:
         The audit's figures, as they are recorded.
@@ -99,16 +107,17 @@ def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolera
         "cuts": n,
         "tolerance_nats": tolerance,
         "mismatches": mismatches,
+        "mismatches_allowed": most,
         "largest_nats": float(np.abs(difference).max()),
         "mean_nats": mean,
         "mean_allowed_nats": allowed,
         # The smallest share of falsified tokens that n cuts find with 99 % probability: 1 - 0.01^(1/n).
         "detectable_share": 1.0 - 0.01 ** (1.0 / n),
     }
-    if mismatches:
+    if mismatches > most:
         raise TrialError(
             "invalid",
-            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.3f} nats): "
+            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.1g} nats): "
             f"it looks ahead, keeps state across rows, or its probabilities are none",
         )
     if abs(mean) > allowed:
@@ -120,30 +129,25 @@ def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolera
 
 
 def questions(
-    val: Rows, train: Rows, rng: np.random.Generator
-) -> tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """What evaluator B is asked: every val row once, cut somewhere, in another order.
+    scored: Rows, train: Rows, rows: npt.NDArray[np.int64], cuts: npt.NDArray[np.int64], rng: np.random.Generator
+) -> Rows:
+    """What evaluator B is asked, uint16 [n, T]: rows up to and with their cut, behind it tokens of a train row.
 
     Args:
-        val, train: uint16 [N, T + 1], [M, T + 1].
-
-    Returns:
-        rows [N, T], each up to and with its cut from val, behind it from a train row; the val row of each [N]; the
-        position of each cut [N].
+        scored, train: uint16 [N, T + 1], [M, T + 1].
+        rows, cuts: int64 [n], which row each is, and its position.
     """
-    n, length = val.shape[0], val.shape[1] - 1
-    order = rng.permutation(n)
-    cuts = np.asarray(rng.integers(0, length, size=n))
-    rows = val[order, :length].copy()
-    decoys = train[rng.integers(0, len(train), n), :length]
+    length = scored.shape[1] - 1
+    asked = scored[rows, :length].copy()
+    decoys = train[rng.integers(0, len(train), len(rows)), :length]
     behind = np.arange(length)[None, :] > cuts[:, None]
-    rows[behind] = decoys[behind]
-    return rows, order, cuts
+    asked[behind] = decoys[behind]
+    return asked
 
 
 @dataclass
 class Evaluation:
-    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`.
+    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`, `cost` what they computed.
 
     `val_bpb_reference` is the same loss over the bytes that karpathy/autoresearch counts, which are more wherever a
     token is no whole characters; only it compares with scores published there.
@@ -154,6 +158,8 @@ class Evaluation:
     holdout_bpb: float = math.nan
     audit: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    nll: npt.NDArray[np.float32] | None = None  # [N, T], nats, of val and then of holdout
 
 
 class Evaluator:
@@ -161,6 +167,8 @@ class Evaluator:
     val, holdout, train: uint16 [N, T + 1]; the train rows are only B's decoys.
     token_bytes, reference_bytes: int32 [V], see harness.data.tokenizer; without the latter there is no
         `val_bpb_reference`.
+    token_s: what training on a token cost, by which its scoring is bounded; None for no such bound.
+    reference: float [N, T], what a trusted train.py lost on val and then holdout; None for none.
     """
 
     def __init__(
@@ -177,12 +185,17 @@ class Evaluator:
         on_event: Callable[[Event], None] = lambda _: None,
         sandbox: Sandbox | None = None,
         reference_bytes: npt.NDArray[np.int32] | None = None,
+        token_s: float | None = None,
+        reference: npt.NDArray[np.floating] | None = None,
     ) -> None:
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
         self.val, self.holdout, self.train = val, holdout, train
         self.token_bytes, self.reference_bytes = token_bytes, reference_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
+        self._token_s, self.reference = token_s, reference
+        self._cost: dict[str, float] = {}
+        self._served = False  # whether the evaluator at work has got a row
 
     def run(self, weights: bytearray) -> Evaluation:
         """Raises TrialError: `invalid`, `nan`, `crash`, `oom` or `timeout`."""
@@ -198,7 +211,7 @@ class Evaluator:
         if not np.isfinite(nll).all():
             raise TrialError("nan", "the model's loss on a validation token is not finite")
         if nll.min() < -1e-3:
-            raise TrialError("invalid", f"the model reported a negative loss ({nll.min():.4f} nats)")
+            raise TrialError("invalid", "the model reported a negative loss")
         n = len(self.val)
         result.val_bpb = bits_per_byte(nll[:n], self.val[:, 1:], self.token_bytes)
         if self.reference_bytes is not None:
@@ -206,14 +219,17 @@ class Evaluator:
         result.holdout_bpb = bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes)
         result.ledger["evaluate"] = time.monotonic() - began
         began = time.monotonic()
-        result.audit = self._audit(weights, nll[:n])
+        result.audit, result.nll = self._audit(weights, nll, scored), nll
         result.ledger["audit"] = time.monotonic() - began
+        result.cost = self._cost
         return result
 
-    def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32]) -> dict[str, Any]:
+    def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32], scored: Rows) -> dict[str, Any]:
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
-        rows, order, cuts = questions(self.val, self.train, rng)
-        true = self.val[order, cuts + 1]
+        reference = self.reference if self.reference is not None and self.reference.shape == nll.shape else None
+        order, cuts = draw(nll, reference, len(self.val), rng)
+        rows = questions(scored, self.train, order, cuts, rng)
+        true = scored[order, cuts + 1]
         found = np.empty(len(rows))
 
         def take(here: slice, logits: npt.NDArray[np.float32]) -> None:
@@ -222,7 +238,9 @@ class Evaluator:
         self._answer("audit", weights, rows, cuts.tolist(), self.spec.vocab_size, take)
         if not np.isfinite(found).all():
             raise TrialError("nan", "the model's logits are not finite")
-        return compare(nll[order, cuts], found, TOLERANCE_NATS[self.spec.device])
+        device = self.spec.device
+        figures = compare(nll[order, cuts], found, TOLERANCE_NATS[device], allowed_mismatches(len(rows), device))
+        return figures | {"reference": reference is not None}
 
     def _answer(
         self, phase: str, weights: bytearray, rows: Rows, cuts: list[int] | None, width_out: int, take: Take
@@ -257,10 +275,11 @@ class Evaluator:
                     )  # fmt: skip
                 except TimedOut:
                     raise TrialError("timeout", f"the evaluation took longer than {limits.evaluate_s:.0f} s") from None
-                except Malformed as e:
-                    raise TrialError("invalid", f"the evaluator sent {e}") from None
+                except Malformed:
+                    raise TrialError("invalid", "the evaluator sent something that is no message") from None
                 except Closed:
-                    why = child.fault or f"exit status {child.wait()}"
+                    killed = child.wait() == -signal.SIGKILL
+                    why = child.fault or ("killed by the system, most likely out of memory" if killed else "by itself")
                     raise TrialError(child.fault_status, f"the evaluator died ({why})") from None
         finally:
             for m in memories:
@@ -283,6 +302,13 @@ class Evaluator:
         batch = rows_in.shape[1]
         starts = range(0, len(rows), batch)
 
+        self._served = False
+        self._bound = Bound(child, self.spec.device, self.preset.limits, self._token_s)
+        self._expect(child, "ready", deadline)
+        self._bound.begin()
+        child.wire.send("begin")
+        self._expect(child, "loaded", deadline)
+
         def give(index: int) -> None:
             if index == len(starts):
                 child.wire.send("end")
@@ -296,24 +322,24 @@ class Evaluator:
 
         for index in range(_SLOTS):
             give(index)
+        self._served = True
         for index, start in enumerate(starts):
             self._expect(child, "answer", deadline)
+            self._bound.answered(min(len(rows), start + (1 + _SLOTS) * batch) * self.spec.seq_len)
             count = len(rows[start : start + batch])
             answer = answers[index % _SLOTS, :count].copy()  # it can write to the other for as long as it lives
             give(index + _SLOTS)
             take(slice(start, start + count), answer)
             self._emit(Event(phase, (start + count) / len(rows)))
+        self._cost |= {f"{phase}_{k}": v for k, v in self._bound.facts().items()}
 
     def _expect(self, child: Child, kind: str, deadline: float) -> None:
+        while not child.wire.waiting(min(LOOK_S, max(0.001, deadline - time.monotonic()))):
+            self._bound.check()
+            if time.monotonic() >= deadline:
+                raise TimedOut
         message = child.wire.recv(max(0.001, deadline - time.monotonic()))
         if message["kind"] == "error":
-            status = message.get("status")
-            reason = " ".join(str(message.get("reason", "")).split())[:400]
-            if "Error(s) in loading state_dict" in reason:
-                status = "invalid"
-            raise TrialError(
-                status if status in ("crash", "oom", "nan", "invalid") else "crash",
-                f"while evaluating: {reason}",
-            )
+            raise failure_of(message, self._served, self.source.count(b"\n") + 1)
         if message["kind"] != kind:
-            raise TrialError("invalid", f"the evaluator sent {message['kind']!r} where {kind!r} was due")
+            raise TrialError("invalid", f"the evaluator sent something else where {kind!r} was due")

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.budget import Budget
 from harness.compiled import PACK, Store
 from harness.conditions import Watch, is_machines_fault, warnings
@@ -36,6 +38,7 @@ from harness.text import one_line, shorten
 from harness.weights import check_weights
 
 __all__ = [
+    "LOSSES",
     "Event",
     "Job",
     "Settings",
@@ -49,6 +52,7 @@ __all__ = [
 ]
 
 LOG_BYTES = 1 << 20  # of a run's log, kept once it has ended
+LOSSES = "losses.npy"  # what the baseline lost on each token of val and holdout, float32 [N, T], nats
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Job:
         replay: the `budget` of a record, to be used as it stands; None otherwise.
         stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
             to stop the run as `raced`, or None.
+        reference: file of what the night's baseline lost on each token, which the audit looks by; None for none.
         folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
@@ -85,6 +90,7 @@ class Job:
     budget: BudgetRule | None = None
     replay: dict[str, Any] | None = None
     stop: Callable[[list[list[float]], int], str | None] | None = None
+    reference: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def run_experiment(
     began = time.monotonic()
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("log.txt", "evaluate.txt", "weights.safetensors", PACK):
+        for name in ("log.txt", "evaluate.txt", "weights.safetensors", PACK, LOSSES):
             (job.folder / name).unlink(missing_ok=True)
         (job.folder / "train.py").write_bytes(job.source)
         with Watch(settings.device, settings.sandbox.gpu, emit) as watch:
@@ -155,8 +161,7 @@ def run_experiment(
                 outcome.conditions |= watch.facts()
     except TrialError as e:
         outcome.status, outcome.reason = e.status, one_line(e.reason)
-        log = "evaluate.txt" if e.reason.startswith("while evaluating") else "log.txt"
-        outcome.log_tail = tail(job.folder / log)
+        outcome.log_tail = tail(job.folder / "log.txt")  # never evaluate.txt: it can hold val text
     except OSError as e:
         if e.errno == 28:
             raise DiskFullError(f"the disk of {job.folder} is full; free some space and start again") from None
@@ -281,11 +286,15 @@ def _try(
         left, too_large = store.leave(trained.compiled, setup, given, job.folder)
         outcome.compiled |= {"left": left.as_dict() if left else None, "note": note or too_large}
         trained.compiled = None
-    evaluation = evaluated(job.source, outcome, settings, job.folder, trained.weights, emit)
+    evaluation = evaluated(job.source, outcome, settings, job.folder, trained.weights, emit, job.reference)
+    if job.kind == "baseline":
+        assert evaluation.nll is not None
+        np.save(job.folder / LOSSES, evaluation.nll)
     outcome.ledger |= evaluation.ledger
     outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb
     outcome.val_bpb_reference = evaluation.val_bpb_reference
     outcome.audit = evaluation.audit
+    outcome.conditions |= evaluation.cost
     outcome.status = "ok"
 
 
@@ -313,13 +322,22 @@ def evaluated(
     folder: Path,
     weights: bytearray,
     on_event: Callable[[Event], None] = lambda _: None,
+    reference: Path | None = None,
 ) -> Evaluation:
-    """Score and audit weights as the experiment of `outcome` is scored. Raises TrialError."""
+    """Score and audit weights as the experiment of `outcome` is scored.
+
+    Args:
+        reference: the LOSSES of the night's baseline, where there are any.
+
+    Raises:
+        TrialError: see `Evaluator.run`.
+    """
     preset, dataset = settings.preset, settings.dataset
     spec = Spec(
         preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
+    used_s = outcome.training_cpu_s if settings.device == "cpu" else outcome.training_s
     return Evaluator(
         source,
         spec,
@@ -333,6 +351,8 @@ def evaluated(
         on_event,
         settings.sandbox,
         dataset.reference_bytes,
+        used_s / outcome.tokens if outcome.tokens else None,
+        np.load(reference, allow_pickle=False) if reference and reference.exists() else None,
     ).run(weights)
 
 

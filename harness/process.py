@@ -25,6 +25,7 @@ from typing import Self
 from harness import residency
 from harness.bounds import FIRST, Bounds, floor_bytes, headroom, limited_cgroups, score, size_of, tree_bytes, used
 from harness.confine import SURVIVORS, descendants
+from harness.cputime import CpuTime
 from harness.errors import SandboxError
 from harness.sandbox import Policy, Sandbox
 from harness.walls import Launch, namespace_pid
@@ -44,7 +45,6 @@ _PASSED = (
     "TRITON_INTERPRET",
 )
 DEFAULT_BOUNDS = Bounds()
-_TICKS = os.sysconf("SC_CLK_TCK")
 END_S = 20.0  # how long the end of a killed child may take
 WATCH_S = 1.0  # how often what a tree has is counted
 # What the machine has left is looked at the more often the less it is: memory is hardly filled faster.
@@ -90,6 +90,7 @@ class Contained:
     def __init__(self, launch: Launch, log: Path, bounds: Bounds = DEFAULT_BOUNDS) -> None:
         self.peak_rss_mb = 0.0
         self.returncode: int | None = None
+        self._cpu: CpuTime | None = None
         self._first = 0  # as seen from here, of its namespace
         self.fault, self.fault_status = "", "crash"  # why it was ended from here, if it was
         self._inside: int | None = None  # a descriptor of the first process in its pid namespace
@@ -138,15 +139,17 @@ class Contained:
         return self.returncode
 
     def cpu_s(self) -> float:
-        """Processor seconds of the process and all that it started, also of what has ended and was waited for."""
-        total = 0.0
-        for pid in (self.pid, *descendants(self.pid)):
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-                waited_for = (int(fields[13]) + int(fields[14])) / _TICKS
-                # The process's own clock, to the nanosecond: clock_getcpuclockid(3) makes its number so.
-                total += waited_for + time.clock_gettime((~pid << 3) | 2)
-        return total
+        """Processor seconds of the process and all that it started since `count_cpu`; 0 without."""
+        return self._cpu.seconds() if self._cpu else 0.0
+
+    @property
+    def hidden_cpu_s(self) -> float:
+        """What of it went to nobody, as far as that can be seen; see `harness.cputime`."""
+        return self._cpu.hidden_s if self._cpu else 0.0
+
+    def count_cpu(self) -> None:
+        """Count its processor time from now on: before it runs code that nobody trusts."""
+        self._cpu = self._cpu or CpuTime(self.pid)
 
     def rss_mb(self) -> float:
         """Memory that the process and all that it started hold now, MiB; pages that they share count for each."""
@@ -179,6 +182,8 @@ class Contained:
             _alive.discard(self)
             for thread in self._watches:  # they look at what is closed now
                 thread.join()
+            if self._cpu is not None:
+                self._cpu.close()
             if self._inside is not None:
                 os.close(self._inside)
                 self._inside = None

@@ -160,6 +160,8 @@ class Session:
         if self.result.start["how"] == "cold":
             self._await("ready", began)
         residency.wait()  # what was made ready beside an evaluator begins when that one has left nothing
+        if self.spec.device == "cpu":  # on a GPU no limit asks for it
+            self._child.count_cpu()
         sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
         how = {"spec": self.spec.as_dict(), "threads": self.threads, "repeatable": self._repeatable}
         self._child.wire.send("hello", **how, **sizes)
@@ -366,6 +368,12 @@ class Session:
             )
         if self.spec.device != "cpu":
             return
+        if (hidden_s := self._child.hidden_cpu_s) > CPU_SLACK_S:
+            raise TrialError(
+                "invalid",
+                f"processes of train.py worked for {hidden_s:.1f} s and ended without anybody having waited for them, "
+                f"so that their time was credited to nobody",
+            )
         used_s = self.result.training_cpu_s
         expected_s = self.budget.expected_cpu_s
         if used_s > self._limits.overtime_cpu * expected_s + CPU_SLACK_S:

@@ -64,9 +64,9 @@ class Wire:
             raise Malformed("a message without a kind")
         return message
 
-    def waiting(self) -> bool:
-        """Whether something has arrived that was not read yet."""
-        return bool(select.select([self._sock], [], [], 0.0)[0])
+    def waiting(self, timeout_s: float = 0.0) -> bool:
+        """Whether something that was not read yet has arrived, or does within `timeout_s`."""
+        return bool(select.select([self._sock], [], [], timeout_s)[0])
 
     def recv_bytes(self, count: int, timeout_s: float) -> bytearray:
         """Exactly `count` raw bytes; the caller has capped `count`. Raises Closed or TimedOut."""

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.cuts import draw
 from harness.errors import TrialError
 from harness.evaluate import Evaluator, bits_per_byte, compare, questions, surprise
 from harness.score import Noise, Score
@@ -112,7 +113,8 @@ def test_what_evaluator_b_is_asked() -> None:
     n, length = 3000, 8
     val = np.arange(n * (length + 1)).reshape(n, length + 1).astype(np.uint16)  # no token twice
     train = (np.arange(500 * (length + 1)).reshape(500, length + 1) + n * (length + 1)).astype(np.uint16)
-    rows, order, cuts = questions(val, train, np.random.default_rng(1))
+    order, cuts = draw(np.zeros((n, length), np.float32), None, n, np.random.default_rng(1))
+    rows = questions(val, train, order, cuts, np.random.default_rng(1))
     assert sorted(order) == list(range(n))
     assert np.mean(order == np.arange(n)) < 0.01
     assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.1
@@ -123,8 +125,8 @@ def test_what_evaluator_b_is_asked() -> None:
         assert (row[: cut + 1] == val[source, : cut + 1]).all()
         behind = row[cut + 1 :]
         assert not len(behind) or (behind == train[(behind[0] - n * (length + 1)) // (length + 1)][cut + 1 : -1]).all()
-    other = questions(val, train, np.random.default_rng(2))
-    assert not (other[1] == order).all() and not (other[2] == cuts).all()
+    other = draw(np.zeros((n, length), np.float32), None, n, np.random.default_rng(2))
+    assert not (other[0] == order).all() and not (other[1] == cuts).all()
 
 
 class Answering(Evaluator):
@@ -133,13 +135,13 @@ class Answering(Evaluator):
     def __init__(self, nll: np.ndarray) -> None:
         self.spec = Spec("laptop", "cpu", 1, 5, nll.shape[1])
         self.val, self.holdout = (np.zeros((len(nll) // 2, nll.shape[1] + 1), np.uint16) for _ in range(2))
-        self.token_bytes, self.nll = np.ones(5, np.int32), nll
+        self.token_bytes, self.nll, self._cost = np.ones(5, np.int32), nll, {}
 
     def _answer(self, phase: str, weights: bytearray, rows: np.ndarray, cuts: object, width: int, take: Any) -> None:
         assert len(rows) == len(self.nll)
         take(slice(0, len(rows)), self.nll)
 
-    def _audit(self, weights: bytearray, nll: np.ndarray) -> dict[str, Any]:
+    def _audit(self, weights: bytearray, nll: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
         return {"cuts": len(nll)}
 
 

@@ -461,10 +461,10 @@ def test_a_model_that_cheats_is_invalid(folder: Path, changes: dict[str, str]) -
     ("changes", "status", "reason"),
     [
         ({"LOGITS": "return self.head(x) if self.training else self.head(x) * float('nan')"}, "nan", "not finite"),
-        ({"LOGITS": "return self.head(x) if self.training else self.head(x)[:, :-1]"}, "crash", "are due"),
+        ({"LOGITS": "return self.head(x) if self.training else self.head(x)[:, :-1]"}, "crash", "logits are not"),
         ({"LOGITS": "if not self.training: raise RuntimeError('no score for you')\nreturn self.head(x)"}, "crash",
-         "no score for you"),
-        ({"LOGITS": "if not self.training: import os; os._exit(0)\nreturn self.head(x)"}, "crash", "evaluator died"),
+         "RuntimeError (train.py:16)"),
+        ({"LOGITS": "if not self.training: import os; os._exit(0)\nreturn self.head(x)"}, "crash", "died (by itself)"),
         ({"LOGITS": "if not self.training: import time; time.sleep(60)\nreturn self.head(x)"}, "timeout",
          "took longer"),
     ],
