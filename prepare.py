@@ -33,11 +33,12 @@ __all__ = ["Dataset", "Packer", "Tokenizer", "default_data_dir", "load_dataset",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python prepare.py`, `hotloop prepare`; returns the exit status."""
-    from harness.machine import gpu_memory_gib
-    from harness.spec import PRESETS, auto_preset, preset_named
+    from harness.single import preset_here
+    from harness.spec import PRESETS, preset_named
 
     parser = argparse.ArgumentParser(prog="hotloop prepare", description="Text to tokenizer and packed rows, once.")
     parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="lengths and source")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu"], help="cpu: beside a GPU as well")
     parser.add_argument(
         "--source", help=f"climbmix, packages (sources of pinned Python packages), stdlib (not safe against cheating), "
         f"or a file or folder of {FORMATS}; text files are cut at paragraphs, {DOCUMENT_CHARS} characters at most"
@@ -53,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mirror", metavar="URL", help="climbmix: in place of https://huggingface.co (or HF_ENDPOINT)")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: downloads at a time")
     args = parser.parse_args(argv)
-    name = auto_preset(gpu_memory_gib()) if args.preset == "auto" else args.preset
-    preset = preset_named(name)
     try:
+        name = args.preset if args.preset != "auto" else "laptop" if args.device == "cpu" else preset_here()
+        preset = preset_named(name)
         dataset = prepare(
             args.source or preset.source,
             seq_len=preset.seq_len if args.seq_len is None else args.seq_len,
@@ -78,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     rows = ", ".join(f"{s} {dataset.manifest['splits'][s]['rows']:,}" for s in SPLITS)
     print(f"{dataset.path}\nrows of {dataset.seq_len} tokens: {rows}")
-    print(_next(dataset, name, auto_preset(gpu_memory_gib())))
+    print(_next(dataset, name, args.preset == "auto", args.device))
     return 0
 
 
-def _next(dataset: Dataset, asked: str, default: str) -> str:
-    """The command that uses what was prepared for the preset `asked`, where `default` is this machine's."""
+def _next(dataset: Dataset, asked: str, is_default: bool, device: str) -> str:
+    """The command that uses what was prepared for the preset `asked`."""
     from harness.spec import PRESETS
 
     fitting = [n for n in (asked, *PRESETS) if PRESETS[n].seq_len == dataset.seq_len]
@@ -92,7 +93,9 @@ def _next(dataset: Dataset, asked: str, default: str) -> str:
         return f"no preset trains on rows of {dataset.seq_len} tokens ({lengths}); see --seq-len"
     preset = PRESETS[fitting[0]]
     words = ["hotloop", "loop"]
-    if preset.name != default:
+    if device != "auto":
+        words += ["--device", device]
+    if not is_default or preset.name != asked:
         words += ["--preset", preset.name]
     if dataset.path != default_data_dir(preset.source, preset.seq_len, preset.vocab_size).resolve():
         words += ["--data", shlex.quote(str(dataset.path))]

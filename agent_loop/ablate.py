@@ -18,6 +18,7 @@ from typing import Any
 from agent_loop.gitrepo import NightRepo
 from agent_loop.night import Night, Row
 from agent_loop.source import ProposalError, check_source, syntax_hash
+from harness.budget import held_against
 from harness.errors import UsageError
 from harness.experiment import Event, Job, Settings, run_experiment
 from harness.record import Outcome
@@ -90,11 +91,13 @@ def _without(
         return body | {"verdict": kind, "reason": str(e)}
     known = _known_score(night, source, repo)
     if known is None:
+        was = best.outcome
+        pace, late = held_against(was.budget, was.training_s) if was and was.device == "cuda" else (1.0, 1.0)
         job = Job(
             source=source, number=row.number, tag=repo.tag, kind="leave-one-out", commit="", parent=best.commit,
             description=f"without experiment {row.number}: {row.description}", seed=night.seed,
             folder=night.folder / "leave-one-out" / f"{row.number:04d}", budget=budget,
-            incumbent_tokens=(best.outcome.budget if best.outcome else {}).get("tokens"),
+            incumbent_tokens=(best.outcome.budget if best.outcome else {}).get("tokens"), pace=pace, late=late,
         )  # fmt: skip
         outcome = runner(job, settings, on_event)
         body["run"] = dataclasses.asdict(outcome)

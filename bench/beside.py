@@ -164,7 +164,7 @@ def page(found: Mapping[str, Sequence[Side]], base: str = PLAIN) -> str:
     """
     first = found[base][0]
     on_gpu = first.device == "cuda"
-    what = gpus()[0]["name"] if on_gpu and gpus() else "CPU figures: they prove the way, and say nothing of a GPU"
+    what = gpus()[0].name if on_gpu and gpus() else "CPU figures: they prove the way, and say nothing of a GPU"
     count = len(found[base])
     ours = found[OURS][0].kernels
     fast = sorted(k for k, v in ours.items() if not v.startswith("reference"))

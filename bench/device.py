@@ -6,7 +6,9 @@ host's clock. pytest-benchmark takes it through its public `timer` option and on
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.devices import gpus, usable
 from harness.errors import DeviceError
-from harness.machine import gpus
 
-__all__ = ["Mark", "copy_bandwidth", "device", "facts", "flush", "matrix_rate", "now", "rotations", "seconds"]
+__all__ = [
+    "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "require_gpu",
+    "rotations", "seconds",
+]  # fmt: skip
 
 
 def device() -> torch.device:
@@ -93,15 +99,19 @@ def matrix_rate() -> float:
     return 2 * n**3 / seconds(lambda: a @ b)
 
 
-def facts() -> dict[str, Any]:
-    """What figures depend on; goes into every result."""
+def cpu_identity() -> dict[str, Any]:
+    """Of a trial."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "cpu_figures": True}
-    try:
+    with contextlib.suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
-    except ImportError:
-        pass
+    return found
+
+
+def identity() -> dict[str, Any]:
+    """What figures depend on."""
+    found = cpu_identity()
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties()
         found |= {
@@ -110,15 +120,22 @@ def facts() -> dict[str, Any]:
             "capability": [p.major, p.minor],
             "multiprocessors": p.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": next((g["driver"] for g in gpus()), "unknown"),
+            "driver": next((g.driver for g in gpus()), "unknown"),
         }
-    found["copy_bytes_per_s"], found["matrix_flops_per_s"] = copy_bandwidth(), matrix_rate()
     return found
+
+
+def facts() -> dict[str, Any]:
+    """What figures depend on, and the machine's ceilings; goes into every result."""
+    return identity() | {"copy_bytes_per_s": copy_bandwidth(), "matrix_flops_per_s": matrix_rate()}
 
 
 def require_gpu() -> None:
     """Raises DeviceError where there is no working GPU."""
-    if not gpus():
+    found = gpus()
+    if not found:
         raise DeviceError("this needs an NVIDIA GPU and nvidia-smi shows none; on a CPU: hotloop bench smoke")
+    usable(found[0])
+    os.environ["CUDA_VISIBLE_DEVICES"] = found[0].uuid  # the same as in a night, whatever CUDA's own order is
     if not torch.cuda.is_available():
         raise DeviceError(f"nvidia-smi shows a GPU and torch {torch.__version__} cannot use it; run: make install")

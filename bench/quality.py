@@ -102,7 +102,7 @@ def page(ours: Sequence[Side], plain: Sequence[Side]) -> str:
     """Markdown of the pairs and what they say."""
     v = verdict(ours, plain)
     on_gpu = ours[0].device == "cuda"
-    where = gpus()[0]["name"] if on_gpu and gpus() else "CPU figures"
+    where = gpus()[0].name if on_gpu and gpus() else "CPU figures"
     fast = sorted(k for k, way in ours[0].kernels.items() if not way.startswith("reference"))
     told = (
         "cannot be told from zero" if abs(v.mean) <= 2 * v.error else "is there: more than two of its standard errors"

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.machine import gpus
 from harness.prewarm import Setup
 from harness.record import canonical
 
@@ -205,10 +204,9 @@ def _facts(setup: Setup) -> dict[str, Any]:
     """Whatever compiled code depends on, as JSON has it."""
     facts = setup.facts()
     machine = facts["machine"]
-    gpu = setup.sandbox.gpu
-    shown = gpus()[gpu.index] if gpu and gpu.index < len(gpus()) else machine["gpu"]
+    gpu = {k: v for k, v in (machine["gpu"] or {}).items() if k != "uuid"}  # a like card runs it as well
     found = {
-        "device": shown or machine["cpu"], "versions": machine["versions"], "packages": machine["packages"],
+        "device": gpu or machine["cpu"], "versions": machine["versions"], "packages": machine["packages"],
         "python": machine["python"], "os": machine["os"], "seal": facts["seal"], "threads": setup.threads,
         "sandbox": setup.sandbox.as_dict()["how"], "environment": facts["environment"],
     }  # fmt: skip

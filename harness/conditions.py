@@ -1,26 +1,27 @@
 """The conditions under which an experiment ran: the GPU's clocks, who else was on it, whether the feed kept up.
 
 None of it decides anything; it goes into the record, so that a score that was made under worse conditions can be told
-from a worse train.py. The parent asks nvidia-smi every few seconds, in a thread of its own, outside of the clock's way;
-on a CPU nothing is asked.
+from a worse train.py. The parent asks the driver (NVML) every few seconds, in a thread of its own, out of the clock's
+way; on a CPU nothing is asked.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 from collections.abc import Callable
 from typing import Any, Self
 
-from harness.confine import descendants
-from harness.machine import Gpu, nvidia_smi
+from harness import nvml
+from harness.devices import chosen
+from harness.neighbours import strangers
+from harness.nvml import Gpu
 from harness.session import Event
 
-__all__ = ["SLOWED", "Watch", "clock_words", "clocks", "is_machines_fault", "warnings"]
+__all__ = ["SLOWED", "Watch", "clock_words", "clocks", "is_machines_fault", "strangers", "warnings"]
 
 PERIOD_S = 2.5
-# Bits of nvidia-smi's reasons why clocks are not higher. At full load a power cap is the rule, so it is shown only.
+# Bits of NVML's reasons why clocks are not higher. At full load a power cap is the rule, so it is shown only.
 REASONS = {
     0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
     0x20: "temperature (software)", 0x40: "temperature (hardware)", 0x80: "power brake", 0x100: "display clocks",
@@ -43,45 +44,28 @@ def is_machines_fault(reason: str) -> bool:
 
 
 def clocks(gpu: Gpu | None = None) -> dict[str, Any] | None:
-    """What the GPU does now; None where nvidia-smi does not tell.
+    """What the GPU (by default the chosen one) does now; None where the driver does not tell.
 
     Returns:
-        sm_mhz, memory_mhz, reasons (why clocks are not higher) and temperature_c.
+        sm_mhz, memory_mhz, reasons (why clocks are not higher) and temperature_c; the second and the last may be None.
     """
-    for name in ("clocks_event_reasons", "clocks_throttle_reasons"):  # the newer drivers' and the older ones' word
-        rows = nvidia_smi(f"--query-gpu=uuid,clocks.sm,clocks.mem,{name}.active,temperature.gpu")
-        for row in rows:
-            if len(row) != 5 or (gpu is not None and row[0] != gpu.uuid):
-                continue
-            try:
-                bits = int(row[3], 16)
-                numbers = [int(row[i].split()[0]) for i in (1, 2, 4)]
-            except (ValueError, IndexError):  # "[N/A]"
-                continue
-            return {
-                "sm_mhz": numbers[0], "memory_mhz": numbers[1], "temperature_c": numbers[2],
-                "reasons": [words for bit, words in REASONS.items() if bits & bit],
-            }  # fmt: skip
-    return None
+    gpu = gpu or chosen()
+    found = gpu and nvml.clocks(gpu)
+    if not found:
+        return None
+    bits = found["reasons"] or 0
+    return {**found, "reasons": [words for bit, words in REASONS.items() if bits & bit]}
 
 
 def clock_words(now: dict[str, Any]) -> str:
     """One line of what `clocks` found."""
+
+    def told(key: str, unit: str) -> str:
+        return "unknown" if now[key] is None else f"{now[key]} {unit}"
+
     held = ", ".join(now["reasons"]) or "nothing"
-    return f"SM {now['sm_mhz']} MHz, memory {now['memory_mhz']} MHz, {now['temperature_c']} C; held back by: {held}"
-
-
-def strangers(gpu: Gpu | None) -> list[str]:
-    """Processes that compute on the GPU and are not below this one, as `pid name`.
-
-    Inside a container nvidia-smi may show pids of another namespace, or of nobody: where none of them is ours, one is
-    taken for the trainer, since nobody computed there when it started.
-    """
-    rows = nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name")
-    rows = [row for row in rows if len(row) > 2 and (gpu is None or row[0] == gpu.uuid)]
-    ours = {str(pid) for pid in (os.getpid(), *descendants(os.getpid()))}
-    others = [" ".join(row[1:]) for row in rows if row[1] not in ours]
-    return others if len(others) < len(rows) or len(others) > 1 else []
+    memory, temperature = told("memory_mhz", "MHz"), told("temperature_c", "C")
+    return f"SM {now['sm_mhz']} MHz, memory {memory}, {temperature}; held back by: {held}"
 
 
 class Watch:
@@ -89,7 +73,7 @@ class Watch:
 
     Args:
         device: on a CPU there is nothing to look at, and no thread.
-        gpu: the one that is meant, where there are several.
+        gpu: the one that is meant; None for the chosen one.
     """
 
     def __init__(self, device: str, gpu: Gpu | None, on_event: Callable[[Event], None]) -> None:
@@ -144,7 +128,7 @@ class Watch:
                 "least": min(train),
             },
             "reasons": sorted({r for _, s in seen for r in s["reasons"]}),
-            "temperature_c": max(s["temperature_c"] for _, s in seen),
+            "temperature_c": max((t for _, s in seen if (t := s["temperature_c"]) is not None), default=None),
             "others": others,
         }
 
@@ -154,7 +138,8 @@ def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
 
     Args:
         conditions: what `Watch.facts` returned, `feed_late_s`, `device_s` and `device_wall_s` (the training by two
-            clocks) where the trainer told, and `tried_again` (the first try's reason) if it was.
+            clocks) where the trainer told, `corrected` (promised and taken seconds of a first try), and `tried_again`
+            (the first try's reason) if it was.
         training_s: seconds of the training, against which the feed's are set.
     """
     told = []
@@ -163,7 +148,10 @@ def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
         if slow < CLOCK_SHARE * sm["calibrate"]:
             told.append(f"the GPU's clock fell from {sm['calibrate']:.0f} MHz in the calibration to {slow:.0f} MHz")
     if held := [r for r in conditions.get("reasons", []) if r in SLOWED]:
-        told.append(f"the GPU was slowed down: {', '.join(held)} (at most {conditions['temperature_c']} C)")
+        hottest = conditions["temperature_c"]
+        told.append(
+            f"the GPU was slowed down: {', '.join(held)}" + (f" (at most {hottest} C)" if hottest is not None else "")
+        )
     if others := conditions.get("others"):
         told.append(f"other processes computed on the GPU: {'; '.join(others[:3])}")
     late_s = conditions.get("feed_late_s", 0.0)
@@ -176,6 +164,11 @@ def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
         told.append(
             f"by the device's clock the training took {device_s:.1f} s, by the parent's {wall_s:.1f} s; one of them is "
             f"wrong, or the device was not what the time went into"
+        )
+    if was := conditions.get("corrected"):
+        told.append(
+            f"its calibration promised {was['promised_s']:.1f} s of training and it took {was['training_s']:.1f} s, so "
+            f"it was run once more, with as many tokens as its budget holds at that speed"
         )
     if again := conditions.get("tried_again"):
         told.append(f"it was run twice; the first time it ended as a broken device does: {again}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -12,19 +13,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.conditions import SLOWED, clock_words, clocks, strangers
+from harness import nvml
+from harness.conditions import SLOWED, clock_words, clocks
 from harness.data.dataset import default_data_dir, load_dataset
-from harness.errors import HotloopError
-from harness.machine import cpu_name, gpu_memory_gib, gpus, threads_default
+from harness.devices import chosen, gpus, usable
+from harness.errors import DeviceError, HotloopError
+from harness.gpu import touch
+from harness.machine import cpu_name, gpu_memory_gib, threads_default
+from harness.neighbours import others, strangers
+from harness.nvml import Gpu
 from harness.probe_cuda import probe_cuda
 from harness.sandbox import best
 from harness.seal import verify_seal
-from harness.spec import PRESETS, auto_preset, batch_divisor
+from harness.single import preset_here
+from harness.spec import PRESETS, batch_divisor
+from harness.toolchain import MAKE_FIT, TESTED, compiler_trouble, compiles, header_trouble, torch_build
 
 __all__ = ["checks", "main"]
 
-# Pairs that belong together: torch's own build pins its triton.
-TORCH_TRITON = {"2.13.0": "3.7.1", "2.11.0": "3.6.0"}
 NEEDED_BYTES = 2 << 30
 
 
@@ -32,43 +38,48 @@ def checks() -> Iterator[tuple[str, bool, str]]:
     """(what, whether it is fine, what was found and how to mend it)."""
     yield "python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer is needed)"
     yield _versions()
-    for name in ("numpy", "tiktoken", "rustbpe", "pyarrow", "safetensors", "GitPython", "rich", "matplotlib"):
+    for name in (
+        "numpy", "tiktoken", "rustbpe", "pyarrow", "safetensors", "GitPython", "rich", "matplotlib", "nvidia-ml-py",
+    ):  # fmt: skip
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield name, False, "not installed; run: make install"
-    found = gpus()
-    yield (
-        "gpu",
-        True,
-        ", ".join(f"{g['name']} ({g['memory']}, driver {g['driver']})" for g in found)
-        or ("none; the laptop preset runs on the CPU"),
-    )
+            yield name, False, f"not installed; run: {MAKE_FIT}"
+    try:
+        gpu = chosen()
+    except DeviceError as e:
+        gpu = None
+        yield "gpu", False, str(e)
+    else:
+        yield _gpu(gpu)
+    device = "cuda" if gpu else "cpu"
     yield _preset()
-    if found:
-        yield from _conditions()
-        yield _cuda()
-    yield from _attention("cuda" if found else "cpu")
+    if gpu:
+        yield from _needs(gpu)
+        yield from _conditions(gpu)
+        yield _cuda(gpu)
+    yield from _attention(device)
     yield "repeatable", True, "trainings are asked to repeat to the bit; what that costs: hotloop bench determinism"
     yield "cpu", True, f"{cpu_name()}, {os.cpu_count()} cores, {threads_default()} threads by default"
     git = shutil.which("git")
     yield "git", git is not None, git or "not found; install git"
-    yield from _sandbox("cuda" if found else "cpu")
+    yield from _sandbox(device, gpu)
+    yield from _user_namespaces()
     free = shutil.disk_usage(Path.cwd()).free
     yield "disk", free > NEEDED_BYTES, f"{free / 2**30:.1f} GiB free here; a night wants 2 GiB"
     try:
         yield "seal", True, verify_seal()[:16]
     except HotloopError as e:
         yield "seal", False, str(e)
+    try:
+        mine = preset_here()
+    except DeviceError:  # the line on the preset says so
+        mine = ""
     for preset in PRESETS.values():
         path = default_data_dir(preset.source, preset.seq_len, preset.vocab_size)
-        needed = preset.name == auto_preset(gpu_memory_gib())
         if not path.exists():
-            yield (
-                f"data {preset.name}",
-                not needed,
-                f"not prepared; run: hotloop prepare --preset {preset.name}",
-            )
+            words = f"not prepared; run: hotloop prepare --preset {preset.name}"
+            yield f"data {preset.name}", preset.name != mine, words
             continue
         try:
             dataset = load_dataset(path)
@@ -79,31 +90,77 @@ def checks() -> Iterator[tuple[str, bool, str]]:
             yield f"data {preset.name}", False, str(e)
 
 
+def _gpu(gpu: Gpu | None) -> tuple[str, bool, str]:
+    """The one that is used, whether anything speaks against it, and how many others there are."""
+    if gpu is None:
+        return "gpu", True, "none; the laptop preset runs on the CPU"
+    more = f"; {n} more, to be chosen by CUDA_VISIBLE_DEVICES" if (n := len(gpus()) - 1) else ""
+    facts = gpu.as_dict()
+    words = f"{gpu}, {facts['memory']}, driver {facts['driver'] or 'unknown'}{more}"
+    try:
+        usable(gpu)
+    except DeviceError as e:
+        return "gpu", False, str(e)
+    return "gpu", True, words
+
+
+def _needs(gpu: Gpu) -> Iterator[tuple[str, bool, str]]:
+    """What Triton compiles with, and whether the driver stays loaded."""
+    for name, trouble in (("Python.h", header_trouble()), ("compiler", compiler_trouble() or compiles())):
+        yield name, not trouble, trouble or "found"
+    if nvml.persistent(gpu) is False:
+        yield (
+            "persistence", False, "persistence mode is off, so the driver unloads whenever nobody uses the GPU, which "
+            "costs seconds; run as root: nvidia-smi -pm 1 (on the host, where this is a container)",
+        )  # fmt: skip
+
+
 def _preset() -> tuple[str, bool, str]:
     """What `--preset auto` takes here, and why."""
-    memory_gib = gpu_memory_gib()
-    name = auto_preset(memory_gib)
-    if memory_gib is None and gpus():
-        return "preset", False, f"{name}: nvidia-smi does not tell the GPU's memory; say --preset h100"
+    try:
+        name = preset_here()
+        memory_gib = gpu_memory_gib()
+    except DeviceError as e:
+        return "preset", False, str(e)
     if memory_gib is None:
         return "preset", True, f"{name} (no GPU)"
-    if name == "laptop":
-        return "preset", False, f"laptop on the CPU: {memory_gib:.0f} GiB of GPU memory are too little for h100"
     rows = f"1/{batch_divisor(memory_gib)} of" if batch_divisor(memory_gib) > 1 else "all of"
     return "preset", True, f"{name}, with {rows} DEVICE_BATCH_SIZE a pass ({memory_gib:.0f} GiB of GPU memory)"
 
 
-def _conditions() -> Iterator[tuple[str, bool, str]]:
+def _conditions(gpu: Gpu) -> Iterator[tuple[str, bool, str]]:
     """The GPU's clocks, what holds them back, and who computes there now."""
-    now = clocks()
+    now = clocks(gpu)
     if now is None:
-        yield "clocks", False, "nvidia-smi does not tell them; records cannot say whether they fell"
+        yield "clocks", False, "the driver does not tell them; records cannot say whether they fell"
     else:
         held = [r for r in now["reasons"] if r in SLOWED]
         yield "clocks", not held, clock_words(now) + ("; cool it, or look at its power supply" if held else "")
-    others = strangers(None)
-    words = f"computing there: {'; '.join(others[:3])}; end them before a night" if others else "nobody computes there"
-    yield "gpu use", not others, words
+    found = strangers(gpu)
+    words = f"computing there: {'; '.join(found[:3])}; end them before a night" if found else "nobody computes there"
+    if not found and nvml.processes(gpu) is None:
+        words = "the driver does not tell who computes there; see to it that nobody else does"
+    yield "gpu use", not found, words
+
+
+# Settings of the kernel that keep an ordinary user's bubblewrap from working, so that L3 falls to L1.
+_NO_NAMESPACES = (
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor (as of Ubuntu 24.04)",
+     "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"),
+    ("kernel/unprivileged_userns_clone", "0", "Debian's kernel", "sysctl -w kernel.unprivileged_userns_clone=1"),
+    ("user/max_user_namespaces", "0", "the kernel", "sysctl -w user.max_user_namespaces=10000"),
+)  # fmt: skip
+
+
+def _user_namespaces(root: Path = Path("/proc/sys")) -> Iterator[tuple[str, bool, str]]:
+    """Why bubblewrap may not work for an ordinary user, where the machine's settings are the reason."""
+    for path, bad, who, command in _NO_NAMESPACES:
+        with contextlib.suppress(OSError):
+            if (root / path).read_text().strip() == bad and os.geteuid() != 0 and best().level < 3:
+                yield (
+                    "namespaces", False, f"{who} keeps users from making namespaces, so the sandbox is not L3; run as "
+                    f"root: {command} (and write it into /etc/sysctl.d/60-hotloop.conf, to keep it)",
+                )  # fmt: skip
 
 
 def _attention(device: str) -> Iterator[tuple[str, bool, str]]:
@@ -123,44 +180,47 @@ def _attention(device: str) -> Iterator[tuple[str, bool, str]]:
             yield f"  not {name}", True, why
 
 
-def _sandbox(device: str) -> Iterator[tuple[str, bool, str]]:
+def _sandbox(device: str, gpu: Gpu | None) -> Iterator[tuple[str, bool, str]]:
     """The best level in which the device works, what is in the way of better ones, and what a probe tried."""
+    if gpu and others(gpu):  # somebody's run would be slowed by a probe
+        device, gpu = "cpu", None
     try:
-        sandbox = best(device=device)
+        sandbox = best(device=device, gpu=gpu)
     except HotloopError as e:
         yield "sandbox", False, str(e)
         return
     yield "sandbox", sandbox.level == 3, str(sandbox)
     for level, why in sandbox.missing.items():
         yield f"  not {level.split(' ')[0]}", True, why
+    if sandbox.level == 1:
+        yield "  compiling", True, "by one process: at L1 torch's pool of compile processes cannot run"
     for name, stopped in sandbox.probes.items():
         yield "  probe", stopped, f"{name}: {'stopped' if stopped else 'NOT stopped'}"
 
 
 def _versions() -> tuple[str, bool, str]:
-    try:
-        torch = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return "torch", False, "not installed; run: make install"
+    build = torch_build()
+    if build is None:
+        return "torch", False, f"not installed; run: {MAKE_FIT}"
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
-    wanted = TORCH_TRITON.get(torch.split("+")[0])
-    text = f"{torch} with triton {triton}"
+    what = f"CUDA {build.cuda}" if build.cuda else "ROCm, which is not supported" if build.hip else "CPUs"
+    text = f"{build.version} for {what}, with triton {triton}"
+    wanted = TESTED.get(build.version.split("+")[0])
     if wanted is None:
-        return (
-            "torch",
-            True,
-            f"{text} (tested: {', '.join(f'{a} with {b}' for a, b in TORCH_TRITON.items())})",
-        )
-    return "torch", triton == wanted, text if triton == wanted else f"{text}; it needs triton {wanted}"
+        return "torch", not build.hip, f"{text} (tested: {', '.join(f'{a} with {b}' for a, b in TESTED.items())})"
+    return "torch", triton == wanted and not build.hip, text if triton == wanted else f"{text}; it needs {wanted}"
 
 
-def _cuda() -> tuple[str, bool, str]:
-    """A real product on the device, outside of any sandbox; nvidia-smi alone proves little."""
+def _cuda(gpu: Gpu) -> tuple[str, bool, str]:
+    """A real product on the device, outside of any sandbox; the driver's word alone proves little."""
+    if found := others(gpu):
+        return "cuda", True, f"not tried beside what computes there ({'; '.join(found[:3])})"
     try:
-        return "cuda", True, f"works, {probe_cuda(best(0)):.1f} s to a first product"
+        touch(gpu)
+        return "cuda", True, f"works, {probe_cuda(best(0, gpu=gpu)):.1f} s to a first product"
     except HotloopError as e:
         return "cuda", False, str(e)
 

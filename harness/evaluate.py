@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness import residency
 from harness.errors import TrialError
 from harness.gpu import fresh
 from harness.process import Child, SharedMemory
@@ -236,6 +237,7 @@ class Evaluator:
         answers = SharedMemory(_SLOTS * batch * width_out * 4)
         memories = (weights_in, asked, answers)
         policy = Policy.of("harness.evaluator", self.folder, self.source, self.spec.device, limits)
+        since = residency.mark()
         try:
             weights_in.map[: len(weights)] = weights
             log = self.folder / "evaluate.txt"
@@ -257,10 +259,12 @@ class Evaluator:
                     raise TrialError("invalid", f"the evaluator sent {e}") from None
                 except Closed:
                     why = child.fault or f"exit status {child.wait()}"
-                    raise TrialError("crash", f"the evaluator died ({why})") from None
+                    raise TrialError(child.fault_status, f"the evaluator died ({why})") from None
         finally:
             for m in memories:
                 m.close()
+            if self.sandbox.level:
+                residency.begin(since)  # what starts next finds nothing of what this one knew
 
     def _converse(
         self,

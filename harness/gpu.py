@@ -1,27 +1,47 @@
-"""The GPU between two runs: nobody else on it, and nothing left in its memory. Run as a process of its own.
+"""The GPU between two runs: nobody else on it, nothing left in its memory, and CUDA awake before the first child.
 
-    python -I -m harness.gpu      clears all free memory, prints how many MiB
+    python -I -m harness.gpu clear     clears all free memory, prints how many MiB
+    python -I -m harness.gpu touch     initialises CUDA, prints its version and the GPU's memory
 
-Through the driver's own library (ctypes), without torch: a context takes a fraction of a second.
+Both are processes of their own, of trusted code and outside of any sandbox, through the driver's own library (ctypes)
+without torch: a context takes a fraction of a second.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import json
 import os
 import subprocess
 import sys
 import time
 from typing import Any
 
+from harness import nvml
+from harness.devices import chosen
 from harness.errors import DeviceError
-from harness.machine import Gpu, nvidia_smi
+from harness.neighbours import others
+from harness.nvml import Gpu
 from harness.walls import project_root
 
-__all__ = ["clear", "clear_memory", "fresh", "others"]
+__all__ = ["clear", "clear_memory", "cure", "fresh", "others", "touch", "touch_cuda"]
 
 _CHUNK = 1 << 30
 _LEAST = 1 << 20  # what is left below this is the driver's own fragments
+# What to do about an error of the driver's library, by its number in cuda.h.
+_CURES = {
+    3: "the driver is shutting down; start again",
+    34: "it is only the driver's stub; take the CUDA toolkit's stubs out of LD_LIBRARY_PATH",
+    46: "it is busy or its compute mode is exclusive; end what computes there, or run as root: nvidia-smi -c DEFAULT",
+    100: "CUDA sees no device; check CUDA_VISIBLE_DEVICES, the rights on /dev/nvidia*, and in a container --gpus all",
+    101: "CUDA knows no device of this uuid; where MIG has divided the card, name a slice in CUDA_VISIBLE_DEVICES",
+    304: "the system refused a call; is /dev/nvidia-uvm there and open to this user? run as root: modprobe nvidia_uvm",
+    802: "the links between the GPUs are not ready; run as root: systemctl start nvidia-fabricmanager",
+    803: "the driver and its library are of different versions; reboot",
+    804: "the compatibility package of CUDA in LD_LIBRARY_PATH does not fit this GPU; take it out",
+    999: "the driver failed, as after a suspend; run as root: modprobe -r nvidia_uvm && modprobe nvidia_uvm, or reboot",
+}
 
 
 def fresh(device: str, wait_s: float = 20.0, gpu: Gpu | None = None) -> None:
@@ -30,25 +50,25 @@ def fresh(device: str, wait_s: float = 20.0, gpu: Gpu | None = None) -> None:
     A child's leftovers could tell the next one what it must not know: evaluator A has every true token.
 
     Args:
-        gpu: the one that is meant, where there are several; None for the first, and nobody else on any.
+        gpu: the one that is meant; None for the chosen one.
 
     Raises:
-        DeviceError: somebody else stays on the GPU, or its memory cannot be cleared.
+        DeviceError: it is lost, somebody else stays on it, or its memory cannot be cleared.
     """
     if device != "cuda":
         return
+    gpu = gpu or chosen()
     deadline = time.monotonic() + wait_s
     while found := others(gpu):
         if time.monotonic() > deadline:
-            raise DeviceError(f"other processes compute on the GPU ({'; '.join(found[:3])}); end them and start again")
+            cure = "end them and start again"
+            if any("nvidia-cuda-mps" in words for words in found):
+                cure = "end NVIDIA's MPS: echo quit | nvidia-cuda-mps-control"
+            raise DeviceError(f"other processes compute on the GPU ({'; '.join(found[:3])}); {cure}")
         time.sleep(0.5)
+    if gpu and (words := nvml.lost(gpu)):
+        raise DeviceError(f"{gpu} is gone ({words}); see: dmesg | grep -i xid; then reset it (nvidia-smi -r) or reboot")
     clear(gpu)
-
-
-def others(gpu: Gpu | None = None) -> list[str]:
-    """Processes that compute on the GPU now, as `pid name`. Between two runs there must be none of ours."""
-    rows = nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name")
-    return [" ".join(row[1:]) for row in rows if gpu is None or row[0] == gpu.uuid]
 
 
 def clear(gpu: Gpu | None = None) -> int:
@@ -57,17 +77,54 @@ def clear(gpu: Gpu | None = None) -> int:
     Raises:
         DeviceError: the driver refuses, or it takes longer than a minute.
     """
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from harness.gpu import main; sys.exit(main())"
+    return int(_call("clear", gpu, 60.0, "the GPU's memory could not be cleared"))
+
+
+@functools.cache
+def touch(gpu: Gpu | None) -> dict[str, int]:
+    """Initialise CUDA once a process, outside of any sandbox; `cuda` (such as 13000) and `memory` in bytes.
+
+    After a boot the driver makes /dev/nvidia-uvm only then, and no sandbox can hold a file that is not there yet.
+
+    Raises:
+        DeviceError: CUDA does not work on it; one line with the cure.
+    """
+    found: dict[str, int] = json.loads(_call("touch", gpu, 120.0, f"CUDA does not work on {gpu or 'the GPU'}"))
+    return found
+
+
+def _call(what: str, gpu: Gpu | None, limit_s: float, failed: str) -> str:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from harness.gpu import main; sys.exit(main(sys.argv[2]))"
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu.uuid} if gpu else {})
-    command = [sys.executable, "-I", "-S", "-c", code, str(project_root())]
+    command = [sys.executable, "-I", "-S", "-c", code, str(project_root()), what]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=env)
     except subprocess.TimeoutExpired:
-        raise DeviceError("the GPU's memory could not be cleared within a minute; is the device stuck?") from None
+        raise DeviceError(f"{failed} within {limit_s:.0f} s; is the device stuck? see: nvidia-smi") from None
     if done.returncode != 0:
-        words = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
-        raise DeviceError(f"the GPU's memory could not be cleared ({words}); see: nvidia-smi")
-    return int(done.stdout)
+        words = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
+        raise DeviceError(f"{failed} ({words}); see: nvidia-smi")
+    return done.stdout
+
+
+def cure(code: int) -> str:
+    """A CUDA error of the driver's library in words, with what to do where that is known."""
+    return f"CUDA error {code}" + (f": {_CURES[code]}" if code in _CURES else "")
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        raise DeviceError(f"{what} failed with {cure(result)}")
+
+
+def touch_cuda(cuda: Any) -> dict[str, int]:
+    """Initialise CUDA; what `touch` returns. Raises DeviceError."""
+    device, version, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    _check(cuda.cuInit(0), "cuInit")
+    _check(cuda.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
+    _check(cuda.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
+    _check(cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device), "cuDeviceTotalMem")
+    return {"cuda": version.value, "memory": memory.value}
 
 
 def clear_memory(cuda: Any) -> int:
@@ -79,16 +136,11 @@ def clear_memory(cuda: Any) -> int:
     Raises:
         DeviceError: a call failed.
     """
-
-    def check(result: int, what: str) -> None:
-        if result != 0:
-            raise DeviceError(f"{what} failed with CUDA error {result}")
-
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    check(cuda.cuInit(0), "cuInit")
-    check(cuda.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
-    check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
-    check(cuda.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    _check(cuda.cuInit(0), "cuInit")
+    _check(cuda.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
+    _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    _check(cuda.cuCtxSetCurrent(context), "cuCtxSetCurrent")
     blocks: list[Any] = []
     total, size = 0, _CHUNK
     while size >= _LEAST:
@@ -97,17 +149,18 @@ def clear_memory(cuda: Any) -> int:
             size //= 2
             continue
         blocks.append(pointer)
-        check(cuda.cuMemsetD8_v2(pointer, ctypes.c_ubyte(0), ctypes.c_size_t(size)), "cuMemsetD8")
+        _check(cuda.cuMemsetD8_v2(pointer, ctypes.c_ubyte(0), ctypes.c_size_t(size)), "cuMemsetD8")
         total += size
-    check(cuda.cuCtxSynchronize(), "cuCtxSynchronize")
+    _check(cuda.cuCtxSynchronize(), "cuCtxSynchronize")
     for pointer in blocks:
-        check(cuda.cuMemFree_v2(pointer), "cuMemFree")
+        _check(cuda.cuMemFree_v2(pointer), "cuMemFree")
     return total
 
 
-def main() -> int:
+def main(what: str) -> int:
     try:
-        print(clear_memory(ctypes.CDLL("libcuda.so.1")) >> 20)
+        cuda = ctypes.CDLL("libcuda.so.1")
+        print(json.dumps(touch_cuda(cuda)) if what == "touch" else clear_memory(cuda) >> 20)
     except (OSError, DeviceError) as e:
         print(e, file=sys.stderr)
         return 1
@@ -115,4 +168,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.devices import chosen, gpus, gpus_at, usable
 from harness.errors import DeviceError
+from harness.nvml import Gpu
 
 __all__ = [
     "PEAK_BF16_FLOPS",
@@ -27,7 +26,6 @@ __all__ = [
     "gpus",
     "gpus_at",
     "mfu_percent",
-    "nvidia_smi",
     "record_hash",
     "threads_default",
 ]
@@ -36,65 +34,20 @@ __all__ = [
 PEAK_BF16_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "L40S": 362e12, "4090": 165.2e12}
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One of several GPUs, for children that may use no other.
+def gpu_memory_gib(gpu: Gpu | None = None) -> float | None:
+    """Memory of a GPU, by default of the chosen one; None without one, or where nothing tells.
 
-    Attributes:
-        index: nvidia-smi's.
-        uuid: what CUDA_VISIBLE_DEVICES and nvidia-smi call it.
-        node: its file, such as /dev/nvidia0; empty where the driver does not say.
+    Raises:
+        DeviceError: there is a GPU that cannot be used.
     """
+    gpu = gpu or chosen()
+    if gpu is None:
+        return None
+    if gpu.memory_gib is not None:
+        return gpu.memory_gib
+    from harness.gpu import touch  # cards that share the machine's memory tell it to CUDA only
 
-    index: int
-    uuid: str
-    node: str = ""
-
-
-def gpus_at(indices: list[int], drivers: Path = Path("/proc/driver/nvidia/gpus")) -> list[Gpu]:
-    """The GPUs with these indices. Raises DeviceError for one that is not there."""
-    have = {int(row[0]): row for row in nvidia_smi("--query-gpu=index,uuid,pci.bus_id") if len(row) == 3}
-    found = []
-    for index in indices:
-        if index not in have:
-            known = ", ".join(map(str, have)) or "none"
-            raise DeviceError(f"there is no GPU {index}; nvidia-smi shows {known}")
-        _, uuid, bus = have[index]
-        minor = ""
-        with contextlib.suppress(OSError):  # nvidia-smi writes the bus with eight digits, the driver with four
-            for line in (drivers / bus.lower()[-12:] / "information").read_text().splitlines():
-                if line.startswith("Device Minor:"):
-                    minor = line.split(":", 1)[1].strip()
-        found.append(Gpu(index, uuid, f"/dev/nvidia{minor}" if minor else ""))
-    return found
-
-
-@functools.cache
-def gpus() -> list[dict[str, str]]:
-    """The NVIDIA GPUs that the driver shows: name, memory, driver. Empty without a driver."""
-    rows = nvidia_smi("--query-gpu=name,memory.total,driver_version")
-    return [dict(zip(("name", "memory", "driver"), r, strict=False)) for r in rows]
-
-
-def gpu_memory_gib() -> float | None:
-    """Memory of the smallest GPU, as nvidia-smi shows it; None without one, or where it does not say."""
-    sizes = []
-    for gpu in gpus():
-        number, _, unit = gpu.get("memory", "").partition(" ")
-        if unit == "MiB" and number.isdigit():
-            sizes.append(int(number) / 1024)
-    return min(sizes, default=None)
-
-
-def nvidia_smi(query: str) -> list[list[str]]:
-    """The rows of one of nvidia-smi's queries; none without a driver."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [[c.strip() for c in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return touch(gpu)["memory"] / 2**30 or None
 
 
 def cpu_name() -> str:
@@ -112,22 +65,29 @@ def threads_default() -> int:
     return min(2, len(os.sched_getaffinity(0)))
 
 
-def check_device(device: str) -> None:
-    """Raises DeviceError when `cuda` is asked for and there is none, with what to do."""
+def check_device(device: str, gpu: Gpu | None = None) -> None:
+    """Raises DeviceError when `cuda` is asked for and cannot be had, with what to do.
+
+    Args:
+        gpu: which one; None for the chosen one.
+    """
     if device not in ("cpu", "cuda"):
         raise DeviceError(f"no device is called {device!r}; say cpu or cuda")
-    if device == "cuda" and not gpus():
-        raise DeviceError(
-            "a GPU was asked for and nvidia-smi shows none; check the driver, or use --preset laptop --device cpu"
-        )
+    if device == "cuda":
+        usable(gpu or chosen())
 
 
-def mfu_percent(device: str, flops_per_token: float | None, tokens_per_s: float) -> float | None:
-    """Model FLOP utilisation against the bf16 peak; None where the peak is not known (CPUs)."""
-    if device != "cuda" or not flops_per_token or not gpus():
+def mfu_percent(
+    device: str, flops_per_token: float | None, tokens_per_s: float, gpu: Gpu | None = None
+) -> float | None:
+    """Model FLOP utilisation against the bf16 peak; None where the peak is not known (CPUs, slices of a card)."""
+    if device != "cuda" or not flops_per_token:
+        return None
+    gpu = gpu or chosen()
+    if gpu is None or gpu.card:
         return None
     for key, peak in PEAK_BF16_FLOPS.items():
-        if key in gpus()[0]["name"]:
+        if key in gpu.name:
             return 100.0 * flops_per_token * tokens_per_s / peak
     return None
 
@@ -163,8 +123,9 @@ def changed_files(package: str) -> list[str]:
 ATTENTION_PACKAGES = ("flash-attn", "flash-attn-4", "flash_attn_3", "nvidia-cudnn-frontend")
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
-    """The facts that a record carries."""
+def environment(device: str, threads: int, gpu: Gpu | None = None) -> dict[str, Any]:
+    """The facts that a record carries. `gpu` is the one that is meant; None for the chosen one."""
+    gpu = (gpu or chosen()) if device == "cuda" else None
     versions = {}
     for name in ("torch", "triton", "numpy", "tiktoken", *ATTENTION_PACKAGES):
         try:
@@ -180,7 +141,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": cpu_name(),
-        "gpu": gpus()[0] if device == "cuda" and gpus() else None,
+        "gpu": gpu.as_dict() if gpu else None,
         "threads": threads,
         "versions": versions,
     }

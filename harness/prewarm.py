@@ -62,7 +62,7 @@ class Setup:
         return {
             "setup": self,
             "seal": verify_seal(),
-            "machine": environment(self.device, self.threads),
+            "machine": environment(self.device, self.threads, self.sandbox.gpu),
             "environment": child_environment(self.threads, self.repeatable),
         }
 
@@ -220,11 +220,11 @@ class Prewarmer:
                 self._starting = trainer
                 if self._closed:
                     raise _NotUsed("the night is over")
-            if trainer.child.wire.recv(self._setup.limits.start_s)["kind"] != "ready":
+            if trainer.child.wire.recv(self._setup.limits.load_s)["kind"] != "ready":
                 raise Closed
         except TimedOut:
             trainer.close()
-            raise _NotUsed(f"it was not ready within {self._setup.limits.start_s:g} s") from None
+            raise _NotUsed(f"it was not ready within {self._setup.limits.load_s:g} s") from None
         except (Closed, Malformed):
             words = ": ".join(["it ended before it was ready", *tail(folder / "log.txt", 1)])
             trainer.close()

@@ -18,17 +18,18 @@ import errno
 import fcntl
 import gc
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from harness.errors import DiskFullError, LockedError, RecordError
 from harness.signing import Signer, load_signer, verified
 
-__all__ = ["FAILURES", "GENESIS", "OPEN_TEXT", "Chain", "Lock", "Outcome", "canonical"]
+__all__ = ["FAILURES", "GENESIS", "OPEN_TEXT", "Chain", "Lock", "Outcome", "canonical", "version"]
 
 GENESIS = "0" * 64
 FAILURES = ("crash", "invalid", "overtime", "timeout", "oom", "nan", "raced")
@@ -107,7 +108,29 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Outcome:
-        return cls(**body)
+        """Raises RecordError for a body that another version wrote, with fields that are unknown here."""
+        try:
+            return cls(**body)
+        except TypeError:
+            known = {f.name: f for f in fields(cls)}
+            unknown = ", ".join(sorted(set(body) - set(known)))
+            missing = ", ".join(n for n in known if n not in body and known[n].default is MISSING
+                                and known[n].default_factory is MISSING)  # fmt: skip
+            what = f"has fields that this version does not know ({unknown})" if unknown else f"has no {missing}"
+            versions = (body.get("environment") or {}).get("versions") or {}
+            raise RecordError(
+                f"the record of experiment {body.get('number', '?')} {what}: it was written by hotloop "
+                f"{versions.get('hotloop', 'of another version')}, and this is {version()}; use the version that wrote "
+                f"it, or a newer one"
+            ) from None
+
+
+def version() -> str:
+    """Of hotloop, as it is installed; empty where it is not."""
+    try:
+        return importlib.metadata.version("hotloop")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def canonical(value: Any) -> bytes:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness import residency
 from harness.budget import Budget, Shape
 from harness.compiled import Pack, decode
 from harness.errors import TrialError
@@ -32,6 +33,7 @@ from harness.wire import Closed, Malformed, TimedOut
 __all__ = ["Event", "Session", "Trained"]
 
 COMPILE_STEPS = 2
+SHOW_S = 2.0  # how often a start that takes long shows that it goes on
 CURVE_POINTS = 100
 CPU_SLACK_S = 0.5  # what the measuring of processor time may be off by, where all of it is a fraction of a second
 
@@ -81,6 +83,7 @@ class Session:
     given: what compilers made before, for this trainer's; None for nothing.
     ask_compiled: ask for what its own made.
     repeatable: whether the trainer is asked for results that repeat to the bit.
+    warm_s: of steps that nobody times before the calibration, for a device that stood idle.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Session:
         given: Pack | None = None,
         ask_compiled: bool = False,
         repeatable: bool = True,
+        warm_s: float = 0.0,
     ) -> None:
         self._stop, self._prewarmer = stop, prewarmer
         self._given, self._ask_compiled = given.data if given else b"", ask_compiled
@@ -110,7 +114,7 @@ class Session:
         self.budget, self.folder, self.threads = budget, folder, threads
         self.result = Trained()
         self._rows, self._emit, self._clock = rows, on_event, clock
-        self._limits = preset.limits
+        self._limits, self._warm_s = preset.limits, warm_s
         self._progress = 0.0
 
     def run(self) -> Trained:
@@ -154,16 +158,17 @@ class Session:
         ledger = self.result.ledger
         self._emit(Event("start"))
         if self.result.start["how"] == "cold":
-            self._expect("ready", began + self._limits.start_s, "to start")
+            self._await("ready", began)
+        residency.wait()  # what was made ready beside an evaluator begins when that one has left nothing
         sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
         how = {"spec": self.spec.as_dict(), "threads": self.threads, "repeatable": self._repeatable}
         self._child.wire.send("hello", **how, **sizes)
         self._child.wire.send_bytes(self.source)
         self._child.wire.send_bytes(self._given)
-        self._expect("started", began + self._limits.start_s, "to start")
+        self._await("started", began)
         ledger["start"] = self._clock() - began
         self._emit(Event("import"))
-        imported = self._expect("imported", began + self._limits.start_s, "to import train.py")
+        imported = self._expect("imported", self._clock() + self._limits.start_s, "to import train.py")
         ledger["import"] = self._clock() - began - ledger["start"]
         self._note_implementations(imported)
         message = self._warm_up()
@@ -171,6 +176,21 @@ class Session:
             self._take_compiled()
         message = self._feed(message)
         self._take_weights(message)
+
+    def _await(self, kind: str, began: float) -> None:
+        """Wait for our own code to load torch or to wake CUDA, and show that it goes on."""
+        until = began + self._limits.load_s
+        while True:
+            try:
+                self._expect(kind, min(until, self._clock() + SHOW_S), "")
+                return
+            except TimedOut:
+                if self._clock() >= until:
+                    raise TrialError(
+                        "timeout",
+                        f"torch and CUDA were not ready within {self._limits.load_s:.0f} s; is the disk slow?",
+                    ) from None
+                self._emit(Event("start", message=f"{self._child.rss_mb():,.0f} MB loaded"))
 
     def _note_implementations(self, message: dict[str, Any]) -> None:
         """What the trainer says that computes; after the training, of attention, what did."""
@@ -196,25 +216,41 @@ class Session:
             message = self._expect("next", warm_until, "to make a warm-up step")
             ledger["compile"] += self._clock() - mark
             mark = self._clock()
+            if self._warm_s and not self.budget.step_s:
+                self._warm(rows[0], warm_until)
             self._emit(Event("calibrate"))
             flops = 0
             if self.budget.rule.kind == "flops":
                 self._serve(rows[0], 0, 0, 0.0, "count")
                 message = self._expect("next", warm_until, "to make a counted step")
                 flops = self._count(message, "flops", 10**24)
+            self._child.wire.send("tidy")
+            self._expect("next", warm_until, "to collect its garbage")
             steps: list[float] = []
-            total = 0.0
             cpu_s = self._child.cpu_s()
-            while len(steps) < self.preset.calibrate_steps or total < self.preset.calibrate_s:
+            while self._to_time(steps):
                 sent = self._clock()
                 self._serve(rows[len(steps) % SLOTS], len(steps) % SLOTS, 0, 0.0, "time")
                 self._expect("next", warm_until, "to make a timed step")
                 steps.append(self._clock() - sent)
-                total += steps[-1]
             self.budget.measured(shape, steps, flops, self._child.cpu_s() - cpu_s)
             self._child.wire.send("calibrated")
             ledger["calibrate"] += self._clock() - mark
             mark = self._clock()
+
+    def _to_time(self, steps: list[float]) -> bool:
+        """Whether one more step is timed. A replay makes as many as its original did, whatever its clock says."""
+        if (recorded := self.budget.recorded_steps()) is not None:
+            return len(steps) < recorded
+        return len(steps) < self.preset.calibrate_steps or sum(steps) < self.preset.calibrate_s
+
+    def _warm(self, rows: npt.NDArray[np.uint16], until: float) -> None:
+        """Steps that are not timed, until the card is as warm as in a training; part of the calibration's time."""
+        began = self._clock()
+        while (past_s := self._clock() - began) < self._warm_s:
+            self._emit(Event("warm", past_s / self._warm_s))
+            self._serve(rows, 0, 0, 0.0, "time")
+            self._expect("next", until, "to make a warm-up step")
 
     def _take_compiled(self) -> None:
         """What the compilers made, all of it before the first real token is anywhere in the trainer's reach."""
@@ -240,7 +276,7 @@ class Session:
         began, cpu_s = self._clock(), self._child.cpu_s()
         first = began  # when the first batch was on its way
         # Twice the allowed time ends a run that would be `overtime` anyway.
-        stop = began + 2 * limits.overtime * expected_s + 5.0
+        stop = began + 2 * limits.overtime * self.budget.late * expected_s + 5.0
         stall_s = max(limits.stall_s, 10 * max(self.budget.step_s.values()))
         ready: tuple[Shape, npt.NDArray[np.uint16]] | None = None
         try:
@@ -321,7 +357,7 @@ class Session:
 
     def _check_time(self) -> None:
         """Raises TrialError `overtime`. On a CPU processor time counts: wall time depends on who else is there."""
-        allowed_s = self._limits.overtime * self.budget.expected_s
+        allowed_s = self._limits.overtime * self.budget.late * self.budget.expected_s
         if self.result.training_s > allowed_s:
             raise TrialError(
                 "overtime",
@@ -411,7 +447,7 @@ class Session:
     def _died(self) -> TrialError:
         code = self._child.wait()
         if self._child.fault:
-            return TrialError("crash", f"the trainer was stopped: {self._child.fault}")
+            return TrialError(self._child.fault_status, f"the trainer was stopped: {self._child.fault}")
         if code == -signal.SIGKILL:
             return TrialError("oom", "the trainer was killed by the system (SIGKILL), most likely out of memory")
         if code is not None and code < 0:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,20 +15,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.data.dataset import default_data_dir, load_dataset
-from harness.errors import DataError, HotloopError, UsageError
+from harness.devices import chosen, named
+from harness.errors import DataError, DeviceError, HotloopError, UsageError
 from harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
-from harness.machine import check_device, gpu_memory_gib, gpus, threads_default
+from harness.files import kind_of, read_ordinary
+from harness.gpu import touch
+from harness.lint import MAX_BYTES
+from harness.machine import check_device, gpu_memory_gib, threads_default
+from harness.neighbours import claim
 from harness.record import Chain, Lock, Outcome
 from harness.sandbox import best
 from harness.score import Noise
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
+from harness.text import forgiving, one_line
+from harness.toolchain import torch_build
 
 __all__ = [
     "EXIT_BY_STATUS",
     "add_run_arguments",
     "budget_from",
     "main",
+    "preset_here",
     "read_train_source",
     "repeatable_warning",
     "replay_command",
@@ -38,6 +48,7 @@ __all__ = [
 
 EXIT_BY_STATUS = {"ok": 0, "crash": 10, "invalid": 11, "overtime": 12, "timeout": 13, "oom": 14, "nan": 15}
 SINGLES = Path("runs/single")
+GIT_S = 60.0
 
 
 def settings_from(
@@ -49,20 +60,24 @@ def settings_from(
     sandbox: str = "auto",
     unsafe: bool = False,
     repeatable: bool = True,
+    gpus: str | None = None,
 ) -> Settings:
-    """Turn flags into settings. Raises UsageError, DeviceError, DataError or SandboxError, each with what to do."""
-    memory_gib = gpu_memory_gib()
+    """Turn flags into settings; on a GPU that is then claimed for this process, and CUDA is awake.
+
+    Raises:
+        UsageError, DeviceError, DataError, LockedError, SandboxError: each with what to do.
+    """
     if preset == "auto":
-        preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else auto_preset(memory_gib)
-    chosen = preset_named(preset)
+        preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else preset_here()
+    wanted = preset_named(preset)
     if device == "auto":
-        device = chosen.device if chosen.device == "cpu" or gpus() else "cpu"
-        if device != chosen.device:
+        device = wanted.device
+        if device == "cuda" and chosen() is None:
             raise UsageError(f"the preset {preset} needs a GPU and nvidia-smi shows none; use --preset laptop")
-    check_device(device)
-    if device == "cuda":
-        chosen = replace(chosen, batch_divisor=batch_divisor(memory_gib))
-    path = Path(data) if data else default_data_dir(chosen.source, chosen.seq_len, chosen.vocab_size)
+    mine = named(gpus) if gpus and device == "cuda" else [chosen()] if device == "cuda" else [None]
+    for gpu in mine:
+        check_device(device, gpu)
+    path = Path(data) if data else default_data_dir(wanted.source, wanted.seq_len, wanted.vocab_size)
     if not path.exists():
         raise DataError(f"there is no prepared data at {path}; run: hotloop prepare --preset {preset}")
     if threads is not None and threads < 1:
@@ -70,8 +85,36 @@ def settings_from(
     level = None if sandbox == "auto" else int(sandbox.removeprefix("L"))
     if level == 0 and not unsafe:
         raise UsageError("--sandbox L0 protects nothing; where that is wanted, say --unsafe-no-sandbox")
-    walls = best(level, unsafe, device)
-    return Settings(chosen, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
+    for gpu in filter(None, mine):
+        claim(gpu)
+        touch(gpu)
+    if device == "cuda":
+        sizes = [size for gpu in mine if (size := gpu_memory_gib(gpu)) is not None]
+        wanted = replace(wanted, batch_divisor=batch_divisor(min(sizes, default=None)))
+    walls = best(level, unsafe, device, mine[0])
+    return Settings(wanted, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
+
+
+def preset_here() -> str:
+    """The preset that `auto` takes on this machine; on one with a GPU never the CPU's.
+
+    Raises:
+        DeviceError: there is a GPU and it cannot be used, or is too small; one line with the cure.
+    """
+    gpu = chosen()
+    if gpu is None:
+        if (build := torch_build()) and build.hip:  # which would call an AMD GPU "cuda"
+            check_device("cuda")
+        return "laptop"
+    memory_gib = gpu_memory_gib(gpu)
+    if memory_gib is None:
+        raise DeviceError(f"{gpu} does not tell its memory; say --preset h100, or for the CPU --device cpu")
+    if auto_preset(memory_gib) == "laptop":
+        raise DeviceError(
+            f"{gpu} has {memory_gib:.0f} GiB, too little for the preset h100; choose another GPU with "
+            f"CUDA_VISIBLE_DEVICES, try it with --preset h100, or ask for the CPU: --device cpu"
+        )
+    return auto_preset(memory_gib)
 
 
 def budget_from(args: argparse.Namespace) -> BudgetRule | None:
@@ -107,22 +150,22 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that the flags of `add_run_arguments` ask for."""
     return settings_from(
         preset=args.preset, device=args.device, data=args.data, threads=args.threads, sandbox=args.sandbox,
-        unsafe=args.unsafe_no_sandbox, repeatable=not args.fast_nondeterministic,
+        unsafe=args.unsafe_no_sandbox, repeatable=not args.fast_nondeterministic, gpus=getattr(args, "gpus", None),
     )  # fmt: skip
 
 
 def sandbox_warning(settings: Settings) -> str:
-    """What to tell the user of a sandbox that is not the best; empty for L3."""
+    """One sentence for the user of a sandbox that is not the best; empty for L3. `hotloop doctor` has the reasons."""
     sandbox = settings.sandbox
     if sandbox.level == 3:
         return ""
-    missing = "; ".join(f"{k}: {v}" for k, v in sandbox.missing.items())
-    not_stopped = ", ".join(k for k, v in sandbox.probes.items() if not v) or "everything"
-    if sandbox.level > 0 and all(sandbox.probes.values()):
-        not_stopped = "nothing that was probed"
-    return f"the sandbox is only {sandbox}. Not stopped: {not_stopped}. " + (
-        f"Better ones: {missing}" if missing else ""
-    )
+    if sandbox.level == 0:
+        return "train.py runs without a sandbox: it may read, write and send whatever you may"
+    if shutil.which("bwrap") is None:
+        better = f"for the best one {'' if os.geteuid() == 0 else 'let root '}run: apt-get install bubblewrap"
+    else:
+        better = "bubblewrap does not work here"
+    return f"the sandbox is {sandbox}; {better} (hotloop doctor: what each level stops)"
 
 
 def repeatable_warning(settings: Settings) -> str:
@@ -139,16 +182,25 @@ def _warn(settings: Settings) -> None:
 
 
 def read_train_source(path: Path) -> bytes:
-    """The bytes of a train.py that can be run. Raises UsageError: missing, no Python, or without its functions."""
+    """The bytes of a train.py that can be run.
+
+    Raises:
+        UsageError: missing, no ordinary file, too large, no text, no Python, or without its functions.
+    """
     try:
-        source = path.read_bytes()
+        if what := kind_of(path, MAX_BYTES):
+            raise UsageError(f"{path} is {what}; name a file of Python code")
+        source = read_ordinary(path, MAX_BYTES)
+        if source is None:
+            raise UsageError(f"{path} cannot be read; start in the folder of train.py")
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
     try:
         tree = ast.parse(source, filename=str(path))
-    except (SyntaxError, ValueError) as e:
+    except Exception as e:  # RecursionError and MemoryError too
         where = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        raise UsageError(f"{path}{where}: {getattr(e, 'msg', e)}; mend the file and run again") from None
+        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
+        raise UsageError(f"{path}{where}: {words}; mend the file and run again") from None
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     missing = sorted({"build_model", "train"} - defined)
     if missing:
@@ -256,6 +308,8 @@ def main(path: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     args.train = path
+    for stream in (sys.stdout, sys.stderr):
+        forgiving(stream)
     try:
         return run_command(args)
     except HotloopError as e:
@@ -280,6 +334,7 @@ def _printer() -> Callable[[Event], None]:
         text = f"{time.monotonic() - began:6.1f} s  {event.phase}"
         if live:
             text += f" {100 * event.progress:5.1f} %" if event.progress else ""
+            text += f"  {event.message}" if event.message and event.phase != "done" else ""
             text += f"  loss {event.loss:.4f}" if event.loss is not None else ""
             text += f"  {event.tokens_per_s:,.0f} tokens/s" if event.tokens_per_s else ""
             end = "\n" if event.phase == "done" else ""
@@ -295,7 +350,10 @@ def _git_commit(path: Path) -> str:
     """The commit of the checkout that holds `path`, with `-dirty` where the file differs; empty outside git."""
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=path.parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *args], cwd=path.parent, capture_output=True, text=True, timeout=GIT_S)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "HEAD")

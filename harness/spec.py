@@ -58,7 +58,8 @@ class Limits:
     """Seconds and ratios after which an experiment is stopped. All times are the parent's.
 
     Attributes:
-        start_s: from process start to the end of the import of train.py.
+        load_s: from process start until torch and CUDA are ready: trusted code, gigabytes from a cold disk perhaps.
+        start_s: for the import of train.py.
         warmup_s: for all warm-up and calibration, compilation included.
         stall_s: without a sign of life while training.
         send_s: that a message to a child may wait for it to read.
@@ -76,6 +77,7 @@ class Limits:
         memory_bytes: what one process of a child may allocate on a CPU; None for most of the machine's.
     """
 
+    load_s: float = 900.0
     start_s: float = 120.0
     warmup_s: float = 600.0
     stall_s: float = 120.0
@@ -102,6 +104,7 @@ class Preset:
         eval_rows / holdout_rows: rows that are scored (all of them when fewer exist).
         eval_batch_rows: rows a batch in the evaluators, fixed here so that no train.py can choose.
         calibrate_s / calibrate_steps: least duration and least number of steps of the calibration.
+        warm_s: of training on made-up rows before the calibration of a device that stood idle: a cold card is faster.
         noise_seeds: further seeds of the baseline that measure the noise floor.
         batch_divisor: see Spec; set from the device's memory, not by the table.
     """
@@ -120,6 +123,7 @@ class Preset:
     noise_seeds: int
     limits: Limits = field(default_factory=Limits)
     batch_divisor: int = 1
+    warm_s: float = 0.0
 
     def with_limits(self, **changes: Any) -> Preset:
         return replace(self, limits=replace(self.limits, **changes))
@@ -140,6 +144,7 @@ PRESETS = {
         calibrate_s=5.0,
         calibrate_steps=10,
         noise_seeds=2,  # ten minutes of a night, without which luck is kept as a gain
+        warm_s=30.0,
     ),
     # The same model at a size that two CPU cores train in about 20 s. Its clock is noise (a shared
     # machine), so the budget is counted in operations and overtime is a generous multiple.
@@ -161,7 +166,7 @@ PRESETS = {
 }
 
 
-# The h100 preset on GPUs of 80, 40 or 48, 24 and 16 GB: least GiB that nvidia-smi shows, and what the rows of a pass
+# The h100 preset on GPUs of 80, 40 or 48, 24 and 16 GB: least GiB that the driver shows, and what the rows of a pass
 # are divided by. Estimates, from the 45 GB that the reference takes with 128 rows a pass.
 BATCH_DIVISORS = ((70.0, 1), (35.0, 2), (20.0, 4), (14.0, 8))
 

@@ -1,65 +1,114 @@
 """Install hotloop into the environment of the Python that runs this: `python tools/install.py [--test]`.
 
-Which torch: a machine with an NVIDIA driver gets PyPI's CUDA build; any other the CPU build, which is a tenth of the
-size. A matching pair of torch and triton that is already installed is left alone.
+Which torch: on a machine with an NVIDIA GPU the build that fits its driver's version; on any other the CPU build, which
+is a tenth of the size. A matching pair of torch and triton that fits and is already installed is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
-import shutil
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Pairs that belong together and are tested. The first is what gets installed.
-TESTED = {"2.13.0": "3.7.1", "2.11.0": "3.6.0"}
+sys.path.insert(0, str(ROOT))
+
+from harness.devices import signs, why_unusable  # noqa: E402
+from harness.toolchain import (  # noqa: E402
+    INDEX,
+    TESTED,
+    Install,
+    build_trouble,
+    compiler_trouble,
+    driver_version,
+    header_trouble,
+    installs,
+    torch_build,
+)
 
 
 def pip(*args: str) -> bool:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *args]
     print("+ pip install", *args, flush=True)
-    return subprocess.run(command, cwd=ROOT).returncode == 0
+    done = subprocess.run(command, cwd=ROOT).returncode == 0
+    importlib.invalidate_caches()
+    return done
 
 
-def has_gpu() -> bool:
-    smi = shutil.which("nvidia-smi")
-    return bool(smi) and subprocess.run([str(smi), "-L"], capture_output=True).returncode == 0
-
-
-def torch_is_there(gpu: bool) -> bool:
+def torch_trouble(driver: str) -> str:
+    """Why what is installed will not do; empty where it will. `driver` is empty for a CPU."""
     try:
         torch, triton = (importlib.metadata.version(n) for n in ("torch", "triton"))
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return TESTED.get(torch.split("+")[0]) == triton and not (gpu and torch.endswith("+cpu"))
+        return "torch and triton are not installed"
+    if TESTED.get(torch.split("+")[0]) != triton:
+        return f"torch {torch} with triton {triton} is not a tested pair"
+    return build_trouble(torch_build(), driver) if driver else ""
 
 
-def install_torch(gpu: bool) -> bool:
-    torch, triton = next(iter(TESTED.items()))
-    if gpu:
-        return pip(f"torch=={torch}", f"triton=={triton}")
-    # First from the indexes that are configured, then from PyTorch's own.
-    wanted = (f"torch=={torch}+cpu", f"triton=={triton}")
-    return pip(*wanted) or pip("--extra-index-url", CPU_INDEX, *wanted)
+def install_torch(driver: str) -> str:
+    """Install the build for this driver, or for a CPU where it is empty; why none could be, empty where one was."""
+    if driver:
+        try:
+            wanted = installs(driver, platform.machine())
+        except ValueError as e:
+            return f"{e}; or install for the CPU: --cpu"
+    else:
+        torch, triton = next(iter(TESTED.items()))
+        # First from the indexes that are configured, then from PyTorch's own.
+        wanted = [Install(f"torch=={torch}+cpu", triton, index) for index in ("", INDEX + "cpu")]
+    trouble = "torch could not be installed; see pip's words above"
+    for one in wanted:
+        index = ["--extra-index-url", one.index] if one.index else []
+        if pip(*index, one.torch, f"triton=={one.triton}"):
+            trouble = torch_trouble(driver)  # an index may give a build for CPUs where one for a GPU was asked for
+            if not trouble:
+                return ""
+    return trouble
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def driver_wanted(args: argparse.Namespace) -> str:
+    """The version of the driver to install for; empty for a CPU. Raises ValueError: one line with the cure."""
+    if args.cpu or args.driver:
+        return "" if args.cpu else str(args.driver)
+    if driver := driver_version():
+        return driver
+    if found := signs():
+        raise ValueError(f"{why_unusable(found, 'not found')}; or install for the CPU: --cpu")
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--test", action="store_true", help="also what the tests and the linters need")
-    args = parser.parse_args()
-    gpu = has_gpu()
-    if not torch_is_there(gpu) and not install_torch(gpu):
-        print("hotloop: torch could not be installed; see pip's words above", file=sys.stderr)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--cpu", action="store_true", help="the CPU build of torch, also on a machine with a GPU")
+    where.add_argument("--driver", metavar="VERSION", help="for a GPU with this driver, as when an image is built")
+    args = parser.parse_args(argv)
+    if sys.platform != "linux":
+        print(f"hotloop: it needs Linux (on Windows: WSL2), and this is {sys.platform}", file=sys.stderr)
+        return 1
+    try:
+        driver = driver_wanted(args)
+    except ValueError as e:
+        print(f"hotloop: {e}", file=sys.stderr)
+        return 1
+    trouble = torch_trouble(driver) and install_torch(driver)
+    if trouble:
+        print(f"hotloop: {trouble}", file=sys.stderr)
         return 1
     files = ["lock.txt"] + (["test.txt"] if args.test else [])
     wanted = [a for f in files for a in ("-r", f"requirements/{f}")]
     if not (pip(*wanted) and pip("--no-deps", "--no-build-isolation", "-e", ".")):
         print("hotloop: the installation failed; see pip's words above", file=sys.stderr)
         return 1
+    if driver:  # all is installed; this is what is still in the way of the first kernel
+        for missing in filter(None, (header_trouble(), compiler_trouble())):
+            print(f"hotloop: WARNING: the GPU's kernels need more: {missing}", file=sys.stderr)
     return 0
 
 

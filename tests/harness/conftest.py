@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from harness.spec import BudgetRule, Limits, Preset
+from tests.harness.fake_nvml import FakeNvml
 
 TINY = '''
 import torch
@@ -87,3 +89,11 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
+    """A machine with one H100, or with what the test makes of it."""
+    fake = FakeNvml(tmp_path, monkeypatch)
+    yield fake
+    fake.end()

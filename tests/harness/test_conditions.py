@@ -1,13 +1,9 @@
-"""Conditions of a run (clocks, strangers on the GPU, a slow feed) and faults of its machine; nvidia-smi is a script."""
+"""Conditions of a run (clocks, strangers on the GPU, a slow feed) and faults of its machine; NVML is a stand-in."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +13,14 @@ import torch
 
 import train
 from bench import baseline
-from harness import Batch, conditions, doctor, experiment, machine, single
+from harness import Batch, conditions, devices, doctor, experiment, machine, neighbours, nvml, single
 from harness.budget import Budget
-from harness.conditions import Watch, clock_words, clocks, is_machines_fault, strangers, warnings
+from harness.conditions import Watch, clock_words, clocks, is_machines_fault, warnings
+from harness.devices import Signs
 from harness.errors import DeviceError, TrialError
 from harness.experiment import Job, Settings, run_experiment, summary
 from harness.feed import RowOrder
-from harness.machine import Gpu
+from harness.nvml import Gpu
 from harness.record import Outcome
 from harness.sandbox import Sandbox
 from harness.session import Event, Session
@@ -31,44 +28,12 @@ from harness.spec import PRESETS, Spec
 from kernels import attend
 from prepare import Dataset
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
-
-SMI = """#!/bin/sh
-case "$1" in
-  *clocks_event_reasons*) [ -e {0}/new ] && cat {0}/clocks || {{ echo 'not a valid field' >&2; exit 2; }} ;;
-  *clocks_throttle_reasons*) cat {0}/clocks ;;
-  --query-gpu=name*) cat {0}/gpus ;;
-  --query-compute*) cat {0}/apps ;;
-esac
-"""
-FULL, DROPPED = "GPU-aa, 1980 MHz, 2619 MHz, 0x0000000000000004, 61\n", "GPU-aa, 1410 MHz, 2619 MHz, 0x24, 88\n"
+from tests.harness.fake_nvml import DROPPED, H100, SMALL, FakeNvml
 
 
-class Smi:
-    """The folder of a fake nvidia-smi; what it says is in files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.says()
-
-    def says(self, clocks: str = FULL, apps: str = "", memory: str = "81559 MiB") -> None:
-        machine.gpus.cache_clear()
-        gpus = f"NVIDIA H100 80GB HBM3, {memory}, 580.65.06\n"
-        for name, text in (("clocks", clocks), ("apps", apps), ("gpus", gpus)):
-            (self.folder / "next").write_text(text)
-            (self.folder / "next").rename(self.folder / name)
-
-
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Smi]:
-    folder = tmp_path / "smi"
-    folder.mkdir()
-    (folder / "nvidia-smi").write_text(SMI.format(folder))
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditions, "PERIOD_S", 0.02)
-    machine.gpus.cache_clear()
-    yield Smi(folder)
-    machine.gpus.cache_clear()
 
 
 def settings(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
@@ -90,40 +55,41 @@ def job(tmp_path: Path, **changes: str) -> Job:
     return Job(tiny_source(**changes), 0, "t", "single", "c" * 40, "", "tiny", 1, tmp_path / "run")
 
 
-# ---- what nvidia-smi says
+# ---- what the driver says
 
 
-def test_clocks_of_new_and_old_drivers_and_of_none(smi: Smi) -> None:
+def test_clocks_of_new_and_old_drivers_and_of_none(gpus: FakeNvml) -> None:
     found = {
         "sm_mhz": 1410,
         "memory_mhz": 2619,
         "reasons": ["power cap", "temperature (software)"],
         "temperature_c": 88,
     }
-    smi.says("GPU-bb, 990 MHz, 2619 MHz, 0x0, 40\n" + DROPPED)
-    assert clocks(Gpu(1, "GPU-aa")) == found
-    (smi.folder / "new").touch()
-    assert clocks(Gpu(1, "GPU-aa")) == found
+    gpus.says(H100 | {"uuid": "GPU-bb", "sm": 990}, H100 | DROPPED)
+    ours = Gpu(1, "GPU-aa")
+    assert clocks(ours) == found
+    gpus.says(H100 | DROPPED, missing=["nvmlDeviceGetCurrentClocksEventReasons"])
+    assert clocks(ours) == found == clocks()
     assert clock_words(found) == "SM 1410 MHz, memory 2619 MHz, 88 C; held back by: power cap, temperature (software)"
-    assert "held back by: nothing" in clock_words(clocks() or {})
-    smi.says("GPU-aa, [N/A], [N/A], [N/A], [N/A]\n")
-    assert clocks() is None
-    smi.says("")
-    assert clocks() is None
+    assert "held back by: nothing" in clock_words(found | {"reasons": []})
+    # What a driver does not tell is left out, and the rest is kept.
+    gpus.says(H100 | {"memory_mhz": None, "temperature": None, "reasons": None})
+    partly = clocks(ours)
+    assert partly == {"sm_mhz": 1980, "memory_mhz": None, "temperature_c": None, "reasons": []}
+    assert clock_words(partly) == "SM 1980 MHz, memory unknown, unknown; held back by: nothing"
+    for card, special in ((H100 | {"sm": None}, {}), (H100 | {"error": 15}, {}), (H100, {"trouble": 9})):
+        nvml._open = None
+        gpus.says(card, **special)
+        assert clocks(ours) is None
 
 
-def test_a_stranger_is_who_is_not_below_this_process(smi: Smi) -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ours:
-        smi.says(apps=f"GPU-aa, {ours.pid}, python\nGPU-aa, 1, other\nGPU-bb, 1, elsewhere\n")
-        assert strangers(Gpu(0, "GPU-aa")) == ["1 other"]
-        assert strangers(None) == ["1 other", "1 elsewhere"]
-        smi.says(apps=f"GPU-aa, {ours.pid}, python\n")
-        assert strangers(Gpu(0, "GPU-aa")) == []
-        ours.communicate(b"\n")
-    smi.says(apps="GPU-aa, 1, [Not Found]\n")  # a container, which knows the trainer by another number
-    assert strangers(Gpu(0, "GPU-aa")) == []
-    smi.says(apps="GPU-aa, 1, [Not Found]\nGPU-aa, 2, [Not Found]\n")
-    assert len(strangers(Gpu(0, "GPU-aa"))) == 2
+def test_a_slice_has_its_cards_clocks(gpus: FakeNvml) -> None:
+    part = {"uuid": "MIG-1", "memory_mib": 40000, "gi": 1, "ci": 0, "sm": None, "apps": []}
+    gpus.says(H100 | {"slices": [part]})
+    (ours,) = machine.gpus()
+    assert ours.uuid == "MIG-1"
+    now = clocks(ours)
+    assert now is not None and now["sm_mhz"] == 1980
 
 
 def look(watch: Watch, phase: str) -> None:
@@ -135,19 +101,19 @@ def look(watch: Watch, phase: str) -> None:
         time.sleep(0.01)
 
 
-def test_clocks_that_drop_and_strangers_get_into_the_record(smi: Smi) -> None:
+def test_clocks_that_drop_and_strangers_get_into_the_record(gpus: FakeNvml) -> None:
     events: list[Event] = []
     with Watch("cuda", Gpu(0, "GPU-aa"), events.append) as watch:
         watch(Event("compile"))
-        smi.says(DROPPED, "GPU-aa, 1, early\nGPU-aa, 2, early\n")
+        gpus.says(H100 | DROPPED | {"apps": [[1, "early"], [2, "early"]]})
         time.sleep(0.2)  # neither of it matters before the calibration
         watch(Event("start"))
-        smi.says(FULL)
+        gpus.says()
         time.sleep(0.2)
         look(watch, "calibrate")
         assert warnings(watch.facts(), 300.0) == []
         look(watch, "train")
-        smi.says(DROPPED, "GPU-aa, 1, miner\nGPU-aa, 2, python\n")
+        gpus.says(H100 | DROPPED | {"apps": [[1, "miner"], [2, "python"]]})
         look(watch, "train")
         look(watch, "train")
         watch(Event("submit"))
@@ -164,15 +130,15 @@ def test_clocks_that_drop_and_strangers_get_into_the_record(smi: Smi) -> None:
     ]
 
 
-def test_a_power_cap_and_a_small_drop_are_the_rule(smi: Smi) -> None:
+def test_a_power_cap_and_a_small_drop_are_the_rule(gpus: FakeNvml) -> None:
     facts = {"sm_mhz": {"calibrate": 1980, "train": 1900, "last": 1890}, "reasons": ["power cap"], "others": []}
     assert warnings(facts, 300.0) == []
     facts["sm_mhz"] = {"calibrate": 1980, "train": 1980, "last": 1870}
     assert warnings(facts, 300.0) == ["the GPU's clock fell from 1980 MHz in the calibration to 1870 MHz"]
 
 
-def test_on_a_cpu_nothing_is_asked(smi: Smi) -> None:
-    smi.says(DROPPED, "GPU-aa, 1, miner\nGPU-aa, 2, python\n")
+def test_on_a_cpu_nothing_is_asked(gpus: FakeNvml) -> None:
+    gpus.says(H100 | DROPPED | {"apps": [[1, "miner"], [2, "python"]]})
     with Watch("cpu", None, lambda _: None) as watch:
         watch(Event("train"))
         time.sleep(0.2)
@@ -183,27 +149,43 @@ def test_on_a_cpu_nothing_is_asked(smi: Smi) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "preset", "divisor"),
-    [("143771 MiB", "h100", 1), ("81559 MiB", "h100", 1), ("49140 MiB", "h100", 2), ("46068 MiB", "h100", 2),
-     ("40960 MiB", "h100", 2), ("24564 MiB", "h100", 4), ("16376 MiB", "h100", 8), ("8192 MiB", "laptop", 1),
-     ("[N/A]", "laptop", 1)],
+    ("memory", "divisor"), [(143771, 1), (81559, 1), (49140, 2), (46068, 2), (40960, 2), (24564, 4), (16376, 8)]
 )  # fmt: skip
 def test_the_preset_follows_the_gpus_memory(
-    smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, preset: str, divisor: int
+    gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, divisor: int
 ) -> None:
-    smi.says(memory=memory)
-    monkeypatch.setattr(single, "best", lambda *_: Sandbox(0))
+    gpus.says(H100 | {"memory_mib": memory}, SMALL)  # the second card changes nothing
+    monkeypatch.setattr(single, "best", lambda *given: Sandbox(0, gpu=given[3]))
     monkeypatch.setattr(single, "load_dataset", lambda _: None)
     found = single.settings_from(data=str(tmp_path))
-    assert (found.preset.name, found.preset.batch_divisor) == (preset, divisor)
-    assert found.device == found.preset.device
+    assert (found.preset.name, found.preset.batch_divisor, found.device) == ("h100", divisor, "cuda")
+    assert found.sandbox.gpu is not None and found.sandbox.gpu.uuid == "GPU-aa"
     laptop = single.settings_from(data=str(tmp_path), preset="laptop")
-    assert (laptop.device, laptop.preset.batch_divisor) == ("cpu", 1)
-    # Asked for, it is the same experiment on any GPU.
-    assert single.settings_from(data=str(tmp_path), preset="h100").preset.batch_divisor == (
-        divisor if preset == "h100" else 8 if "MiB" in memory else 1
-    )
-    assert dataclasses.replace(found.preset, batch_divisor=1) == PRESETS[preset]
+    assert (laptop.device, laptop.preset.batch_divisor, laptop.sandbox.gpu) == ("cpu", 1, None)
+    assert dataclasses.replace(found.preset, batch_divisor=1) == PRESETS["h100"]
+    # Side by side, as the smallest of those that are named.
+    gpus.says(H100, H100 | {"uuid": "GPU-bb", "memory_mib": memory})
+    both = single.settings_from(data=str(tmp_path), gpus="0,1")
+    assert both.preset.batch_divisor == divisor
+
+
+def test_a_gpu_that_is_too_small_or_silent_is_refused_and_never_becomes_the_cpu(
+    gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single, "best", lambda *given: Sandbox(0, gpu=given[3]))
+    monkeypatch.setattr(single, "load_dataset", lambda _: None)
+    cuda_says = {"cuda": 13000, "memory": 0}
+    monkeypatch.setattr("harness.gpu.touch", lambda gpu: cuda_says)
+    for memory, words in ((8192, "8 GiB, too little for the preset h100.*--device cpu"),
+                          (None, "does not tell its memory; say --preset h100")):  # fmt: skip
+        gpus.says(H100 | {"memory_mib": memory})
+        with pytest.raises(DeviceError, match=words):
+            single.settings_from(data=str(tmp_path))
+        # What is asked for is had: the CPU, or the same experiment on that GPU.
+        assert single.settings_from(data=str(tmp_path), device="cpu").preset.name == "laptop"
+        assert single.settings_from(data=str(tmp_path), preset="h100").preset.batch_divisor == (8 if memory else 1)
+    cuda_says["memory"] = 120 << 30  # one that shares the machine's memory tells it to CUDA only
+    assert single.settings_from(data=str(tmp_path)).preset.batch_divisor == 1
 
 
 def test_a_smaller_gpu_takes_fewer_rows_a_pass_and_as_many_tokens_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,27 +218,68 @@ def test_a_smaller_gpu_takes_fewer_rows_a_pass_and_as_many_tokens_a_step(monkeyp
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def test_the_doctor_tells_preset_clocks_and_strangers(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_tells_preset_clocks_and_strangers(gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     def told() -> dict[str, tuple[bool, str]]:
         return {name: (good, text) for name, good, text in doctor.checks()}
 
-    monkeypatch.setattr(doctor, "_sandbox", lambda _: iter(()))
-    monkeypatch.setattr(doctor, "_cuda", lambda: ("cuda", True, "works"))
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: iter(()))
+    tried: list[Gpu] = []
+    monkeypatch.setattr(doctor, "touch", lambda gpu: tried.append(gpu))
+    monkeypatch.setattr(doctor, "probe_cuda", lambda _: 1.5)
+    monkeypatch.setattr(doctor, "best", lambda *_, **given: Sandbox(0, gpu=given.get("gpu")))
     monkeypatch.setattr(doctor, "verify_seal", lambda: "0" * 64)
-    smi.says(memory="24564 MiB")
+    monkeypatch.setattr(neighbours, "_contained", lambda: False)
+    gpus.says(H100 | {"memory_mib": 24564}, SMALL)
     found = told()
+    assert found["gpu"] == (
+        True, "GPU 0, NVIDIA H100 80GB HBM3 (GPU-aa), 24564 MiB, driver 580.65.06; 1 more, to be chosen by "
+        "CUDA_VISIBLE_DEVICES",
+    )  # fmt: skip
     assert found["preset"] == (True, "h100, with 1/4 of DEVICE_BATCH_SIZE a pass (24 GiB of GPU memory)")
     assert found["clocks"] == (True, "SM 1980 MHz, memory 2619 MHz, 61 C; held back by: power cap")
     assert found["gpu use"] == (True, "nobody computes there")
-    smi.says(DROPPED, "GPU-aa, 1, miner\nGPU-aa, 2, python\n", "8192 MiB")
+    assert found["cuda"] == (True, "works, 1.5 s to a first product")
+    assert "persistence" not in found
+    gpus.says(H100 | DROPPED | {"apps": [[1, "miner"], [2, "python"]], "memory_mib": 8192, "persistence": 0})
     found = told()
-    assert not found["preset"][0] and "too little for h100" in found["preset"][1]
+    assert not found["preset"][0] and "too little for the preset h100" in found["preset"][1]
     assert not found["clocks"][0] and "cool it" in found["clocks"][1]
     assert found["gpu use"] == (False, "computing there: 1 miner; 2 python; end them before a night")
-    smi.says("", memory="[N/A]")
+    assert found["cuda"] == (True, "not tried beside what computes there (1 miner; 2 python)")
+    assert not found["persistence"][0] and "nvidia-smi -pm 1" in found["persistence"][1]
+    assert len(tried) == 1  # not beside somebody's run
+    gpus.says(H100 | {"sm": None, "apps": None})  # WSL
     found = told()
     assert not found["clocks"][0]
-    assert not found["preset"][0] and "say --preset h100" in found["preset"][1]
+    assert found["gpu use"] == (True, "the driver does not tell who computes there; see to it that nobody else does")
+
+
+def test_the_doctor_says_what_is_wrong_with_a_gpu_that_cannot_be_used(
+    gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus.says(trouble=9)
+    monkeypatch.setattr(devices, "signs", lambda: Signs(module=True, nodes=True))
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: iter(()))
+    found = {name: (good, text) for name, good, text in doctor.checks()}
+    for name in ("gpu", "preset"):
+        assert found[name][0] is False
+        assert "its driver does not work (Driver Not Loaded)" in found[name][1] and "--device cpu" in found[name][1]
+    assert "cuda" not in found and "clocks" not in found
+
+
+def test_the_doctor_names_what_keeps_bubblewrap_from_working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernel").mkdir()
+    setting = tmp_path / "kernel" / "apparmor_restrict_unprivileged_userns"
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
+    for value, level, lines in (("1\n", 1, 1), ("1\n", 3, 0), ("0\n", 1, 0)):
+        setting.write_text(value)
+        monkeypatch.setattr(doctor, "best", lambda level=level: Sandbox(level))
+        found = list(doctor._user_namespaces(tmp_path))
+        assert len(found) == lines
+        for _, good, text in found:
+            assert not good and "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0" in text
+    setting.unlink()
+    assert list(doctor._user_namespaces(tmp_path)) == []
 
 
 def test_the_doctor_asks_the_kernels_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,10 +318,9 @@ def test_a_slow_feed_is_counted_and_warned_of(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(RowOrder, "take", slow)
     late = train().result
     assert late.weights == calm.weights
-    assert calm.feed_late_s < 0.2 * late.feed_late_s  # not zero on a busy machine
-    # A tiny step is over long before 50 ms are, so nearly all of them are waited for.
-    assert 0.7 * late.training_s < late.feed_late_s < late.training_s
-    assert late.feed_late_s > 0.04 * late.steps
+    assert calm.feed_late_s < late.feed_late_s < late.training_s
+    # A tiny step is over before 50 ms are, so most of them are waited for.
+    assert late.feed_late_s > 0.02 * late.steps
     assert warnings({"feed_late_s": 4.0}, 300.0) == [
         "the trainer waited 4.0 s of 300.0 s for its rows; is the disk or memory busy?"
     ]
@@ -353,7 +375,7 @@ def test_out_of_memory_by_other_names(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_device_that_is_lost_is_no_fault_of_the_experiments(
-    smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trainer ends; what clears the GPU afterwards finds none (here: no driver), for real. Nothing is recorded."""
     tries: list[int] = []
@@ -367,7 +389,7 @@ def test_a_device_that_is_lost_is_no_fault_of_the_experiments(
         run_experiment(job(tmp_path), settings(tmp_path, "cuda", monkeypatch))
     assert len(str(e.value).splitlines()) == 1
     assert tries == [1]
-    smi.says(apps="GPU-aa, 1, miner\n")
+    gpus.says(H100 | {"apps": [[1, "miner"]]})
     monkeypatch.setattr(experiment, "fresh", lambda device, gpu: experiment_fresh(device, 0.0, gpu))
     with pytest.raises(DeviceError, match="other processes compute on the GPU"):
         run_experiment(job(tmp_path), settings(tmp_path, "cuda", monkeypatch))
@@ -377,7 +399,7 @@ experiment_fresh = experiment.fresh
 
 
 def test_broken_hardware_gets_a_second_try_and_the_record_says_so(
-    smi: Smi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = [TrialError("crash", "CUDA error: uncorrectable ECC error encountered")]
     tries: list[Outcome] = []
