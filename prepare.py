@@ -77,10 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hotloop: stopped; nothing half-written was left, and what was there before is there", file=sys.stderr)
         return 130
+    if why := _why_not_safe(dataset):
+        print(f"WARNING: {why}")
     rows = ", ".join(f"{s} {dataset.manifest['splits'][s]['rows']:,}" for s in SPLITS)
     print(f"{dataset.path}\nrows of {dataset.seq_len} tokens: {rows}")
     print(_next(dataset, name, args.preset == "auto", args.device))
     return 0
+
+
+def _why_not_safe(dataset: Dataset) -> str:
+    """What a sandbox cannot keep from train.py; empty where it can."""
+    from harness.sandbox import Sandbox, exposed_text, readable_text
+
+    if file := exposed_text(dataset):
+        return f"{file} lies where train.py must be able to read, so no run will start with it; move the text elsewhere"
+    return readable_text(dataset.source, Sandbox(3))
 
 
 def _next(dataset: Dataset, asked: str, is_default: bool, device: str) -> str:

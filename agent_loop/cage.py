@@ -23,6 +23,7 @@ from typing import Any
 from harness.bounds import score
 from harness.confine import BOOT
 from harness.data.dataset import BUILT_IN
+from harness.data.readers import kind_of
 from harness.errors import HotloopError, SandboxError, UsageError
 from harness.process import Contained, tail
 from harness.sandbox import Sandbox
@@ -155,7 +156,7 @@ def text_of(data: Path, source: str) -> list[Path]:
     if source in BUILT_IN or not given.exists():
         return found
     if any(Path(needed).resolve().is_relative_to(given) for needed in (project_root(), sys.prefix, "/usr/bin")):
-        return found + [p for p in given.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")]
+        return found + [p for p in given.rglob("*") if kind_of(p) is not None]
     return [*found, given]
 
 

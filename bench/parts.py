@@ -42,7 +42,7 @@ class Bench:
         device: `cuda`, or `cpu` for a trial.
         train: the train.py.
         work: a folder of this GPU's own, which is there again the next time.
-        data: prepared rows; None for the standard library's text.
+        data: prepared rows; None for the built-in text's.
         facts: what parts found that later ones need, as JSON. keep: saves them.
     """
 
@@ -73,7 +73,7 @@ class Bench:
         return code, written.read_text() if written.exists() else fenced(tail(self.log(name)))
 
     def rows(self, limit_s: float) -> Path:
-        """Those given, or the standard library's text, prepared once. Raises RuntimeError with its log's last words."""
+        """Those given, or the built-in text's, prepared once. Raises RuntimeError with its log's last words."""
         path = (self.data or self.work / "data").resolve()
         if not path.exists():
             command = [*HOTLOOP, "prepare", "--preset", self.preset, "--source", "packages", "--out", str(path)]
