@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["child_main", "probe_cuda"]
 
-LIMIT_S = 120.0
+LIMIT_S = 900.0  # the first to load torch's gigabytes, from a cold disk perhaps
 
 
 def probe_cuda(sandbox: Sandbox) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +45,7 @@ __all__ = [
 
 EXIT_BY_STATUS = {"ok": 0, "crash": 10, "invalid": 11, "overtime": 12, "timeout": 13, "oom": 14, "nan": 15}
 SINGLES = Path("runs/single")
+PATIENCE_S = 5.0
 
 
 def settings_from(
@@ -81,12 +84,28 @@ def settings_from(
         raise UsageError("--sandbox L0 protects nothing; where that is wanted, say --unsafe-no-sandbox")
     for gpu in filter(None, mine):
         claim(gpu)
-        touch(gpu)
+    with _patience(device):
+        for gpu in filter(None, mine):
+            touch(gpu)
+        walls = best(level, unsafe, device, mine[0])
     if device == "cuda":
         sizes = [size for gpu in mine if (size := gpu_memory_gib(gpu)) is not None]
         wanted = replace(wanted, batch_divisor=batch_divisor(min(sizes, default=None)))
-    walls = best(level, unsafe, device, mine[0])
     return Settings(wanted, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
+
+
+@contextlib.contextmanager
+def _patience(device: str) -> Iterator[None]:
+    """Say what is waited for where a GPU's first start takes its time."""
+    words = "hotloop: CUDA is tried in the sandbox; from a cold disk its libraries may take minutes"
+    timer = threading.Timer(PATIENCE_S, lambda: print(words, file=sys.stderr, flush=True))
+    if device == "cuda":
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def preset_here() -> str:
