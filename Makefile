@@ -1,10 +1,11 @@
 # make run    a short night: baseline and six experiments by the built-in agent (no GPU, no network needed)
 #   (DEVICE=cpu: on the CPU, also on a machine with a GPU)
-# make test   all tests, two at a time (JOBS=1 for one)
-# make clients   Claude Code and Codex into .clients/, for the tests that drive the real ones (npm; no key needed)
-# make sandbox   installs bubblewrap (as root)
+# make quick  lint, types, and the tests that your change touches, in 90 seconds
+# make test   all tests but the slow ones, two at a time (JOBS=1 for one), in twenty minutes; it first installs what they
+#   need and may be installed: bubblewrap and Chromium (as root), Claude Code and Codex (npm); INSTALL=0 turns that off
+# make slow   for the night: long soaks, every architecture of the compile gate
+# make sandbox, browser, clients   one of these programs alone
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
-# make soak   300 experiments under faults of every kind, driver killed again and again (no GPU, minutes)
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
 # make gpu-check   everything that needs a GPU, in twenty minutes (DATA=folder of rows of 2048 tokens, else stdlib's text);
 #   half of them are PART=baseline, train.py beside plain PyTorch; PART="tests kernels step sandbox experiment" the rest;
@@ -18,7 +19,7 @@ DEVICE      ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
-.PHONY: run install test lint types bench gate gate-write gpu-check soak seal clients sandbox browser doctor clean
+.PHONY: run install quick test slow lint types bench gate gate-write gpu-check seal clients sandbox browser doctor clean
 
 run: $(VENV)/.installed
 	$(BIN)/hotloop prepare $(if $(DEVICE),--device $(DEVICE))
@@ -26,21 +27,25 @@ run: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "hotloop: $(PYTHON) is older than 3.11; say for example: make PYTHON=python3.12" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/.installed: requirements/lock.txt pyproject.toml tools/install.py | $(BIN)/python
+$(VENV)/.installed: requirements/lock.txt pyproject.toml tools/install.py
+	@$(PYTHON) tools/environment.py "$(VENV)"
 	$(BIN)/python tools/install.py $(if $(filter cpu,$(DEVICE)),--cpu)
-	@touch $@
+	@touch "$@"
 
 $(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
 	$(BIN)/python tools/install.py --test $(if $(filter cpu,$(DEVICE)),--cpu)
 	@touch $@
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	@$(BIN)/python tools/programs.py
+	$(BIN)/python -m pytest -q -n $(JOBS) $(if $(CI),--durations=20)
+
+quick: lint types
+	@$(BIN)/python tools/touched.py | xargs -r $(BIN)/python -m pytest -q -x -n $(JOBS) --seconds 60
+
+slow: $(VENV)/.installed-test gate
+	@$(BIN)/python tools/programs.py
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -51,9 +56,6 @@ types: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py --benchmark-only -o addopts=--import-mode=importlib
-
-soak: $(VENV)/.installed-test
-	SOAK=300 $(BIN)/python -m pytest -q -s tests/agent_loop/test_soak.py
 
 gate: $(VENV)/.installed
 	$(BIN)/hotloop bench gate
@@ -67,16 +69,11 @@ gpu-check: $(VENV)/.installed-test
 seal: $(VENV)/.installed
 	$(BIN)/hotloop seal
 
-CLIENTS := @anthropic-ai/claude-code@2.1.330 @openai/codex@0.169.0
-
-clients:
-	npm install --no-fund --no-audit --no-save --prefix .clients $(CLIENTS)
-
-sandbox:  # bubblewrap, for the best sandbox; Debian's and Ubuntu's package
-	@command -v bwrap >/dev/null || { apt-get update -qq && apt-get install -y -qq bubblewrap; }
-
-browser:  # Chromium, for the tests of report.html; Debian's package
-	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+sandbox: TOOL = bubblewrap
+browser: TOOL = chromium
+clients: TOOL = clients
+sandbox browser clients:
+	@$(PYTHON) tools/programs.py $(TOOL)
 
 doctor: $(VENV)/.installed
 	$(BIN)/hotloop doctor

@@ -1,4 +1,4 @@
-"""`python -m agent_loop ...` is `hotloop loop ...`."""
+"""`python -m agent_loop ...` is `hotloop ...`."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import sys
 from agent_loop.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["loop", *sys.argv[1:]]))
+    sys.exit(main())

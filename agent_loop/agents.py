@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Protocol
 
 from agent_loop.cage import Cage
-from agent_loop.gitrepo import read_ordinary
+from harness.bounds import Bounds
 from harness.errors import HotloopError, UsageError
+from harness.files import read_ordinary
 from harness.process import Contained
+from harness.text import one_line
 
-__all__ = ["Agent", "AgentError", "CommandAgent", "Context", "Tried", "Turn"]
+__all__ = ["Agent", "AgentError", "CommandAgent", "Context", "Tried", "Turn", "described", "hypothesis"]
+
+PRINTED_BYTES = 64 << 20  # of what an agent prints in a turn
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Context:
 
     Attributes:
         worktree: holds the incumbent, with program.md; train.py in it is what the agent edits.
+        number: of the proposal: that of the run that it would be, and one more for each edit that was refused.
         preset: which of train.py's values are in force.
         source: train.py as it stands in the worktree.
         seen: syntax hashes of everything that was tried.
@@ -64,11 +69,13 @@ class Turn:
         description: one line on what was tried.
         cost_usd: what the model's service says that it cost; 0 where nothing is said.
         tokens: read and written by the model, where that is known.
+        why: the hypothesis behind it, one line that later turns read; empty where none was said.
     """
 
     description: str
     cost_usd: float = 0.0
     tokens: int = 0
+    why: str = ""
 
 
 class AgentError(HotloopError):
@@ -85,7 +92,7 @@ class AgentError(HotloopError):
         self, reason: str, *, retry_after_s: float = 0.0, permanent: bool = False, cost_usd: float = 0.0,
         tokens: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(" ".join(reason.split())[:400])
+        super().__init__(one_line(reason, 400))
         self.retry_after_s, self.permanent = retry_after_s, permanent
         self.cost_usd, self.tokens = cost_usd, tokens
 
@@ -108,37 +115,43 @@ class CommandAgent:
     """Any program that edits train.py in its working folder.
 
     It runs in the worktree, in a cage, with HOTLOOP_BRIEF (a file to read: the task and the results so far) and
-    HOTLOOP_DESCRIPTION (a file to write: one line on what was tried) in its environment.
+    HOTLOOP_DESCRIPTION (a file to write: one line on what was tried, and one "Why: ...") in its environment.
     """
 
     name = "command"
     ahead = True
 
     def __init__(self, command: str, timeout_s: float, cage: Cage) -> None:
-        self.argv = shlex.split(command)
+        try:
+            self.argv = shlex.split(command)
+        except ValueError as e:
+            raise UsageError(f"--command {command!r} is not a command: {e}") from None
         self.timeout_s = timeout_s
         self.cage = cage
         if not self.argv:
             raise UsageError("--agent command needs --command 'PROGRAM ARGUMENTS'")
         if shutil.which(self.argv[0]) is None:
             raise UsageError(f"the agent {self.argv[0]!r} cannot be started: no such program; see --command")
-        if timeout_s <= 0:
+        if not timeout_s > 0:
             raise UsageError(f"--agent-timeout must be positive, not {timeout_s}")
 
     def propose(self, context: Context) -> Turn:
         handover = fresh_handover(context.folder)
         brief, description = handover / "brief.md", handover / "description.txt"
-        brief.write_text(context.brief)
+        brief.write_text(context.brief, encoding="utf-8")
         env = os.environ | {"HOTLOOP_BRIEF": str(brief), "HOTLOOP_DESCRIPTION": str(description)}
         log = context.folder / "agent.log"
         launch = self.cage.launch(self.argv, context.worktree.resolve(), handover, env)
-        with Contained(launch, log) as process:
+        with Contained(launch, log, Bounds(log=PRINTED_BYTES)) as process:
             code = process.wait(self.timeout_s)
         if code is None:
             raise AgentError(f"the agent took longer than {self.timeout_s:.0f} s")
+        if process.fault:
+            raise AgentError(f"the agent was ended: {process.fault}")
         if code:
             raise AgentError(f"the agent ended with exit status {code}; see {log}")
-        return Turn(first_line(description) or "an edit without a description")
+        words = (read_ordinary(description, 4000) or b"").decode("utf-8", "replace")
+        return Turn(described(words, first=True), why=hypothesis(words))
 
 
 def fresh_handover(folder: Path) -> Path:
@@ -149,8 +162,23 @@ def fresh_handover(folder: Path) -> Path:
     return handover
 
 
-def first_line(path: Path) -> str:
-    """The first line of a file that an agent wrote, made printable; empty where there is none."""
-    text = (read_ordinary(path, 2000) or b"").decode("utf-8", "replace")
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return "".join(c if c.isprintable() else " " for c in line)[:200]
+def described(words: str, first: bool = False) -> str:
+    """One line on what was tried: what follows "Description:", else the last line, or the first.
+
+    Args:
+        words: an agent's last message, or the file that it wrote; its line on why is not among them.
+    """
+    lines = [line for line in _lines(words) if not line.lower().startswith("why:")]
+    marked = [line[12:] for line in lines if line.lower().startswith("description:")]
+    line = marked[-1] if marked else next(iter(lines if first else reversed(lines)), "")
+    return one_line(line.strip("*`_# "), 200) or "an edit without a description"
+
+
+def hypothesis(words: str) -> str:
+    """What follows "Why:", in one line; empty where there is none."""
+    found = [line[4:].strip("*`_# ") for line in _lines(words) if line.lower().startswith("why:")]
+    return one_line(found[-1], 300) if found else ""
+
+
+def _lines(words: str) -> list[str]:
+    return [line for line in (line.strip().strip("*`_# ") for line in words.splitlines()) if line]

@@ -9,28 +9,40 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from agent_loop.agents import AgentError, Context, Turn
-from agent_loop.clients import described
-from agent_loop.edits import Draft, EditError, replace_file
-from agent_loop.faults import printable, retry_after_s, service_error
-from agent_loop.gitrepo import read_ordinary
+from agent_loop.agents import AgentError, Context, Turn, described, hypothesis
+from agent_loop.brief import most_tokens
+from agent_loop.chat import from_events, text_of
+from agent_loop.edits import Draft, EditError, replace_file, without_thoughts
+from agent_loop.faults import WORDS, retry_after_s, service_error
 from agent_loop.service import Service
 from harness.errors import UsageError
+from harness.files import read_ordinary
+from harness.text import one_line
 
 __all__ = ["ApiAgent"]
 
 _MAX_ROUNDS = 24
+_FAILURES = 3  # of one and the same edit, which end the turn
+# What services say of a request that is too long for the model.
+_TOO_LONG = re.compile(
+    r"context.{0,20}(length|window|size|limit)|context_length|maximum context|too many (input )?tokens|"
+    r"(prompt|input|request).{0,30}too (long|large)|max_model_len|n_ctx",
+    re.IGNORECASE,
+)
+_REASONING = ("reasoning_content", "reasoning", "reasoning_details")
 _INSTRUCTION = """\
 You are the researcher of an automated night of experiments; nobody is there to answer questions. Make one change to
 train.py that you expect to lower val_bpb. You cannot run anything and see no other file; the driver trains and decides.
 
 With tools: call `edit` (as often as the change needs; `old` must stand in train.py exactly once), or `write` with the
-whole file, then `done` with one line that says what you changed.
-Without tools, answer with blocks of this form, then one line "Description: ...":
+whole file, then `done` with one line that says what you changed, and one that says why it should help.
+Without tools, answer with blocks of this form (or a unified diff), then the lines "Description: ..." and "Why: ...":
 
 <<<<<<< SEARCH
 exact lines of train.py
@@ -49,8 +61,11 @@ def _tool(name: str, what: str, **arguments: str) -> dict[str, Any]:
 _TOOLS = [
     _tool("edit", "Replace one exact piece of train.py.", old="text that stands there once", new="what replaces it"),
     _tool("write", "Replace all of train.py.", content="the whole new file"),
-    _tool("done", "End the turn.", description="one line: what was changed, and why it should help"),
+    _tool("done", "End the turn.", description="one line: what was changed", why="one line: why it should help"),
 ]
+
+
+_MADE = "The edit is made."
 
 
 class ApiAgent:
@@ -60,6 +75,7 @@ class ApiAgent:
         timeout_s: for one turn, all rounds together.
         prices: USD for a million tokens in, and out; without them a turn costs nothing.
         max_cost_usd: a turn ends without an edit once it cost more; 0 for no limit.
+        extra: further entries of each request, such as a temperature.
 
     Raises:
         UsageError: no model, an address that is none, a number that makes no sense.
@@ -67,14 +83,15 @@ class ApiAgent:
 
     name = "api"
     ahead = True
+    blind = True  # it sees program.md, the brief and train.py
 
     def __init__(
         self, url: str, model: str, timeout_s: float, *, key: str = "", prices: tuple[float, float] = (0.0, 0.0),
-        max_cost_usd: float = 0.0,
+        max_cost_usd: float = 0.0, extra: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if not model:
             raise UsageError("--agent api needs a model; see which the service has: curl URL/models")
-        if timeout_s <= 0:
+        if not timeout_s > 0:
             raise UsageError(f"--agent-timeout must be positive, not {timeout_s}")
         if not all(math.isfinite(n) and n >= 0 for n in (*prices, max_cost_usd)):
             raise UsageError("prices and the cost limit of a turn must be positive numbers of USD")
@@ -82,11 +99,12 @@ class ApiAgent:
             raise UsageError("the API's key holds characters that no key has; was it copied whole?")
         self.service = Service(url, key)
         self.model, self.timeout_s, self.prices, self.max_cost_usd = model, timeout_s, prices, max_cost_usd
+        self.extra = extra or {}
 
     def propose(self, context: Context) -> Turn:
         """Raises AgentError."""
         context.folder.mkdir(parents=True, exist_ok=True)
-        with open(context.folder / "agent.log", "a") as log:
+        with open(context.folder / "agent.log", "a", encoding="utf-8", errors="replace") as log:
             turn = _Conversation(self, context, log)
             try:
                 words = turn.run()
@@ -98,7 +116,7 @@ class ApiAgent:
             except AgentError as e:
                 e.cost_usd, e.tokens = turn.cost_usd, turn.tokens
                 raise
-        return Turn(words, turn.cost_usd, turn.tokens)
+        return Turn(words, turn.cost_usd, turn.tokens, turn.why)
 
 
 @dataclass
@@ -111,6 +129,9 @@ class _Conversation:
     cost_usd: float = 0.0
     tokens: int = 0
     tools: bool = True
+    reasoning: bool = True  # whether what the model thought goes back to it, which some want and some refuse
+    why: str = ""
+    failures: Counter[str] = field(default_factory=Counter)
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -129,20 +150,29 @@ class _Conversation:
         for _ in range(_MAX_ROUNDS):
             message = self._ask()
             calls = message.get("tool_calls")
-            text = message.get("content")
-            text = text if isinstance(text, str) else ""
+            text = without_thoughts(text_of(message.get("content")))
+            thought = {key: message[key] for key in _REASONING if message.get(key)}
             if isinstance(calls, list) and calls:
-                if words := self._use(calls, text):
+                if words := self._use(calls, text, thought):
                     return words
                 continue
             reply = self._read(text)
             if not reply:
+                self.why = hypothesis(_prose(text))
                 return described(_prose(text))
+            self._failed(text, reply)
             if told:
-                raise AgentError(f"the model made no edit; it said: {printable(_prose(text))}")
+                raise AgentError(f"the model made no edit; it said: {one_line(_prose(text), WORDS)}")
             told = reply.startswith("There is no edit")
-            self.messages += [{"role": "assistant", "content": text}, {"role": "user", "content": reply}]
+            self.messages += [{"role": "assistant", "content": text, **thought}, {"role": "user", "content": reply}]
         raise AgentError(f"the model was not done after {_MAX_ROUNDS} rounds")
+
+    def _failed(self, edit: str, reply: str) -> None:
+        """Count an edit that was not made. Raises AgentError once the same one has failed three times."""
+        key = f"{edit}\0{reply}"
+        self.failures[key] += 1
+        if self.failures[key] >= _FAILURES:
+            raise AgentError(f"the model made the same edit {_FAILURES} times, and each time it failed: {reply}")
 
     def _read(self, text: str) -> str:
         """Take the edits of a plain answer; what to tell the model, empty when it is done."""
@@ -153,7 +183,7 @@ class _Conversation:
             return f"That edit was not made: {e} Send all blocks again."
         return "" if self.draft.changed else "There is no edit in your answer. Use the tools, or SEARCH/REPLACE blocks."
 
-    def _use(self, calls: list[Any], text: str) -> str:
+    def _use(self, calls: list[Any], text: str, thought: dict[str, Any]) -> str:
         """Run the edit tools; the description when the model is done, else empty. Raises AgentError."""
         whole = [c for c in calls[:64] if isinstance(c, dict) and isinstance(c.get("function"), dict)]
         if not whole:
@@ -165,8 +195,10 @@ class _Conversation:
             reply = self._tool_reply(call["function"])
             if reply.startswith("Done: "):
                 done = described(reply[6:])
+            elif reply != _MADE:
+                self._failed(json.dumps(call["function"], default=str), reply)
             replies.append({"role": "tool", "tool_call_id": call["id"], "content": reply})
-        self.messages += [{"role": "assistant", "content": text, "tool_calls": whole}, *replies]
+        self.messages += [{"role": "assistant", "content": text, "tool_calls": whole, **thought}, *replies]
         return done
 
     def _tool_reply(self, function: dict[str, Any]) -> str:
@@ -184,13 +216,14 @@ class _Conversation:
             return f"{name} needs these texts: {', '.join(wanted)}; nothing was done."
         try:
             if name == "done":
+                self.why = hypothesis(f"Why: {arguments.get('why', '')}")
                 return (
                     f"Done: {arguments['description']}" if self.draft.changed else "Nothing is changed yet; edit first."
                 )
             getattr(self.draft, str(name))(*(arguments[key] for key in wanted))
         except EditError as e:
             return f"Not done: {e}"
-        return "The edit is made."
+        return _MADE
 
     # The service.
 
@@ -201,19 +234,32 @@ class _Conversation:
             raise AgentError(f"the turn cost more than {limit:g} USD")
         if time.monotonic() >= self.deadline:
             raise AgentError(f"the model took longer than {self.agent.timeout_s:.0f} s")
-        request: dict[str, Any] = {"model": self.agent.model, "messages": self.messages}
+        messages = self.messages
+        if not self.reasoning:
+            messages = [{k: v for k, v in m.items() if k not in _REASONING} for m in messages]
+        request: dict[str, Any] = {**self.agent.extra, "model": self.agent.model, "messages": messages}
         if self.tools:
             request["tools"] = _TOOLS
         service = self.agent.service
         answer = service.post("/chat/completions", request, self.deadline)
         self.log.write(answer.body[:100_000].decode("utf-8", "replace").rstrip() + "\n")
         if 300 <= answer.status < 400:
-            where = printable(str(answer.headers.get("Location")))
+            where = one_line(str(answer.headers.get("Location")), WORDS)
             raise AgentError(f"{service.url} redirects to {where}; give --api-url that is not moved", permanent=True)
         text = answer.body[:2000].decode("utf-8", "replace")
         if self.tools and answer.status in (400, 422, 501) and "tool" in text.lower():
             self.tools = False  # the service has none; its instruction says what to do instead
             return self._ask()
+        if self.reasoning and answer.status in (400, 422) and "reasoning" in text.lower():
+            self.reasoning = False
+            return self._ask()
+        if answer.status in (400, 413, 422) and _TOO_LONG.search(text):
+            raise AgentError(
+                f"{service.url}: the model's context is too small ({one_line(_error_text(text), 160)}); this request "
+                f"has up to {most_tokens(json.dumps(messages, ensure_ascii=False)):,} tokens, and the answer comes on "
+                f"top; give a model, or a server, with more",
+                permanent=len(messages) == 2,
+            )
         if answer.status != 200:
             after_s = retry_after_s(answer.headers.get("Retry-After"))
             words = f"status {answer.status}: {_error_text(text)}"
@@ -223,18 +269,18 @@ class _Conversation:
     def _message(self, body: bytes) -> dict[str, Any]:
         url = self.agent.service.url
         try:
-            whole = json.loads(body)
+            whole = from_events(body) if body.lstrip().startswith((b"data:", b"event:", b":")) else json.loads(body)
             choice = whole["choices"][0]
             message = choice["message"]
             if not isinstance(message, dict):
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            words = printable(body[:400].decode("utf-8", "replace"))
+            words = one_line(body[:400].decode("utf-8", "replace"), WORDS)
             raise AgentError(f"{url} did not answer with a chat completion but with: {words or 'nothing'}") from None
         self._count(whole.get("usage"))
         reason = choice.get("finish_reason")
         if message.get("refusal") or reason == "content_filter":
-            raise AgentError(f"the model refused: {printable(str(message.get('refusal') or reason))}")
+            raise AgentError(f"the model refused: {one_line(str(message.get('refusal') or reason), WORDS)}")
         if reason == "length":
             raise AgentError("the model's answer was cut off at its limit of tokens")
         return message

@@ -203,7 +203,10 @@ class BuiltinAgent:
         weights = {(knob.name, way): knob.up if way > 0 else knob.down for knob in KNOBS for way in (1, -1)}
         for tried in context.history:
             for name, old, new in _CHANGE.findall(tried.description):
-                way = 1 if float(new) > float(old) else -1
+                try:
+                    way = 1 if float(new) > float(old) else -1
+                except ValueError:  # another agent's words
+                    continue
                 if (name, way) not in weights:
                     continue
                 if tried.decision == "keep":

@@ -15,18 +15,25 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.bounds import score
 from harness.confine import BOOT
-from harness.errors import UsageError
+from harness.data.dataset import BUILT_IN
+from harness.errors import HotloopError, SandboxError, UsageError
+from harness.process import Contained, tail
 from harness.sandbox import Sandbox
-from harness.walls import Launch, has_size, info_pipe, project_root
+from harness.text import one_line
+from harness.walls import Launch, around, first_to_go, has_size, info_pipe, project_root
 
-__all__ = ["Cage", "everything_but"]
+__all__ = ["Cage", "everything_but", "outermost", "text_of", "try_cage"]
 
 _SCRATCH_BYTES = 4 << 30
+_FILE_BYTES = 1 << 30
+TRY_S = 60.0
 # Services that do things in the user's name for whoever can reach their socket.
 _SERVICES = ("/run/user", "/run/dbus", "/run/docker.sock", "/run/containerd", "/run/podman", "/run/systemd/private")
 
@@ -34,7 +41,7 @@ _SERVICES = ("/run/user", "/run/dbus", "/run/docker.sock", "/run/containerd", "/
 @dataclass(frozen=True)
 class Cage:
     """Attributes:
-    hidden: folders that the agent must not see: data, runs, git's.
+    hidden: folders that the agent must not see: data, runs, git's. What lies in another of them is left out.
     writable: what it may change besides the worktree: a client's own folder of settings, say.
     network: whether it may reach anything beyond this machine's memory.
     programs: folders of what it runs, which stay visible where they lie below /tmp.
@@ -47,6 +54,7 @@ class Cage:
     programs: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", outermost(self.hidden))
         for path in self.writable:
             if not path.exists():
                 raise UsageError(f"--agent-write {path}: there is no such file or folder")
@@ -67,6 +75,9 @@ class Cage:
             self._landlock(argv, worktree, handover, launch)
         else:
             launch.argv = [*self._boot({"exec": argv})]
+        if self.sandbox.level < 3:
+            launch.argv = first_to_go(launch.argv)
+        launch.folders += (worktree, handover, *(p for p in self.writable if p.is_dir()))
         return launch
 
     def _walls(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
@@ -88,7 +99,8 @@ class Cage:
         for needed in dict.fromkeys(needs):
             if Path(needed).is_relative_to("/tmp"):
                 args += ["--ro-bind", needed, needed]
-        for hidden in (*self.hidden, *map(Path, _SERVICES)):
+        out_of_sight = outermost((*self.hidden, *map(Path, _SERVICES)))
+        for hidden in out_of_sight:
             if hidden.is_dir():
                 args += ["--tmpfs", str(hidden)]
             elif hidden.exists():
@@ -100,23 +112,23 @@ class Cage:
                 args += ["--ro-bind", "/dev/null", str(entry)]
             elif entry.name != "train.py" and not entry.is_symlink():
                 args += ["--ro-bind", str(entry), str(entry)]
-        for hidden in self.hidden:
+        for hidden in out_of_sight:
             if hidden.is_dir():
                 args += ["--remount-ro", str(hidden)]
         launch.env["TMPDIR"] = "/tmp"
-        launch.argv = [*args, "--info-fd", str(info_pipe(launch)), "--chdir", str(worktree), "--"]
+        launch.argv = first_to_go([*args, "--info-fd", str(info_pipe(launch)), "--chdir", str(worktree), "--"])
         launch.argv += self._boot({"exec": argv, "seccomp": True, "network": self.network})
 
     def _landlock(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
         tmp = Path(tempfile.mkdtemp(prefix="hotloop-agent-"))
         launch.ended.callback(shutil.rmtree, tmp, ignore_errors=True)
-        launch.env["TMPDIR"] = str(tmp)
-        read = everything_but({p.resolve() for p in self.hidden})
+        launch.env["TMPDIR"], launch.folders = str(tmp), (tmp,)
+        read = everything_but(set(self.hidden))
         write = [str(worktree), str(handover), str(tmp), *(str(p.resolve()) for p in self.writable)]
         write += [f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts")]
         config = {
-            "exec": argv, "seccomp": True, "network": self.network, "landlock": True, "read": read,
-            "write": [*write, "/proc/self"], "supervise": True,
+            "exec": argv, "seccomp": True, "network": self.network, "landlock": True, "read": read, "write": write,
+            "supervise": True,
         }  # fmt: skip
         launch.argv = self._boot(config)
 
@@ -124,28 +136,57 @@ class Cage:
         whole: dict[str, Any] = {
             "module": None, "exec": None, "fds": [], "parent": os.getpid(), "uid": None, "reads_all": False,
             "supervise": self.sandbox.level < 3, "landlock": False, "seccomp": False, "network": True,
-            "metadata": False, "file_bytes": None, "memory_bytes": None, "processes": None,
+            "metadata": False, "cuda": False, "model": False, "settings": [], "file_bytes": _FILE_BYTES,
+            "memory_bytes": None, "processes": None, "score": score(os.getpid()),
         }  # fmt: skip
         return [sys.executable, "-I", "-B", "-c", BOOT, str(project_root()), json.dumps(whole | config)]
 
 
+def text_of(data: Path, source: str) -> list[Path]:
+    """Where the text of prepared data can be read: downloaded beside it, half prepared, or at its source.
+
+    Args:
+        data: the prepared folder.
+        source: as its manifest has it: a name, or a path. Of a folder that holds the project or the interpreter, which
+            an agent needs, only the files of text.
+    """
+    found = [data.parent / "climbmix-shards", *data.parent.glob(f".{data.name}.tmp-*")]
+    given = Path(source).resolve()
+    if source in BUILT_IN or not given.exists():
+        return found
+    if any(Path(needed).resolve().is_relative_to(given) for needed in (project_root(), sys.prefix, "/usr/bin")):
+        return found + [p for p in given.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")]
+    return [*found, given]
+
+
+def outermost(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Each path once, and none that lies in another: what is hidden cannot be hidden again."""
+    kept: list[Path] = []
+    for path in sorted({p.resolve() for p in paths}, key=lambda p: len(p.parts)):
+        if not any(path.is_relative_to(outer) for outer in kept):
+            kept.append(path)
+    return tuple(kept)
+
+
+def try_cage(cage: Cage, folder: Path) -> None:
+    """Start one that does nothing, laid out in `folder` as for an agent's turn. Raises SandboxError with the reason."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="cage-") as name:
+        worktree, handover = Path(name) / "worktree", Path(name) / "handover"
+        for made in (worktree, handover):
+            made.mkdir()
+        (worktree / "train.py").touch()
+        log = Path(name) / "log"
+        try:
+            with Contained(cage.launch(["true"], worktree, handover, dict(os.environ)), log) as process:
+                code = process.wait(TRY_S)
+        except (HotloopError, OSError) as e:
+            raise SandboxError(f"no agent can start in its cage: {one_line(str(e), 300)}") from None
+        if code != 0:
+            words = one_line(" ".join(tail(log, 3)), 200) or "it said nothing"
+            how = f"did not start in {TRY_S:.0f} s" if code is None else f"ended with {code}"
+            raise SandboxError(f"no agent can start in its cage: a program that does nothing {how} ({words})")
+
+
 def everything_but(hidden: set[Path]) -> list[str]:
     """The shortest list of paths that covers the file system without `hidden`: Landlock can only allow."""
-    found: list[str] = []
-
-    def walk(folder: Path) -> None:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda e: e.name)
-        except OSError:
-            return
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.is_symlink() or path in hidden:
-                continue
-            if any(h.is_relative_to(path) for h in hidden):
-                walk(path)
-            else:
-                found.append(str(path))
-
-    walk(Path("/"))
-    return found
+    return around(["/"], hidden)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -15,10 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent_loop.watchdog import CRASHED, UNDER_WATCH, say, watch
 from harness.errors import HotloopError, UsageError
+from harness.text import flushed, forgiving, printable
+from harness.walls import project_root
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from agent_loop.evening import Evening
 
 __all__ = ["main"]
 
@@ -26,6 +32,16 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        forgiving(stream)
+    try:
+        return _main(argv)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            flushed(stream)
+
+
+def _main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["prepare"]:  # prepare.py owns its flags
             import prepare
@@ -36,18 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         return status
     except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
+        say(printable(str(e)))
         return e.exit_code
     except KeyboardInterrupt:
-        print("hotloop: stopped; start the same command again to go on", file=sys.stderr)
+        say("stopped")
         return 130
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
         return 1
     except OSError as e:  # the machine's fault: a full disk, a folder that may not be written
         where = f"{e.filename}: " if e.filename else ""
-        print(f"hotloop: {where}{e.strerror or e}; mend it and start the same command again", file=sys.stderr)
+        say(f"{printable(where)}{e.strerror or e}; mend it and start the same command again")
         return 1
 
 
@@ -137,8 +151,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     from agent_loop.roster import AGENTS
 
-    loop.add_argument("--tag", help="name of the night; an existing one goes on (default: today, such as nov23)")
-    loop.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments (default: never)")
+    loop.add_argument(
+        "--tag",
+        help="name of the night: one that exists goes on (default: a new one, called after the day, such as nov23)",
+    )
+    loop.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, 0: after the "
+        "baseline and its noise (default: never)")  # fmt: skip
     loop.add_argument("--hours", type=float, metavar="H", help="start no experiment after H hours")
     loop.add_argument("--max-cost", type=float, metavar="USD", help="ask no paid agent once they have cost this much")
     loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
@@ -159,6 +177,7 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     agents.add_argument("--command", metavar="STR", help="for command: the program that edits train.py")
     agents.add_argument("--model", help="for claude, codex and api: the model's name")
     agents.add_argument("--api-url", metavar="URL", help="for api: such as http://localhost:8000/v1")
+    agents.add_argument("--api-extra", metavar="JSON", help="for api: goes into each request: '{\"temperature\": 0.7}'")
     agents.add_argument("--agent-timeout", type=float, default=900.0, metavar="S", help="seconds a proposal may take")
     agents.add_argument("--agent-max-cost", type=float, metavar="USD", help="that one proposal may cost")
     agents.add_argument("--agent-network", action="store_true", help="for command: it may use the network")
@@ -314,25 +333,39 @@ def _noise(args: argparse.Namespace) -> int:
 
 def _loop(args: argparse.Namespace) -> int:
     from agent_loop.evening import start
-    from agent_loop.watchdog import CRASHED, UNDER_WATCH, watch
-    from harness.walls import project_root
 
     named = bool(args.tag)
     evening = start(args)  # every wrong flag ends here
-    if args.no_watchdog or UNDER_WATCH in os.environ:
-        signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            return evening.drive(_console())
-        except (HotloopError, OSError, KeyboardInterrupt):
-            raise
-        except Exception:
-            if UNDER_WATCH not in os.environ:
-                raise
-            traceback.print_exc()
-            return CRASHED
+    again = [*args.argv, *([] if named else ["--tag", evening.tag])]
+    # A terminal that is closed takes the view with it, not the night. A handler: what is ignored stays so in agents.
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    if UNDER_WATCH in os.environ:
+        return _drive(evening, again)
+    evening.try_cages()
+    if args.no_watchdog:
+        return _drive(evening, again)
     code = f"import sys; sys.path.insert(0, {str(project_root())!r}); from agent_loop.cli import main; sys.exit(main())"
-    tag = [] if named else ["--tag", evening.tag]
-    return watch([sys.executable, "-c", code, *args.argv, *tag], evening.folder)
+    return watch([sys.executable, "-c", code, *again], evening.folder)
+
+
+def _drive(evening: Evening, again: list[str]) -> int:
+    """The night, in the process that drives it; `again` are the arguments that go on with it."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return evening.drive(_console())
+    except KeyboardInterrupt:
+        say(f"stopped; to go on: {shlex.join(['hotloop', *again])}")
+        return 130
+    except (HotloopError, OSError) as e:
+        if isinstance(e, OSError) or "the same command" in str(e):
+            say(f"the command that goes on with this night: {shlex.join(['hotloop', *again])}")
+        raise
+    except Exception:
+        if UNDER_WATCH not in os.environ:
+            raise
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc()
+        return CRASHED
 
 
 def _interrupt(*_: object) -> None:

@@ -20,16 +20,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agent_loop.agents import AgentError, Context, Turn, first_line, fresh_handover
+from agent_loop.agents import PRINTED_BYTES, AgentError, Context, Turn, described, fresh_handover, hypothesis
 from agent_loop.cage import Cage
-from agent_loop.faults import printable, service_error
-from agent_loop.gitrepo import read_ordinary
+from agent_loop.faults import WORDS, service_error
 from agent_loop.source import MAX_BYTES
 from agent_loop.transcript import Said, from_claude, from_codex
+from harness.bounds import Bounds
 from harness.errors import UsageError
+from harness.files import read_ordinary
 from harness.process import Contained, tail
+from harness.text import one_line
 
-__all__ = ["PROMPT", "ClaudeAgent", "CodexAgent", "described"]
+__all__ = ["PROMPT", "ClaudeAgent", "CodexAgent"]
 
 PROMPT = """\
 You are the researcher of an automated night of experiments; nobody is there to answer questions.
@@ -40,8 +42,9 @@ its first way of working), then train.py. Make one change to train.py that you e
 - Change train.py only. Any other changed file makes the proposal invalid.
 - Do not try to train or to test: there is no data here, and the driver does it.
 - Do not commit; the driver does.
-- Finish your last message with one line that says what you changed:
+- Finish your last message with two lines, on what you changed and why you expect it to help; later turns read them:
   Description: ...
+  Why: ...
 
 """
 
@@ -58,8 +61,7 @@ _SECRETS = (
 )  # fmt: skip
 _MOST_READ = 16 << 20
 _MAX_ROUNDS = 80
-# The limit is on each file that the client writes, its log among them; the shell counts it in half or whole KiB.
-_START = 'ulimit -f 131072; prompt=$1 errors=$2; shift 2; exec "$@" <"$prompt" 2>"$errors"'
+_START = 'prompt=$1 errors=$2; shift 2; exec "$@" <"$prompt" 2>"$errors"'
 
 
 class _Client:
@@ -84,7 +86,7 @@ class _Client:
         self, timeout_s: float, cage: Cage, *, model: str = "", max_cost_usd: float = 0.0,
         state_folder: Path | None = None,
     ) -> None:  # fmt: skip
-        if timeout_s <= 0:
+        if not timeout_s > 0:
             raise UsageError(f"--agent-timeout must be positive, not {timeout_s}")
         if not 0 <= max_cost_usd < float("inf"):
             raise UsageError(f"the cost limit of a turn must be a positive number of USD, not {max_cost_usd}")
@@ -134,19 +136,23 @@ class _Client:
 
     def _turn(self, context: Context, handover: Path, home: Path, cage: Cage) -> Turn:
         prompt, errors, description = handover / "prompt.md", handover / "stderr.txt", handover / "description.txt"
-        prompt.write_text(PROMPT + context.brief)
-        (handover / "brief.md").write_text(context.brief)
+        prompt.write_text(PROMPT + context.brief, encoding="utf-8")
+        (handover / "brief.md").write_text(context.brief, encoding="utf-8")
         env = {name: os.environ[name] for name in _PASSED if name in os.environ}
         env |= {"HOME": str(home), "HOTLOOP_BRIEF": str(handover / "brief.md"), "HOTLOOP_DESCRIPTION": str(description)}
         env |= self.keys | self._settings(home)
         argv = ["/bin/sh", "-c", _START, "sh", str(prompt), str(errors), self.program, *self._argv(handover)]
         log = context.folder / "agent.log"
         before = log.stat().st_size if log.exists() else 0
-        with Contained(cage.launch(argv, context.worktree.resolve(), handover, env), log) as process:
+        with Contained(
+            cage.launch(argv, context.worktree.resolve(), handover, env), log, Bounds(log=PRINTED_BYTES)
+        ) as process:
             code = process.wait(self.timeout_s)
         output = _end_of(log, before)
         said = self._read(output)
         spent: dict[str, Any] = {"cost_usd": said.cost_usd, "tokens": said.tokens}
+        if process.fault:
+            raise AgentError(f"{self.name} was ended: {process.fault}", **spent)
         if code is None:
             words = f"took longer than {self.timeout_s:.0f} s"
             if not said.trouble:
@@ -157,9 +163,12 @@ class _Client:
             words = said.error or f"ended with exit status {code}; {_last_words(output, errors)}; see {log}"
             raise service_error(self.name, words, status=said.status, after_s=said.after_s, **spent)
         if unchanged:
-            words = printable(said.message) or _last_words(output, errors)
+            words = one_line(said.message, WORDS) or _last_words(output, errors)
             raise AgentError(f"{self.name} left train.py as it was; {words}", **spent)
-        return Turn(first_line(description) or described(said.message), said.cost_usd, said.tokens)
+        written = (read_ordinary(description, 4000) or b"").decode("utf-8", "replace").strip()
+        words = described(written, first=True) if written else described(said.message)
+        why = hypothesis(written) or hypothesis(said.message)
+        return Turn(words, said.cost_usd, said.tokens, why)
 
 
 class ClaudeAgent(_Client):
@@ -268,14 +277,6 @@ class CodexAgent(_Client):
         return from_codex(output)
 
 
-def described(message: str) -> str:
-    """One line on what was tried, from a model's last words: what follows "Description:", else the last line."""
-    lines = [line.strip().strip("*`_# ") for line in message.splitlines()]
-    marked = [line[12:] for line in lines if line.lower().startswith("description:")]
-    words = (marked or [line for line in lines if line] or [""])[-1]
-    return printable(words.strip("*`_# "), 200) or "an edit without a description"
-
-
 def _given(*names: str) -> dict[str, str]:
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
@@ -305,5 +306,5 @@ def _end_of(log: Path, start: int) -> bytes:
 def _last_words(output: bytes, errors: Path) -> str:
     """The end of what a client printed, for a reader who wonders why it failed."""
     lines = [*tail(errors, 3), *output[-2000:].decode("utf-8", "replace").splitlines()[-1:]]
-    words = printable(" ".join(line for line in lines if line.strip()), 200)
+    words = one_line(" ".join(line for line in lines if line.strip()), 200)
     return f"it said: {words}" if words else "it said nothing"

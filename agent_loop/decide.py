@@ -134,8 +134,18 @@ def judge(
     same = incumbent is None or incumbent.commit == outcome.parent
     if outcome.kind == "confirm":
         return decide_confirmed(outcome, night.gains(outcome, outcome.parent), noise, same)
-    size = size_of(source_of(outcome.commit))
-    best_size = size_of(source_of(incumbent.commit)) if incumbent else size
+    size = _size(source_of, outcome.commit)
+    best_size = _size(source_of, incumbent.commit) if incumbent else size
+    if size is None or best_size is None:  # neither is simpler
+        size = best_size = Size(0, 0)
     scores = [night.score_of(c, night.seed) if c else None for c in (incumbent and incumbent.commit, outcome.parent)]
     best, parent = (None if bpb is None else Score(bpb) for bpb in scores)
     return decide(outcome, size, best, best_size, noise, second_seed, None if same else parent)
+
+
+def _size(source_of: Callable[[str], bytes], commit: str) -> Size | None:
+    """Of a train.py; None where it is gone or cannot be measured: what is recorded is decided all the same."""
+    try:
+        return size_of(source_of(commit))
+    except Exception:
+        return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import git
 
+from agent_loop.gitrepo import Git
 from agent_loop.markup import Html, clip, h, join
 from agent_loop.tally import Gain
 
@@ -49,7 +50,7 @@ def of_gains(repo: git.Repo | None, gains: Sequence[Gain]) -> dict[int, Change]:
 @functools.lru_cache(maxsize=4096)
 def _kept(folder: str, parent: str, commit: str) -> Change:
     """Commits do not change, so each diff is asked for once; an error is not kept."""
-    text = git.Git(folder).execute(
+    text = Git(folder).execute(
         ["git", f"--git-dir={folder}", "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames",
          "--src-prefix=a/", "--dst-prefix=b/", "--text", "-U3", parent, commit, "--", "train.py"],
         stdout_as_string=False,

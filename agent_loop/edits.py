@@ -13,10 +13,16 @@ from pathlib import Path
 
 from agent_loop.source import MAX_BYTES
 
-__all__ = ["Draft", "EditError", "replace_file"]
+__all__ = ["Draft", "EditError", "replace_file", "without_thoughts"]
 
 _BLOCK = re.compile(
     r"^<{5,9} ?SEARCH[^\n]*\n(?P<old>.*?)^={5,9}[ \t]*\n(?P<new>.*?)^>{5,9} ?REPLACE", re.MULTILINE | re.DOTALL
+)
+_HUNK = re.compile(
+    r"^@@(?: -(?P<at>\d+)[^@\n]*@@[^\n]*)?\n(?P<body>(?:[ +\-\\][^\n]*\n|\n(?=[ +\-\n]))+)", re.MULTILINE
+)
+_THOUGHT = re.compile(
+    r"^[ \t]*<(?P<tag>think|thinking|reasoning)>.*?(?:</(?P=tag)>|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE
 )
 _FENCE = re.compile(r"^```(?:python|py)[^\n]*\n(?P<whole>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -67,7 +73,7 @@ class Draft:
         self._take(content)
 
     def read_answer(self, answer: str) -> bool:
-        """Make the edits of a plain answer: SEARCH/REPLACE blocks, else one fenced whole file.
+        """Make the edits of a plain answer: SEARCH/REPLACE blocks, else one fenced whole file, else a unified diff.
 
         All are made or none. False where there is no edit in it. Raises EditError.
         """
@@ -78,6 +84,11 @@ class Draft:
                 self.edit(block["old"], block["new"])
             if blocks:
                 return True
+            if "build_model(" not in "".join(f["whole"] for f in _FENCE.finditer(answer)):
+                hunks = list(_HUNK.finditer(answer.replace("\r\n", "\n") + "\n"))
+                for hunk in hunks:
+                    self._patch(hunk["body"], int(hunk["at"] or 0))
+                return bool(hunks)
         except EditError:
             self.text = before
             raise
@@ -88,6 +99,26 @@ class Draft:
             self.write(files[0])
         return bool(files)
 
+    def _patch(self, body: str, at: int) -> None:
+        """Make one hunk of a unified diff where its lines stand, nearest to line `at`. Raises EditError.
+
+        Models count lines badly, so the place is found by the text.
+        """
+        rows = [row for row in body.splitlines() if not row.startswith("\\")]
+        while rows and not rows[-1].strip():
+            rows.pop()
+        old = [row[1:] for row in rows if row[:1] != "+"]
+        new = [row[1:] for row in rows if row[:1] != "-"]
+        if not old:
+            raise EditError("a hunk of the diff has no line of train.py, so its place is not known; add some around it")
+        lines = self.text.split("\n")
+        places = [i for i in range(len(lines) - len(old) + 1) if lines[i : i + len(old)] == old]
+        if not places:
+            first = next((row[1:] for row in rows if row[:1] == "-"), old[0])
+            raise EditError(f"the lines of the hunk {first!r} are not in train.py.{self._nearest(first)}")
+        place = min(places, key=lambda i: abs(i + 1 - at))
+        self._take("\n".join([*lines[:place], *new, *lines[place + len(old) :]]))
+
     def _take(self, text: str) -> None:
         size = len(text.encode("utf-8", "surrogatepass"))
         if size > MAX_BYTES:
@@ -97,10 +128,25 @@ class Draft:
         self.text = text
 
     def _nearest(self, old: str) -> str:
+        """The line of train.py that is most like the first one of `old`, with its number."""
         wanted = next((line.strip() for line in old.splitlines() if line.strip()), "")[:200]
-        lines = {line.strip(): line for line in self.text.splitlines()}
-        near = difflib.get_close_matches(wanted, lines, 1, 0.6)
-        return f" The nearest line is {lines[near[0]]!r}." if near else ""
+        lines = {line.strip(): (number, line) for number, line in enumerate(self.text.splitlines(), 1) if line.strip()}
+        near = difflib.get_close_matches(wanted, lines, 1, 0.3)
+        if not near:
+            return ""
+        number, line = lines[near[0]]
+        return f" The nearest line is {line[:300]!r}, line {number}."
+
+
+def without_thoughts(text: str) -> str:
+    """A model's answer without what it thought aloud before it.
+
+    Some templates write the opening tag into the prompt, so that only the closing one comes back.
+    """
+    before, closed, after = text.partition("</think>")
+    if closed and "<think>" not in before:
+        text = after
+    return _THOUGHT.sub("", text).strip("\n")
 
 
 def replace_file(path: Path, data: bytes) -> None:

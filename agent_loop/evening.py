@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,8 @@ from rich.console import Console
 
 from agent_loop.agents import Agent
 from agent_loop.background import Notifier, Reporter
-from agent_loop.cage import Cage
-from agent_loop.gitrepo import NightRepo, free_tag, open_repo
+from agent_loop.cage import Cage, text_of, try_cage
+from agent_loop.gitrepo import NightRepo, free_tag, open_repo, said
 from agent_loop.live import View
 from agent_loop.loop import Driver, Options
 from agent_loop.night import Night
@@ -25,15 +27,15 @@ from agent_loop.report import print_results
 from agent_loop.roster import make_agent
 from agent_loop.source import ProposalError
 from harness.compiled import Store
+from harness.data.dataset import default_data_dir
 from harness.devices import named
 from harness.errors import HotloopError, UsageError
-from harness.experiment import Settings
+from harness.experiment import Settings, data_warnings
 from harness.preflight import preflight
 from harness.prewarm import Prewarmer
 from harness.record import Lock
 from harness.signing import key_path
 from harness.single import budget_from, repeatable_warning, sandbox_warning, settings_of
-from prepare import default_data_dir
 
 __all__ = ["Evening", "start"]
 
@@ -51,6 +53,14 @@ class Evening:
     notify: str
     prewarm: bool = False
 
+    def try_cages(self) -> None:
+        """Start the cage of each agent that has one, once, empty. Raises SandboxError where none can ever work."""
+        cages = [cage for a in self.agents if isinstance(cage := getattr(a, "cage", None), Cage)]
+        if cages:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for cage in dict.fromkeys(cages):
+            try_cage(cage, self.folder)
+
     def drive(self, console: Console) -> int:
         """Raises HotloopError."""
         lock = Lock(self.folder / "lock")
@@ -59,7 +69,7 @@ class Evening:
             with self._prewarmed() as slots, View(console, self.folder / "night.log") as view:
                 view.header(self._header())
                 for line in self._warnings():
-                    view.note(f"WARNING: {line}")
+                    view.warn(line)
                 notifier = Notifier(self.notify, self.tag, view.note) if self.notify else None
                 reporter = Reporter(self.folder, Path(self.repo.working_tree_dir or "."))
                 night_repo = NightRepo(self.repo, self.tag, self.folder)
@@ -69,11 +79,14 @@ class Evening:
                 try:
                     driver.run()
                 except GitError as e:
-                    words = " ".join(str(getattr(e, "stderr", "") or e).split())[:300]
-                    raise HotloopError(f"git failed ({words}); mend it and start the same command again") from None
-            print_results(night, console)
+                    raise HotloopError(f"git failed ({said(e)}); mend it and start the same command again") from None
+            if not view.stuck:
+                with contextlib.suppress(OSError, ValueError):  # nobody looks any more
+                    print_results(night, console)
         finally:
             lock.release()
+        if view.stuck:  # its thread waits within a write; an interpreter that ends would wait for it
+            os._exit(0)
         return 0
 
     @contextlib.contextmanager
@@ -92,6 +105,7 @@ class Evening:
 
     def _header(self) -> list[str]:
         settings, options = self.slots[0], self.options
+        facts = settings.dataset.facts()
         rule = options.budget or settings.preset.budget
         names = ", then ".join(a.name for a in self.agents)
         side = f", {len(self.slots)} GPUs side by side" if len(self.slots) > 1 else ""
@@ -99,30 +113,37 @@ class Evening:
             f"hotloop  night {self.tag}, branch autoresearch/{self.tag}, agent {names}, seed {options.seed}",
             f"         preset {settings.preset.name} on {settings.device}{side}, {settings.threads} threads, budget "
             f"{rule.amount:g} {rule.kind}, data {settings.dataset.path}",
+            f"         text {facts['source']}, {facts['epoch_tokens']:,} tokens once through its rows "
+            f"({100 * facts['share_in_rows']:.1f} % of it, packed by {facts['packing']})",
             f"         sandbox {settings.sandbox}",
         ]
 
     def _warnings(self) -> list[str]:
-        found = [sandbox_warning(self.slots[0]), repeatable_warning(self.slots[0])]
+        found = [sandbox_warning(self.slots[0]), repeatable_warning(self.slots[0]), *data_warnings(self.slots[0])]
         if any(a.name == "builtin" for a in self.agents[:-1]):
             found.append("the built-in agent always has something to propose, so those after it are never asked")
+        if self.options.experiments == 0:
+            found.append("--experiments 0: only the baseline and its noise are measured, no edit is asked for")
         return [w for w in found if w]
 
 
 def start(args: argparse.Namespace) -> Evening:
     """Raises UsageError, DataError, DeviceError or SandboxError, each with what to do."""
-    for name in ("experiments", "hours", "noise_seeds", "min_gain", "max_cost", "agent_max_cost", "patience"):
-        value = getattr(args, name)
-        if value is not None and value < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {value}")
+    _check_numbers(args)
     repo = open_repo(Path.cwd())
     settings = settings_of(args)
     runs = Path(repo.working_tree_dir or ".") / "runs"
+    if runs.exists() and not runs.is_dir():
+        raise UsageError(f"{runs} is a file, and nights are kept in a folder of that name; move it away")
     agents = _agents(args, settings, repo, runs)
     tag = args.tag = args.tag or free_tag(repo, runs, datetime.date.today().strftime("%b%d").lower())
     if tag in ("single", ".", "..") or "/" in tag:
         raise UsageError(f"{tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'")
-    NightRepo(repo, tag, runs / tag).check_name()
+    if (runs / tag).exists() and not (runs / tag).is_dir():
+        raise UsageError(f"{runs / tag} is a file, so there can be no night {tag}; give another --tag")
+    NightRepo(repo, tag, runs / tag).check_name(new=not (runs / tag / "records.jsonl").exists())
+    if args.hours == 0:
+        raise UsageError("--hours 0 would try nothing; leave it out for a night without an end")
     if args.notify:
         Notifier(args.notify, tag, lambda _: None)
     preset = settings.preset
@@ -145,26 +166,40 @@ def start(args: argparse.Namespace) -> Evening:
     return Evening(tag, runs / tag, repo, agents, _slots(args.gpus, settings), options, args.notify or "", prewarm)
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    for name in ("experiments", "hours", "noise_seeds", "min_gain", "max_cost", "agent_max_cost", "patience"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            what = "must not be negative" if value < 0 else "must be a finite number"
+            raise UsageError(f"--{name.replace('_', '-')} {what}, not {value}")
+    if not 0 < args.agent_timeout < float("inf"):
+        raise UsageError(f"--agent-timeout must be a positive number of seconds, not {args.agent_timeout}")
+
+
 def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: Path) -> list[Agent]:
     names = [n.strip() for n in args.agent.split(",") if n.strip()]
     if args.command and "command" not in names:
         raise UsageError("--command goes with --agent command")
+    if args.model and not set(names) & {"claude", "codex", "api"}:
+        raise UsageError("--model goes with --agent claude, codex or api; the others have no model")
+    if (args.api_url or args.api_extra) and "api" not in names:
+        raise UsageError("--api-url and --api-extra go with --agent api")
     if len(set(names)) < len(names) or not names:
         raise UsageError(f"--agent {args.agent!r}: each agent once, separated by commas")
     if "builtin" not in names and not args.no_fallback:
         names.append("builtin")
     data = default_data_dir("x", 1, 1).parent
-    hidden = (settings.dataset.path, data, runs, Path(repo.common_dir), key_path().parent)
-    cage = Cage(
-        settings.sandbox, tuple(dict.fromkeys(p.resolve() for p in hidden)), tuple(map(Path, args.agent_write)),
-        args.agent_network,
-    )  # fmt: skip
+    text = text_of(settings.dataset.path, str(settings.dataset.manifest["source"]))
+    key = key_path() if os.environ.get("HOTLOOP_KEY") else key_path().parent
+    hidden = (settings.dataset.path, data, *text, runs, Path(repo.common_dir), key)
+    cage = Cage(settings.sandbox, hidden, tuple(map(Path, args.agent_write)), args.agent_network)
     networked = dataclasses.replace(cage, network=True)
     return [
         make_agent(
             name, command=args.command, timeout_s=args.agent_timeout, cage=cage, networked_cage=networked,
-            seed=args.seed, model=args.model, api_url=args.api_url, max_cost_usd=args.agent_max_cost,
-            state_folder=None,
+            seed=args.seed, model=args.model, api_url=args.api_url, api_extra=args.api_extra,
+            max_cost_usd=args.agent_max_cost, state_folder=None,
         )
         for name in names
     ]  # fmt: skip

@@ -7,8 +7,9 @@ import re
 import time
 
 from agent_loop.agents import AgentError
+from harness.text import one_line
 
-__all__ = ["printable", "retry_after_s", "service_error"]
+__all__ = ["retry_after_s", "service_error"]
 
 _PERMANENT = re.compile(
     r"api key|not logged in|/login|authentication|oauth token|credit balance|quota exceeded|current quota|"
@@ -23,6 +24,7 @@ _BUSY = re.compile(
 _STATUS = re.compile(r"\bstatus:? (\d{3})\b")
 _AGAIN_IN = re.compile(r"\bagain in (\d+(?:\.\d+)?) ?(ms|s|sec|m|min|h|hour|d|day)", re.IGNORECASE)
 _UNITS_S = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
+WORDS = 240  # characters of what a service said
 _BUSY_S, _USAGE_LIMIT_S, _LONGEST_S = 60.0, 1800.0, 8 * 86400.0
 
 
@@ -46,7 +48,7 @@ def service_error(
     if busy and not permanent:
         wait_s = min(after_s or _again_in_s(text) or (_USAGE_LIMIT_S if limit else _BUSY_S), _LONGEST_S)
     return AgentError(
-        f"{who}: {printable(text)}", retry_after_s=wait_s, permanent=permanent, cost_usd=cost_usd, tokens=tokens
+        f"{who}: {one_line(text, WORDS)}", retry_after_s=wait_s, permanent=permanent, cost_usd=cost_usd, tokens=tokens
     )
 
 
@@ -59,15 +61,9 @@ def retry_after_s(header: str | None) -> float:
     except ValueError:
         pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, OverflowError):
+        return max(0.0, min(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), _LONGEST_S))
+    except (ValueError, OverflowError, TypeError):
         return 0.0
-
-
-def printable(text: str, most: int = 240) -> str:
-    """One line of it, without what could drive a terminal."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
-    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _again_in_s(text: str) -> float:

@@ -8,40 +8,64 @@ included, so it can be made again at any time. No hook runs.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import git
 from gitdb.base import IStream
+from gitdb.exc import ODBError
 
 from agent_loop.source import MAX_BYTES, ProposalError, merge
-from harness.errors import UsageError
+from harness.errors import HotloopError, UsageError
+from harness.files import kind_of, read_ordinary
 from harness.single import read_train_source
+from harness.text import one_line
 
-__all__ = ["Kept", "NightRepo", "branch_of", "free_tag", "open_repo"]
+__all__ = ["Git", "Kept", "NightRepo", "Repo", "branch_of", "free_tag", "open_repo", "said"]
 
 # No hook runs; and somebody else's git (a gc, a fetch) is waited for.
-_SAFE = ["core.hooksPath=/dev/null", "core.filesRefLockTimeout=10000", "core.packedRefsTimeout=10000"]
+_SAFE = [
+    "core.hooksPath=/dev/null", "core.filesRefLockTimeout=10000", "core.packedRefsTimeout=10000",
+    "i18n.commitEncoding=UTF-8",
+]  # fmt: skip
+# In the night's worktree, which holds the bytes that were committed.
+_BYTES = ["core.fsmonitor=false", "core.bare=false", "core.autocrlf=false", "core.eol=lf", "core.safecrlf=false"]
+GIT_S = 60.0
 _AUTHOR = {
     "GIT_AUTHOR_NAME": "hotloop", "GIT_AUTHOR_EMAIL": "hotloop@localhost",
     "GIT_COMMITTER_NAME": "hotloop", "GIT_COMMITTER_EMAIL": "hotloop@localhost",
 }  # fmt: skip
 
 
+class Git(git.Git):
+    """Git's commands, none of which may take longer than GIT_S: an agent's worktree can hold what takes it an hour."""
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        return super().execute(*args, **({"kill_after_timeout": GIT_S} | kwargs))
+
+
+class Repo(git.Repo):
+    """A repository whose commands have a limit of time."""
+
+    GitCommandWrapperType = Git
+
+
 def open_repo(folder: Path) -> git.Repo:
     """The repository that holds `folder`, fit for a night.
 
     Raises:
-        UsageError: no repository, no commit, changed tracked files, or no train.py that can run.
+        UsageError: no repository, one that git refuses or that cannot be read, no commit, changed tracked files, or no
+            train.py that can run.
     """
     try:
-        repo = git.Repo(folder, search_parent_directories=True)
+        repo = Repo(folder, search_parent_directories=True)
         root = Path(repo.working_tree_dir or "")
     except (git.InvalidGitRepositoryError, git.NoSuchPathError):
         raise UsageError(
@@ -49,16 +73,34 @@ def open_repo(folder: Path) -> git.Repo:
             f"git commit -m start"
         ) from None
     repo.git.set_persistent_git_options(c=_SAFE)
-    if not repo.head.is_valid():
-        raise UsageError(f"{root} has no commit yet; run: git add -A && git commit -m start")
+    try:
+        if (names := repo.git.rev_parse("--show-object-format")) != "sha1":
+            raise UsageError(
+                f"{root} names its objects by {names}, which is not supported; make a copy by SHA-1: git init --object-"
+                f"format=sha1 in a new folder, and copy the files"
+            )
+        repo.git.rev_parse("--verify", "--quiet", "HEAD^{commit}")
+    except git.GitCommandError as e:
+        if words := said(e):  # another user's repository, for one
+            raise UsageError(f"git refuses {root}: {words}") from None
+        raise UsageError(f"{root} has no commit yet; run: git add -A && git commit -m start") from None
     read_train_source(root / "train.py")
     changed = repo.git.status("--porcelain", "--untracked-files=no").splitlines()
     if changed:
-        names = ", ".join(line[3:] for line in changed[:3]) + (" ..." if len(changed) > 3 else "")
+        names = ", ".join(one_line(line[3:], 80) for line in changed[:3]) + (" ..." if len(changed) > 3 else "")
         raise UsageError(f"the checkout has uncommitted changes ({names}); commit them, or put them away: git stash")
     if "train.py" not in {entry.path for entry in repo.head.commit.tree}:
         raise UsageError(f"train.py is not committed; run: git add {root / 'train.py'} && git commit")
     return repo
+
+
+def said(error: BaseException) -> str:
+    """What git, or whoever raised it, said: one line; empty for nothing."""
+    words = getattr(error, "stderr", None)
+    if words is None:
+        return one_line(str(error), 300)
+    text = words.decode("utf-8", "replace") if isinstance(words, bytes) else str(words)
+    return one_line(text.strip().removeprefix("stderr:").strip().strip("'"), 300)
 
 
 @dataclass(frozen=True)
@@ -96,25 +138,49 @@ class NightRepo:
     def __init__(self, repo: git.Repo, tag: str, folder: Path) -> None:
         self.repo, self.tag = repo, tag
         self.branch = branch_of(tag)
+        self.ref = f"refs/heads/{self.branch}"  # in full: a tag may have the branch's name
         self.worktree = folder.resolve() / "worktree"
         self._common = Path(repo.common_dir).resolve()
         self._line: list[tuple[Kept, str]] = []  # the branch, as far as this process made it
 
     def start(self) -> str:
-        """Make the branch at HEAD if it is new; returns its commit. The worktree is made by `reset`."""
+        """Make the branch at HEAD if it is new; returns its commit. The worktree is made by `prepare`."""
         self.check_name()
         for lock in self._own_locks():  # of a git that was killed; ours is the only driver
             lock.unlink(missing_ok=True)
-        if self.branch not in {h.name for h in self.repo.heads}:
-            self.repo.git.branch(self.branch, "HEAD")
+        if not self.exists():
+            self.repo.git.update_ref(self.ref, self.repo.git.rev_parse("--verify", "HEAD^{commit}"))
         return self.head()
 
-    def check_name(self) -> None:
-        """Raises UsageError for a tag that git takes for no branch."""
+    def exists(self) -> bool:
+        return self.branch in {h.name for h in self.repo.heads}
+
+    def check_name(self, new: bool = False) -> None:
+        """Raises UsageError for a tag that git takes for no branch, or whose branch is not ours to make or to move.
+
+        Args:
+            new: the night has no records, so that a branch of its name is somebody else's.
+        """
         try:
             self.repo.git.check_ref_format("--branch", self.branch)
         except git.GitCommandError:
             raise UsageError(f"{self.tag!r} cannot be a run tag; use letters, digits, '.', '_' and '-'") from None
+        names = {h.name for h in self.repo.heads}
+        above = self.branch.rpartition("/")[0]
+        for other in sorted(n for n in names if n == above or n.startswith(f"{self.branch}/")):
+            raise UsageError(
+                f"the branch {other!r} is in the way of {self.branch!r}, for git cannot have both; rename it: "
+                f"git branch -m {other} my-{other.replace('/', '-')}"
+            )
+        if new and self.branch in names:
+            raise UsageError(
+                f"there is a branch {self.branch} and no night {self.tag}; a night would move it. Give another --tag, "
+                f"or rename it: git branch -m {self.branch} my-{self.tag}"
+            )
+        if not self.repo.head.is_detached and self.repo.head.reference.path == self.ref:
+            raise UsageError(
+                f"the checkout is on {self.branch}, which the night moves; run: git switch -c my-{self.tag}"
+            )
 
     def _own_locks(self) -> Iterator[Path]:
         yield self._common / "refs" / "heads" / f"{self.branch}.lock"
@@ -124,18 +190,31 @@ class NightRepo:
             yield from private.glob("*.lock")
 
     def head(self) -> str:
-        return str(self.repo.commit(self.branch).hexsha)
+        return str(self._commit(self.ref).hexsha)
 
     def source(self, commit: str) -> bytes:
-        """train.py as of a commit."""
-        data: bytes = (self.repo.commit(commit).tree / "train.py").data_stream.read()
+        """train.py as of a commit. Raises HotloopError where git has it no more."""
+        try:
+            data: bytes = (self._commit(commit).tree / "train.py").data_stream.read()
+        except KeyError:
+            raise HotloopError(f"commit {commit[:12]} has no train.py") from None
         return data
+
+    def _commit(self, name: str) -> git.Commit:
+        """In the driver's thread alone: the library asks one git, by a pipe that turns would mix up."""
+        try:
+            return self.repo.commit(name)
+        except (ValueError, ODBError):  # what gitdb has for it
+            raise HotloopError(
+                f"git has no commit {name[:40]} any more, which the night's records name; fetch it from a copy of the "
+                f"repository, or give another --tag"
+            ) from None
 
     def set_branch(self, base: str, kept: list[Kept]) -> str:
         """Make the branch what was kept, on top of the baseline's commit; returns its head."""
         if kept:
-            head = self.repo.commit(self.branch)
-            if head.message == kept[-1].message + "\n" and head.tree == self.repo.commit(kept[-1].commit).tree:
+            head = self._commit(self.ref)
+            if head.message == kept[-1].message + "\n" and head.tree == self._commit(kept[-1].commit).tree:
                 return str(head.hexsha)
         for i, one in enumerate(kept):
             known = self._line[i] if i < len(self._line) else None
@@ -144,7 +223,7 @@ class NightRepo:
                 sha = self._commit_tree(f"{one.commit}^{{tree}}", parent, one.message, one.when)
                 self._line[i:] = [(one, sha)]
         new = self._line[len(kept) - 1][1] if kept else base
-        self.repo.git.update_ref(f"refs/heads/{self.branch}", new)
+        self.repo.git.update_ref(self.ref, new)
         return new
 
     def prepare(self, commit: str) -> None:
@@ -154,13 +233,17 @@ class NightRepo:
             private = self._make_worktree()
         for name in ("index.lock", "HEAD.lock", "index"):  # the index is the worktree's own word of what it holds
             (private / name).unlink(missing_ok=True)
-        self._git(private, "symbolic-ref", "HEAD", f"refs/heads/{self.branch}")
+        self._git(private, "symbolic-ref", "HEAD", self.ref)
         self._git(private, "read-tree", "--reset", "-u", commit)
         self._git(private, "clean", "-q", "-ffdx")
 
     def merged(self, base: str, ours: str, theirs: bytes) -> bytes | None:
         """train.py with both what `ours` and what `theirs` changed since `base`; None where they change the same."""
-        return merge(self.source(base), self.source(ours), theirs)
+        old, new = self.source(base), self.source(ours)
+        try:
+            return merge(old, new, theirs)
+        except (RecursionError, MemoryError, ValueError):
+            return None
 
     def proposed(self, commit: str) -> bytes:
         """The train.py that an agent left in the worktree, which had `commit` checked out.
@@ -168,18 +251,31 @@ class NightRepo:
         Raises:
             ProposalError: something else was changed too, or train.py is no ordinary file.
         """
+        with contextlib.suppress(FileNotFoundError):
+            if what := kind_of(self.worktree / "train.py", MAX_BYTES):  # before git reads it
+                raise ProposalError("invalid", f"train.py is {what}")
         if self._private() is None:
             raise ProposalError("invalid", "the worktree's .git was removed or replaced; only train.py may change")
         # An index of our own: the agent's could say that nothing changed.
         with tempfile.TemporaryDirectory() as folder:
             env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
             self._git(self._common, "read-tree", commit, env=env)
-            changed = self._git(self._common, "diff", "--no-ext-diff", "--no-renames", "--name-only", "-z", env=env)
-            new = self._git(self._common, "ls-files", "--others", "--exclude-standard", "-z", env=env)
+            try:
+                changed = self._git(self._common, "diff", "--no-ext-diff", "--no-renames", "--name-only", "-z", env=env)
+                new = self._git(self._common, "ls-files", "--others", "--exclude-standard", "-z", env=env)
+            except git.GitCommandError as e:
+                if "Timeout" not in str(e.stderr):
+                    raise
+                raise ProposalError(
+                    "invalid",
+                    f"the worktree keeps git busy for more than {GIT_S:g} s; only train.py may change",
+                ) from None
         others = sorted({name for name in (changed + new).split("\0") if name} - {"train.py"})
         if others:
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            raise ProposalError("invalid", f"only train.py may change; also changed: {', '.join(others[:3])}{more}")
+            raise ProposalError(
+                "invalid", f"only train.py may change; also changed: {one_line(', '.join(others[:3]), 200)}{more}"
+            )
         source = read_ordinary(self.worktree / "train.py", MAX_BYTES + 1)
         if source is None:
             raise ProposalError("invalid", "train.py is gone, or is not an ordinary file")
@@ -211,8 +307,8 @@ class NightRepo:
             return None
         private = (self.worktree / os.fsdecode(link[len(b"gitdir: ") :]).strip()).resolve()
         try:
-            back = (private / (private / "gitdir").read_text().strip()).resolve()
-        except OSError:
+            back = (private / os.fsdecode((private / "gitdir").read_bytes()).strip()).resolve()
+        except (OSError, ValueError):
             return None
         ours = private.parent == self._common / "worktrees" and back == self.worktree / ".git"
         return private if ours else None
@@ -224,26 +320,14 @@ class NightRepo:
             shutil.rmtree(self.worktree)
         self.repo.git.worktree("prune")
         try:
-            self.repo.git.worktree("add", "--force", str(self.worktree), self.branch)
+            self.repo.git.worktree("add", "--force", "--detach", "--no-checkout", str(self.worktree), self.ref)
         except git.GitCommandError as e:
-            words = " ".join(str(e.stderr).split())[:300]
-            raise UsageError(f"the worktree {self.worktree} cannot be made: {words}") from None
+            raise UsageError(f"the worktree {self.worktree} cannot be made: {said(e)}") from None
         private = self._private()
         assert private is not None
         return private
 
     def _git(self, git_dir: Path, *args: str, env: dict[str, str] | None = None) -> str:
         where = [f"--git-dir={git_dir}", f"--work-tree={self.worktree}"]
-        settings = [*_SAFE, "core.fsmonitor=false", "core.bare=false"]
-        safe = [word for setting in settings for word in ("-c", setting)]
-        return str(git.Git(self.worktree).execute(["git", *where, *safe, *args], env=env))
-
-
-def read_ordinary(path: Path, most: int) -> bytes | None:
-    """Up to `most` bytes of a regular file; None for anything else: missing, a link, a pipe, a device, a folder."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with open(fd, "rb") as f:
-        return f.read(most) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        safe = [word for setting in (*_SAFE, *_BYTES) for word in ("-c", setting)]
+        return str(Git(self.worktree).execute(["git", *where, *safe, *args], env=env))

@@ -8,10 +8,11 @@ from typing import Any
 
 import git
 
-from agent_loop.gitrepo import branch_of
+from agent_loop.gitrepo import Repo, branch_of, said
 from agent_loop.live import sparkline
 from agent_loop.night import Night, Row
 from harness.errors import UsageError
+from harness.text import one_line, printable
 
 __all__ = ["best_command", "checkout_command", "diff_command", "night_named", "show_command"]
 
@@ -25,7 +26,7 @@ def night_named(tag: str, runs: Path = Path("runs")) -> Night:
 
 def _repo() -> git.Repo:
     try:
-        return git.Repo(Path.cwd(), search_parent_directories=True)
+        return Repo(Path.cwd(), search_parent_directories=True)
     except git.InvalidGitRepositoryError:
         raise UsageError(f"{Path.cwd()} is not in the repository of that night") from None
 
@@ -57,11 +58,15 @@ def show_command(args: argparse.Namespace) -> int:
         ("what", row.description),
         ("decision", row.decision),
         ("why", row.reason),
+        *([("hypothesis", row.why)] if row.why else []),
+        *([("turn", f"{row.tokens:,} tokens of a model, ${row.cost_usd:.2f}")] if row.tokens else []),
         ("commit", row.commit),
     ]
     if row.val_bpb is not None:
         gain = f" ({row.gain:+.6f} against the incumbent)" if row.gain is not None else ""
         facts.append(("val_bpb", f"{row.val_bpb:.6f}{gain}"))
+        if row.outcome and row.outcome.val_bpb_reference is not None:
+            facts.append(("", f"{row.outcome.val_bpb_reference:.6f} with the bytes that the reference counts"))
     o = row.outcome
     if o:
         facts += [
@@ -89,9 +94,9 @@ def show_command(args: argparse.Namespace) -> int:
     if folder.exists():
         facts.append(("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}"))
     for name, text in facts:
-        print(f"{name + ':':<12}{text}")
+        print(f"{name + ':':<12}{one_line(text)}")
     for line in o.log_tail if o else []:
-        print(f"  | {line}")
+        print(f"  | {printable(line)}")
     return 0
 
 
@@ -106,10 +111,11 @@ def diff_command(args: argparse.Namespace) -> int:
     else:
         raise UsageError(f"experiment {new.number} is the baseline's train.py and changes nothing; give two numbers")
     try:
-        print(repo.git.diff("--no-ext-diff", old, new.commit, "--", "train.py"))
+        flags = ("--no-ext-diff", "--no-textconv", "--no-color", "--text")
+        text = repo.git.diff(*flags, old, new.commit, "--", "train.py", stdout_as_string=False)
     except git.GitCommandError as e:
-        words = " ".join(str(e.stderr).split())[:200]
-        raise UsageError(f"git has no commit of that experiment any more ({words})") from None
+        raise UsageError(f"git has no commit of that experiment any more ({said(e)})") from None
+    print(printable(bytes(text).decode("utf-8", "backslashreplace")))
     return 0
 
 
@@ -123,7 +129,8 @@ def best_command(args: argparse.Namespace) -> int:
     for row in (r for r in night.rows() if r.decision == "keep"):
         bpb = night.score_of(row.commit, night.seed)
         gain = f"{before - bpb:+.6f}" if before is not None and bpb is not None else ""
-        print(f"{row.number:>5}  {bpb:.6f}  {gain:>9}  {row.commit[:7]}  {row.description}")
+        score = "-" if bpb is None else f"{bpb:.6f}"
+        print(f"{row.number:>5}  {score}  {gain:>9}  {row.commit[:7]}  {row.description}")
         before = bpb
     print(
         f"best: experiment {best.number}, branch {branch_of(args.tag)}; "
@@ -152,6 +159,6 @@ def checkout_command(args: argparse.Namespace) -> int:
         else:
             repo.git.switch("-c", name, row.commit)
     except git.GitCommandError as e:
-        raise UsageError(f"git refuses ({' '.join(str(e.stderr).split())[:200]})") from None
+        raise UsageError(f"git refuses ({said(e)})") from None
     print(f"on branch {name}: experiment {number}, {row.description}")
     return 0

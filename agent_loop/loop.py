@@ -23,9 +23,9 @@ from git.exc import GitError
 
 from agent_loop.agents import Agent, AgentError
 from agent_loop.background import Notifier, Reporter
-from agent_loop.brief import quoted, write_brief
+from agent_loop.brief import Facts, quoted, write_brief
 from agent_loop.decide import Decision, judge
-from agent_loop.gitrepo import Kept, NightRepo
+from agent_loop.gitrepo import Kept, NightRepo, said
 from agent_loop.live import View
 from agent_loop.night import Flight, Night, Proposal, Row, Run
 from agent_loop.race import lessons, stopper
@@ -39,6 +39,7 @@ from harness.experiment import Event, Job, Settings, forget_weights, record, run
 from harness.process import end_all
 from harness.record import Outcome
 from harness.spec import BudgetRule
+from harness.text import one_line
 
 __all__ = ["HEARTBEAT", "Driver", "Options", "Runner", "Slot"]
 
@@ -136,8 +137,12 @@ class Driver:
     def run(self) -> None:
         """Raises HotloopError where the night cannot go on; everything so far is on disk."""
         try:
-            base = self.repo.start()
+            self.repo.check_name(new=self.night.settings is None)
             self.night.check_settings(self._night_settings())
+            self.night.set_agents([a.name for a in self.rota.agents])
+            for words in self.night.unheard():
+                self.view.warn(words)
+            base = self.repo.start()
             self._catch_up(base)
             self._loop()
         except HotloopError as e:
@@ -239,7 +244,7 @@ class Driver:
             if row.number not in under_way and row.outcome:
                 source = self.repo.source(row.commit)
                 words = row.description.removesuffix(f" (seed {row.outcome.seed})")
-                return Proposal(row.outcome.parent, source, words, row.agent, row.number)
+                return Proposal(row.outcome.parent, source, words, row.agent, row.number, why=row.why)
         return None
 
     def _committed(self, proposal: Proposal) -> Run | None:
@@ -252,8 +257,8 @@ class Driver:
                 merged = self.repo.merged(proposal.base, incumbent.commit, source)
                 if merged is None:
                     raise ProposalError("discard", f"it does not fit on top of experiment {incumbent.number}")
-                check_source(merged)
                 source, words = merged, f"{words} (on top of {incumbent.number})"
+            check_source(source)
             if (digest := syntax_hash(source)) in self._seen():
                 raise ProposalError("discard", f"not run, it was tried before: {words}")
         except ProposalError as e:
@@ -272,7 +277,7 @@ class Driver:
         p = proposal
         return self._enter(Run(
             number, "experiment", commit, incumbent.commit, words, self.seed, p.agent, p.again_of, p.agent_s,
-            p.cost_usd,
+            p.cost_usd, p.tokens, p.why,
         ))  # fmt: skip
 
     @staticmethod
@@ -350,11 +355,11 @@ class Driver:
         free = [s for s in self.slots if s.run is None and time.monotonic() >= s.not_before]
         if not agent.ahead and (not free or self.flight.proposals):
             return
-        number = self._next_number()
+        number = self._next_number() + self.night.refused  # so that whoever goes by it proposes another edit
+        source = self.repo.source(incumbent.commit)
         task = Task(
-            number, incumbent.commit, self.repo.source(incumbent.commit), self.settings.preset.name,
-            self.night.history(), frozenset(self._seen()), self.night.new_turn_folder(), self._brief(),
-            self.options.preflight,
+            number, incumbent.commit, source, self.settings.preset.name, self.night.history(),
+            frozenset(self._seen()), self.night.new_turn_folder(), self._brief(agent, source), self.options.preflight,
         )  # fmt: skip
         self.view.turn(agent.name)
         self._turn = self._thread(self._take_turn, agent, task)
@@ -372,7 +377,9 @@ class Driver:
         self._turn = None
         self.view.turn("")
         if isinstance(made, FAULTS):
-            made = AgentError(f"its worktree could not be made ready: {made}")
+            made = AgentError(f"its worktree could not be made ready: {said(made)}")
+        elif isinstance(made, BaseException) and not isinstance(made, AgentError | Refused):
+            made = AgentError(f"its turn raised {type(made).__name__}: {made}")  # whatever it is, it is that agent's
         if isinstance(made, Proposal):
             self.rota.worked(agent)
             if made not in self.flight.proposals:  # this is done again after a fault
@@ -388,25 +395,43 @@ class Driver:
             self._note_turn(agent.name, "failed", str(made), spent)
             later = "it is not asked again" if wait == float("inf") else f"it is asked again in {wait:.0f} s"
             self.view.note(f"{agent.name}: {made}; {later}")
-        else:
-            raise made
+            if agent.ahead and (words := [w for w in self.night.unheard() if w.startswith(f"the agent {agent.name} ")]):
+                self.view.warn(words[0])
 
     def _note_turn(self, agent: str, result: str, reason: str, spent: Proposal, status: str = "") -> None:
+        """An edit that may be made again, on top of another incumbent, has no status."""
         self.night.chain.append(
             "turn",
             {
                 "agent": agent, "result": result, "status": status, "reason": reason,
                 "description": spent.description, "seconds": spent.agent_s, "cost_usd": spent.cost_usd,
-                "tokens": spent.tokens, "again_of": spent.again_of,
+                "tokens": spent.tokens, "why": spent.why, "again_of": spent.again_of,
+                "syntax": syntax_hash(spent.source) if status else "",
             },
         )  # fmt: skip
 
-    def _brief(self) -> Callable[[str], str]:
+    def _brief(self, agent: Agent, incumbent: bytes) -> Callable[[str], str]:
         """Written here, while nothing is appended; a refusal is put in later, by the turn's own thread."""
-        arguments = (self.night, self.settings.preset.name, list(self.flight.runs))
-        ready = write_brief(*arguments, least_gain=self.options.least_gain)
-        mark = "%" * 400  # as long as what takes its place
-        with_refusal = write_brief(*arguments, refused=mark, least_gain=self.options.least_gain)
+        settings = self.settings
+        device = f"{len(self.slots)} GPUs" if len(self.slots) > 1 else settings.device
+        facts = Facts(
+            self.options.budget or settings.preset.budget,
+            settings.preset.seq_len,
+            getattr(settings.dataset, "vocab_size", settings.preset.vocab_size),
+            getattr(settings.dataset, "source", settings.preset.source),
+            f"{device}, {settings.threads} threads",
+            self.repo.source(self._baseline_commit()),
+            incumbent,
+            getattr(agent, "blind", False),
+        )
+
+        def written(refused: str) -> str:
+            return write_brief(
+                self.night, settings.preset.name, list(self.flight.runs), refused, self.options.least_gain, facts=facts
+            )
+
+        ready, mark = written(""), "%" * 400  # as long as what takes its place
+        with_refusal = written(mark)
         return lambda refused: with_refusal.replace(quoted(mark, 400), quoted(refused, 400)) if refused else ready
 
     # What has ended.
@@ -483,16 +508,25 @@ class Driver:
                 "reason": decision.reason,
                 "gain": gain,
                 "noise_bpb": self.night.noise(self.options.least_gain).floor_bpb,
-                "syntax": self._hashes.get(run.number) or syntax_hash(self.repo.source(run.commit)),
+                "syntax": self._hashes.get(run.number) or self._syntax(run.commit),
                 "again": decision.again,
                 "again_of": run.again_of,
                 "agent": run.agent,
                 "agent_s": run.agent_s,
                 "cost_usd": run.cost_usd,
+                "tokens": run.tokens,
+                "why": run.why,
                 "slot": slot,
                 "idle_s": idle_s,
             },
         )
+
+    def _syntax(self, commit: str) -> str:
+        """Empty where git has the commit no more: what is recorded is decided all the same."""
+        try:
+            return syntax_hash(self.repo.source(commit))
+        except HotloopError:
+            return ""
 
     # The state.
 
@@ -524,6 +558,12 @@ class Driver:
         for o in self.night.undecided():
             if o.number not in known:
                 self.flight.runs.append(Run(o.number, o.kind, o.commit, o.parent, o.description, o.seed))
+        for run in [r for r in self.flight.runs if r.number not in self.night.outcomes()]:
+            try:
+                self.repo.source(run.commit)
+            except HotloopError as e:
+                self.view.note(f"experiment {run.number} was begun and cannot be begun again: {e}")
+                self.flight.runs.remove(run)
         if rows and self.night.incumbent() is None:
             raise self._no_baseline()
         for o in self.night.undecided():
@@ -616,7 +656,7 @@ class Driver:
         if not plain or now - trouble.since + trouble.pause_s > self.options.patience_s:
             raise error
         wait, trouble.pause_s = trouble.pause_s, min(2 * trouble.pause_s, LONGEST_PAUSE_S)
-        words = " ".join(str(getattr(error, "stderr", "") or error).split())[:300]
+        words = said(error)
         self.view.note(f"{words}; trying again in {wait:.0f} s")
         if trouble.pause_s >= 30.0:
             self._tell("trouble", f"{self.repo.tag}: {words}")
@@ -635,7 +675,7 @@ class Driver:
 
     def _tell(self, event: str, text: str) -> None:
         if self.notifier:
-            self.notifier.tell(event, text)
+            self.notifier.tell(event, one_line(text))
 
     def _reports(self) -> None:
         """The records hold everything, so a report that cannot be written ends nothing."""

@@ -1,7 +1,7 @@
 """A night's state, as its records tell it. Nothing else is remembered, so a killed driver loses nothing.
 
 runs/<tag>/
-    records.jsonl    settings, outcomes, decisions, agents' turns: a chain (harness.record)
+    records.jsonl    settings, agents, outcomes, decisions, agents' turns: a chain (harness.record)
     flight.json      runs that were begun and are not decided; the proposal that waits for its turn
     experiments/     a folder for each run, with the agent's turn that it came from
     turns/           a folder for each agent's turn that came to nothing or is under way
@@ -21,12 +21,13 @@ from agent_loop.agents import Tried
 from harness.errors import UsageError
 from harness.record import Chain, Outcome
 from harness.score import Noise, Score
+from harness.text import one_line
 
 __all__ = ["Flight", "Night", "Proposal", "Row", "Run", "write_whole"]
 
 
 _BEFORE = {"repeatable": True}  # settings of nights that were begun before these could be chosen
-_EXTRA = ("agent", "agent_s", "cost_usd", "again", "again_of", "slot", "idle_s")
+_EXTRA = ("agent", "agent_s", "cost_usd", "tokens", "why", "again", "again_of", "slot", "idle_s")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Proposal:
         agent, agent_s, cost_usd, tokens: who made it, and what that took.
         again_of: the number of the experiment whose edit it is, on top of another incumbent.
         folder: of the turn that made it; empty where there was none.
+        why: the agent's hypothesis; empty where it said none.
     """
 
     base: str
@@ -50,6 +52,7 @@ class Proposal:
     cost_usd: float = 0.0
     tokens: int = 0
     folder: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Run:
     Attributes:
         kind: `baseline`, `repeat`, `experiment` or `confirm`.
         parent: the incumbent that it was made from; empty for a baseline.
-        agent, agent_s, cost_usd, again_of: of the proposal.
+        agent, agent_s, cost_usd, tokens, again_of, why: of the proposal.
     """
 
     number: int
@@ -72,6 +75,8 @@ class Run:
     again_of: int | None = None
     agent_s: float = 0.0
     cost_usd: float = 0.0
+    tokens: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class Row:
     Attributes:
         gain: over the incumbent it was compared with, in bits per byte.
         holdout_gain: the same on the holdout split; agents are never told.
-        agent, agent_s, cost_usd: who proposed it, in how many seconds, for how much.
+        agent, agent_s, cost_usd, tokens: who proposed it, in how many seconds, for how much.
+        why: its hypothesis, as the agent said it.
         again, again_of: whether its edit is to be tried again on top of what was kept meanwhile; of which one it is
             that other try.
         slot, idle_s: on which device (0 is the first), and for how long that one had waited before it.
@@ -100,6 +106,8 @@ class Row:
     agent: str = ""
     agent_s: float = 0.0
     cost_usd: float = 0.0
+    tokens: int = 0
+    why: str = ""
     again: bool = False
     again_of: int | None = None
     slot: int = 0
@@ -134,10 +142,10 @@ class Flight:
     def load(cls, path: Path) -> Flight:
         """Of a file that is missing or not whole, nothing is under way: runs are begun anew from the records."""
         try:
-            body = json.loads(path.read_text())
+            body = json.loads(path.read_bytes())
             proposals = [Proposal(**(p | {"source": base64.b85decode(p["source"])})) for p in body["proposals"]]
             return cls([Run(**r) for r in body["runs"]], proposals)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except Exception:  # whatever reading it raises
             return cls()
 
 
@@ -163,6 +171,9 @@ class Night:
         self._incumbent: Row | None = None
         self._seen: set[str] = set()
         self._turns: list[dict[str, Any]] = []
+        self._asked: list[str] = []
+        self._worked: set[str] = set()
+        self._cost_usd, self._tokens, self._refused = 0.0, 0, 0
         self._last_turn = 0
         self._retried: set[int | None] = set()
 
@@ -185,8 +196,20 @@ class Night:
             elif entry["kind"] == "decision":
                 self._take_decision(body, entry["time"])
             elif entry["kind"] == "turn":
-                self._turns.append(body | {"time": entry["time"]})
+                words = {key: one_line(str(body.get(key) or "")) for key in ("reason", "description")}
+                self._turns.append(body | words | {"time": entry["time"]})
                 self._retried.add(body.get("again_of"))
+                if body.get("result") == "refused":  # an edit, if not one that could be run
+                    self._worked.add(str(body.get("agent")))
+                    self._refused += 1
+                    self._seen.update(filter(None, [body.get("syntax")]))
+                self._spent(body)
+            elif entry["kind"] == "agents":
+                self._asked = [str(name) for name in body["agents"]]
+
+    def _spent(self, body: dict[str, Any]) -> None:
+        self._cost_usd += float(body.get("cost_usd") or 0.0)
+        self._tokens += int(body.get("tokens") or 0)
 
     def _take_outcome(self, outcome: Outcome) -> None:
         self._outcomes[outcome.number] = outcome
@@ -199,16 +222,20 @@ class Night:
 
     def _take_decision(self, body: dict[str, Any], time: str) -> None:
         extra = {k: body[k] for k in _EXTRA if k in body}
+        extra["why"] = one_line(extra.get("why", ""))
         outcome = self._outcomes.get(body["number"])
         holdout = None
         if outcome and self._incumbent and outcome.holdout_bpb is not None:
             best = self._holdouts.get(self._incumbent.commit, {}).get(outcome.seed)
             holdout = None if best is None else best - outcome.holdout_bpb
         row = Row(
-            body["number"], body["kind"], body["commit"], body["description"], body["decision"], body["reason"],
-            outcome, body["gain"], holdout, ended=time, **extra,
+            body["number"], body["kind"], body["commit"], one_line(body["description"]), body["decision"],
+            one_line(body["reason"]), outcome, body["gain"], holdout, ended=time, **extra,
         )  # fmt: skip
         self._rows.append(row)
+        self._spent(body)
+        if row.agent:
+            self._worked.add(row.agent)
         self._experiments += row.kind == "experiment"
         if body.get("syntax"):
             self._seen.add(body["syntax"])
@@ -249,9 +276,15 @@ class Night:
 
     @property
     def seen(self) -> set[str]:
-        """Syntax hashes of every train.py that was decided on."""
+        """Syntax hashes of every train.py that was decided on, or refused because it cannot run."""
         self._sync()
         return self._seen
+
+    @property
+    def refused(self) -> int:
+        """How many edits were refused."""
+        self._sync()
+        return self._refused
 
     def undecided(self) -> list[Outcome]:
         """Runs that were recorded before the driver died and that wait for their decision, in order."""
@@ -260,7 +293,7 @@ class Night:
 
     @property
     def next_number(self) -> int:
-        return len(self.rows())
+        return max((r.number for r in self.rows()[-1:]), default=-1) + 1
 
     def incumbent(self) -> Row | None:
         self._sync()
@@ -280,7 +313,36 @@ class Night:
     def cost_usd(self) -> float:
         """Of all turns that were recorded, whatever became of them."""
         self._sync()
-        return sum(r.cost_usd for r in self._rows) + sum(float(t.get("cost_usd") or 0.0) for t in self._turns)
+        return self._cost_usd
+
+    @property
+    def tokens(self) -> int:
+        """That models read and wrote, of the same."""
+        self._sync()
+        return self._tokens
+
+    @property
+    def asked(self) -> list[str]:
+        """The agents that the night was last started with, in their order."""
+        self._sync()
+        return self._asked
+
+    def set_agents(self, names: list[str]) -> None:
+        """Record which agents are asked from now on, where that is news."""
+        if names != self.asked:
+            self.chain.append("agents", {"agents": names})
+
+    def unheard(self) -> list[str]:
+        """What to say of each agent that was asked for and has not made one edit, though it was its turn."""
+        words = []
+        for name in self.asked:
+            failed = [t for t in self.turns() if t.get("agent") == name and t.get("result", "failed") == "failed"]
+            if failed and name not in self._worked:
+                last = failed[-1]["reason"]
+                words.append(
+                    f"the agent {name} was asked for and never made an edit; {len(failed)} turns failed, lastly: {last}"
+                )
+        return words
 
     def was_run(self, commit: str, seed: int) -> bool:
         self._sync()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from agent_loop.gitrepo import branch_of
 from agent_loop.night import Night, Row, write_whole
+from harness.text import forgiving, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,14 +24,33 @@ COLOURS = {"keep": "green", "discard": "bright_black", "measured": "cyan", "marg
 
 
 def tsv_text(night: Night) -> str:
-    """results.tsv in karpathy/autoresearch's five columns; failed runs have 0.000000 and 0.0, as there."""
+    """results.tsv in karpathy/autoresearch's five columns; failed runs have 0.000000 and 0.0, as there.
+
+    Commit and status are hotloop's own words; a description is anybody's.
+    """
     lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
     for row in night.tried():
         bpb = row.val_bpb or 0.0
         memory = row.outcome.peak_mb / 1024 if row.outcome and row.val_bpb else 0.0
-        description = " ".join(row.description.split())
-        lines.append(f"{row.commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{row.decision}\t{description}")
+        lines.append(f"{row.commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{row.decision}\t{_cell(row.description)}")
     return "\n".join(lines) + "\n"
+
+
+def _cell(words: str) -> str:
+    """Words as pandas.read_csv and a spreadsheet read them back whole.
+
+    A quote at the beginning would swallow what follows, a word for "not available" would become nothing, and what
+    begins like a formula would be one; an apostrophe before them says that they are text.
+    """
+    line = one_line(words) or "(no description)"
+    begins = line[0] in '"=+-@' or line.strip().lower() in _NOTHING
+    return f"'{line}" if begins else line
+
+
+# What pandas takes for no value, in lower case.
+_NOTHING = {
+    "#n/a", "#n/a n/a", "#na", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan", "none", "null",
+}  # fmt: skip
 
 
 def write_tsv(night: Night) -> Path:
@@ -50,7 +73,9 @@ def write_progress(night: Night) -> Path | None:
     _draw(figure, night, rows, scored)
     path = night.folder / "progress.png"
     temporary = path.with_name("progress.tmp.png")
-    figure.savefig(temporary, dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that the font has not is a box
+        figure.savefig(temporary, dpi=120)
     os.replace(temporary, path)
     return path
 
@@ -68,8 +93,9 @@ def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int,
         for i, r, b in kept:
             text = r.description if len(r.description) <= 44 else r.description[:41] + "..."
             axes.annotate(
-                text, (i, b), textcoords="offset points", xytext=(7, 7), fontsize=9, color="#1a7a3a", rotation=18
-            )
+                text, (i, b), textcoords="offset points", xytext=(7, 7), fontsize=9, color="#1a7a3a", rotation=18,
+                parse_math=False,
+            )  # fmt: skip
     floor = night.noise().floor_bpb
     if floor and kept:
         base = kept[0][2]
@@ -85,7 +111,8 @@ def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int,
         "CPU" if outcome is None or outcome.device == "cpu" else (outcome.environment.get("gpu") or {}).get("name", "")
     )
     count = len(rows) - 1
-    axes.set_title(f"{night.folder.name}: {count} experiments, {max(len(kept) - 1, 0)} kept ({where} figures)")
+    title = f"{night.folder.name}: {count} experiments, {max(len(kept) - 1, 0)} kept ({where} figures)"
+    axes.set_title(title, parse_math=False)
     axes.set_xlabel("Experiment")
     axes.set_ylabel("val_bpb (lower is better)")
     axes.grid(alpha=0.2)
@@ -106,7 +133,8 @@ def draw(folder: str, repo: str) -> None:
 
 def print_results(night: Night, console: Console) -> None:
     """The results table, and where everything is."""
-    table = Table(title=f"Night {night.folder.name}", title_justify="left", pad_edge=False)
+    forgiving(console.file)
+    table = Table(title=Text(f"Night {night.folder.name}"), title_justify="left", pad_edge=False)
     table.add_column("#", justify="right")
     table.add_column("decision")
     table.add_column("val_bpb", justify="right")
@@ -117,19 +145,24 @@ def print_results(night: Night, console: Console) -> None:
         colour = COLOURS.get(row.decision, "red")
         bpb = f"{row.val_bpb:.6f}" if row.val_bpb is not None else "-"
         gain = f"{row.gain:+.6f}" if row.gain is not None else ""
-        table.add_row(str(row.number), f"[{colour}]{row.decision}[/]", bpb, gain, row.description, row.reason)
+        texts = (str(row.number), row.decision, bpb, gain, row.description, row.reason)
+        table.add_row(*(Text(t, style=colour if i == 1 else "") for i, t in enumerate(texts)))
     console.print(table)
+    for words in dict.fromkeys(r.outcome.open_text for r in night.rows() if r.outcome and r.outcome.open_text):
+        console.print(f"WARNING: {words}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     kept = [r.val_bpb for r in night.tried() if r.decision == "keep" and r.val_bpb is not None]
     if len(kept) > 1:
         share = (kept[0] - kept[-1]) / kept[0]
-        console.print(f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f} ({share:.2%} better than the baseline)")
+        console.print(Text(f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f} ({share:.2%} better than the baseline)"))
     raced = [r for r in night.rows() if r.decision == "raced"]
     if raced:
         from agent_loop.race import false_stops, lessons
 
         rate = false_stops(lessons(night, night.noise().floor_bpb))
-        console.print(f"racing: stopped {len(raced)}; {rate}", highlight=False, soft_wrap=True)
-    console.print(f"branch  autoresearch/{night.folder.name}", highlight=False)
+        console.print(Text(f"racing: stopped {len(raced)}; {rate}"), soft_wrap=True)
+    for words in night.unheard():
+        console.print(Text(f"WARNING: {words}", style="bold red"), soft_wrap=True)
+    console.print(Text(f"branch  {branch_of(night.folder.name)}"))
     for name in ("results.tsv", "progress.png", "report.html", "records.jsonl"):
         if (night.folder / name).exists():
-            console.print(f"        {night.folder / name}", highlight=False, soft_wrap=True)
+            console.print(Text(f"        {night.folder / name}"), soft_wrap=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from agent_loop.agents import Agent, CommandAgent
 from agent_loop.api import ApiAgent
@@ -19,7 +21,7 @@ AGENTS = ("builtin", "command", "claude", "codex", "api")
 
 def make_agent(
     name: str, *, command: str | None, timeout_s: float, cage: Cage, networked_cage: Cage, seed: int, model: str | None,
-    api_url: str | None, max_cost_usd: float | None, state_folder: Path | None,
+    api_url: str | None, max_cost_usd: float | None, state_folder: Path | None, api_extra: str | None = None,
 ) -> Agent:  # fmt: skip
     """The agent of that name.
 
@@ -28,6 +30,7 @@ def make_agent(
         cage, networked_cage: the first for `command`, the second for the coding agents, which talk to their models.
         model, max_cost_usd: for those that have a model.
         api_url: for `api`; else HOTLOOP_API_URL.
+        api_extra: for `api`: a JSON object whose entries go into each request, such as {"temperature": 0.7}.
         state_folder: where the coding agents' private homes are made; the proposal's own folder where it is None.
 
     Raises:
@@ -46,8 +49,22 @@ def make_agent(
         if not url:
             raise UsageError("--agent api needs --api-url, such as http://localhost:8000/v1 (or HOTLOOP_API_URL)")
         key = os.environ.get("HOTLOOP_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
-        return ApiAgent(url, model or "", timeout_s, key=key, prices=_prices(), max_cost_usd=cost)
+        return ApiAgent(
+            url, model or "", timeout_s, key=key, prices=_prices(), max_cost_usd=cost, extra=_extra(api_extra)
+        )
     raise UsageError(f"there is no agent {name!r}; there are: {', '.join(AGENTS)}")
+
+
+def _extra(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"--api-extra {text!r} is not JSON ({e}); such as '{{\"temperature\": 0.7}}'") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--api-extra {text!r} is not a JSON object, such as '{{\"temperature\": 0.7}}'")
+    if taken := sorted({"model", "messages", "tools"} & value.keys()):
+        raise UsageError(f"--api-extra: {', '.join(taken)} are hotloop's own; see --model")
+    return value
 
 
 def _prices() -> tuple[float, float]:

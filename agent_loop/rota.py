@@ -34,6 +34,10 @@ class Rota:
         self._clock = clock
 
     @property
+    def agents(self) -> list[Agent]:
+        return [s.agent for s in self._states]
+
+    @property
     def names(self) -> str:
         return ", ".join(s.agent.name for s in self._states)
 

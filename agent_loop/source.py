@@ -11,23 +11,30 @@ import tokenize
 from dataclasses import dataclass
 
 from harness.errors import HotloopError
-from harness.lint import MAX_BYTES, problem
+from harness.lint import MAX_BYTES, compressed_bytes, problem
+from harness.text import one_line
 
 __all__ = ["MAX_BYTES", "ProposalError", "Size", "check_source", "code_lines", "merge", "size_of", "syntax_hash"]
+
+MAX_DEPTH = 200  # of the syntax tree; ast.dump takes up to three frames for each of Python's thousand
+MAX_LINES = 5000  # a merge compares all lines with all
 
 
 @dataclass(frozen=True)
 class Size:
-    """How long a train.py is: lines that hold code, and nodes of its syntax tree without docstrings.
+    """How long a train.py is: lines that hold code; nodes of its syntax tree without docstrings, and bytes of its
+    strings and large numbers, which could be code; bytes of the compressed file, comments included.
 
-    Lines alone could be had by writing two statements on one, nodes alone by writing a number in another way.
+    Lines alone could be had by writing two statements on one, nodes alone by writing a number in another way, both by
+    packing the code into a string or a comment: that never makes the compressed file smaller.
     """
 
     lines: int
     nodes: int
+    compressed: int = 0
 
     def simpler_than(self, other: Size) -> bool:
-        return self.lines < other.lines and self.nodes < other.nodes
+        return self.lines < other.lines and self.nodes < other.nodes and self.compressed <= other.compressed
 
 
 class ProposalError(HotloopError):
@@ -39,18 +46,41 @@ class ProposalError(HotloopError):
 
 
 def check_source(source: bytes) -> None:
-    """Raises ProposalError for a train.py that cannot be an experiment."""
+    """Raises ProposalError for a train.py that cannot be an experiment.
+
+    All that is asked of a source later is asked of it here, so that what any of it raises is a refusal.
+    """
     if reason := problem(source):
         raise ProposalError("invalid", reason)
+    if (lines := len(source.splitlines())) > MAX_LINES:
+        raise ProposalError("invalid", f"train.py has {lines} lines; at most {MAX_LINES} are run")
     try:
+        source.decode()
         tree = ast.parse(source)
-    except (SyntaxError, ValueError) as e:
+        deep = _depth(tree) > MAX_DEPTH
+        if not deep:
+            _dumped(source)
+            size_of(source)
+        merge(source, source, source)
+    except Exception as e:  # SyntaxError, ValueError, RecursionError, MemoryError, tokenize's own, ...
         where = f" in line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        raise ProposalError("crash", f"train.py does not parse: {getattr(e, 'msg', e)}{where}") from None
+        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
+        raise ProposalError("crash", f"train.py does not parse: {words}{where}") from None
+    if deep:
+        raise ProposalError("crash", f"train.py nests expressions or blocks deeper than {MAX_DEPTH}; write it flatter")
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     for name in ("build_model", "train"):
         if name not in defined:
             raise ProposalError("crash", f"train.py does not define {name}()")
+
+
+def _depth(tree: ast.AST) -> int:
+    """Of the syntax tree, without recursion."""
+    depth, level = 0, [tree]
+    while level:
+        depth += 1
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    return depth
 
 
 def _tree(source: bytes) -> ast.Module:
@@ -64,15 +94,37 @@ def _tree(source: bytes) -> ast.Module:
     return tree
 
 
+def _dumped(source: bytes) -> bytes:
+    return ast.dump(_tree(source)).encode()
+
+
 def syntax_hash(source: bytes) -> str:
-    """Equal for two files that differ in comments, docstrings and layout only."""
-    return hashlib.sha256(ast.dump(_tree(source)).encode()).hexdigest()
+    """Equal for two files that differ in comments, docstrings and layout only.
+
+    Of what cannot be read as syntax, which an older record may hold, it is the hash of its bytes.
+    """
+    try:
+        data = _dumped(source)
+    except Exception:
+        data = b"\0" + source
+    return hashlib.sha256(data).hexdigest()
 
 
 @functools.lru_cache(maxsize=64)
 def size_of(source: bytes) -> Size:
-    """The measure of "simpler"."""
-    return Size(code_lines(source), sum(1 for _ in ast.walk(_tree(source))))
+    """The measure of "simpler". Raises whatever the parser and the tokenizer do."""
+    nodes = sum(1 + _packed_bytes(node) for node in ast.walk(_tree(source)))
+    return Size(code_lines(source), nodes, compressed_bytes(source))
+
+
+def _packed_bytes(node: ast.AST) -> int:
+    """The bytes that a literal could hold; of numbers only what no hyperparameter needs."""
+    value = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes):
+        return len(value)
+    return max(0, value.bit_length() // 8 - 8) if isinstance(value, int) else 0
 
 
 def code_lines(source: bytes) -> int:
@@ -97,7 +149,8 @@ def merge(base: bytes, ours: bytes, theirs: bytes) -> bytes | None:
     comes out is checked and run like any other edit.
     """
     lines = base.splitlines(keepends=True)
-    edits = [*_edits(lines, ours), *(e for e in _edits(lines, theirs) if e not in _edits(lines, ours))]
+    mine = _edits(lines, ours)
+    edits = [*mine, *(e for e in _edits(lines, theirs) if e not in mine)]
     edits.sort(key=lambda e: e[:2])
     merged: list[bytes] = []
     at = 0

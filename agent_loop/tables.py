@@ -61,6 +61,8 @@ def _remarks(tally: Tally) -> list[str]:
     """What a reader has to know before any figure."""
     words = []
     baseline = tally.baseline
+    if tally.last_outcome and tally.last_outcome.open_text:
+        words.append(f"Warning: {tally.last_outcome.open_text}.")
     if baseline and baseline.val_bpb is None:
         words.append(f"The baseline ended as {baseline.decision}: {clip(baseline.reason, REASON)}")
     if not tally.rows:

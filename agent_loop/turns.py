@@ -15,11 +15,13 @@ from agent_loop.gitrepo import NightRepo
 from agent_loop.night import Proposal
 from agent_loop.source import ProposalError, check_source, syntax_hash
 from harness.errors import HotloopError
+from harness.text import one_line, shorten
 
 __all__ = ["Refused", "Task", "take_turn"]
 
 Preflight = Callable[[bytes, Path], None]
-LOG_BYTES = 256 * 1024
+LOG_BYTES = 256 * 1024  # of a turn's log, kept once it has ended
+DESCRIPTION = 400  # characters
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,15 @@ def take_turn(agent: Agent, repo: NightRepo, task: Task) -> Proposal:
             repo.worktree, task.number, task.preset, source, task.history, task.seen, task.folder, task.brief(refused)
         )
         turn = _asked(agent, context, cost, tokens)
+        words = one_line(turn.description, DESCRIPTION) or "an edit without a description"
         cost, tokens = cost + turn.cost_usd, tokens + turn.tokens
-        made = (turn.description, agent.name, None, time.monotonic() - began, cost, tokens, str(task.folder))
+        made = (words, agent.name, None, time.monotonic() - began, cost, tokens, str(task.folder),
+                one_line(turn.why, DESCRIPTION))  # fmt: skip
         try:
             source = repo.proposed(task.base)
-            _check(source, turn.description, task)
+            if source == task.source:
+                raise AgentError("the agent left train.py as it was", cost_usd=cost, tokens=tokens)
+            _check(source, words, task)
             return Proposal(task.base, source, *made)
         except ProposalError as e:
             _keep(task.folder, source)
@@ -95,13 +101,11 @@ def _asked(agent: Agent, context: Context, cost: float, tokens: int) -> Turn:
         words = str(e) if isinstance(e, HotloopError) else f"{type(e).__name__}: {e}"
         raise AgentError(words, cost_usd=cost, tokens=tokens) from e
     finally:
-        _shorten(context.folder / "agent.log")
+        shorten(context.folder / "agent.log", LOG_BYTES)
     return turn
 
 
 def _check(source: bytes, description: str, task: Task) -> None:
-    if source == task.source:
-        raise AgentError("the agent left train.py as it was")
     check_source(source)
     if syntax_hash(source) in task.seen:
         raise ProposalError("discard", f"not run, it was tried before: {description}")
@@ -111,14 +115,3 @@ def _check(source: bytes, description: str, task: Task) -> None:
 
 def _keep(folder: Path, source: bytes) -> None:
     (folder / "refused.py").write_bytes(source)
-
-
-def _shorten(log: Path, most: int = LOG_BYTES) -> None:
-    """Keep the end of a long log."""
-    try:
-        if log.stat().st_size > most:
-            with open(log, "rb") as f:
-                f.seek(-most, 2)
-                log.write_bytes(b"(the beginning was cut off)\n" + f.read())
-    except OSError:
-        pass

@@ -20,6 +20,7 @@ import git
 from gitdb.exc import ODBError
 
 from agent_loop.decide import judge
+from agent_loop.gitrepo import Repo
 from agent_loop.night import Night, Row
 from agent_loop.report import tsv_text
 from harness.errors import DataError, HotloopError, UsageError
@@ -65,7 +66,7 @@ def checks(folder: Path, repo: git.Repo | None, key: str | None, packages: bool 
             yield from _commits(night, repo)
             yield _decisions(night, repo)
         path = folder / "results.tsv"
-        same = path.is_file() and path.read_text() == tsv_text(night)
+        same = path.is_file() and path.read_bytes() == tsv_text(night).encode()
         yield "results.tsv", same, "as the records say" if same else f"differs; make it again: hotloop report ({path})"
     yield from _weights(night, folder, outcomes)
     yield from _packages(outcomes, packages)
@@ -100,6 +101,8 @@ def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
             "run with --fast-nondeterministic: weights need not repeat"
         )  # fmt: skip
         yield "repeatable", len(kinds) == 1, text
+    if open_text := [o for o in outcomes if o.open_text]:
+        yield "text", False, f"{open_text[0].open_text} ({len(open_text)} of {len(outcomes)} runs)"
     levels = sorted({o.sandbox.get("level", 0) for o in outcomes})
     text = ", ".join(f"L{level}" for level in levels)
     yield (
@@ -160,6 +163,8 @@ def _decisions(night: Night, repo: git.Repo) -> Check:
         if outcome is not None and row.kind != "repeat":
             noise = Noise(float(entries[row.number]["noise_bpb"]), 0)
             try:
+                for commit in (outcome.commit, incumbent.commit if incumbent else outcome.commit):
+                    source_of(commit)
                 again = judge(night, outcome, incumbent, source_of, noise, row.commit in marginal)
             except _MISSING:
                 continue  # a missing commit is told above
@@ -203,7 +208,7 @@ def verify_command(args: argparse.Namespace) -> int:
     if not (folder / "records.jsonl").exists():
         raise UsageError(f"there is no night called {args.tag} under {Path('runs').resolve()}")
     try:
-        repo = None if args.tag == "single" else git.Repo(Path.cwd(), search_parent_directories=True)
+        repo = None if args.tag == "single" else Repo(Path.cwd(), search_parent_directories=True)
     except git.GitError:
         raise UsageError(f"{Path.cwd()} is not in the repository of that night") from None
     bad = 0

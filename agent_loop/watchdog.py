@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["CRASHED", "UNDER_WATCH", "watch"]
+__all__ = ["CRASHED", "UNDER_WATCH", "say", "watch"]
 
 UNDER_WATCH = "HOTLOOP_UNDER_WATCH"  # in the driver's environment
 CRASHED = 70  # the driver's exit status for what is a bug of ours
@@ -43,16 +43,16 @@ def watch(
         tries = 1 if _size(folder) > before else tries + 1
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else "crashed; the traceback is above"
         if tries > TRIES:
-            print(f"hotloop: the driver {how}, {TRIES} times without a new record; giving up", file=sys.stderr)
+            say(f"the driver {how}, {TRIES} times without a new record; giving up")
             return 1
         wait = first_wait_s * 2 ** (tries - 1)
-        print(f"hotloop: the driver {how}; it goes on from its records in {wait:.0f} s", file=sys.stderr)
+        say(f"the driver {how}; it goes on from its records in {wait:.0f} s")
         time.sleep(wait)
 
 
 def _once(argv: Sequence[str], folder: Path, stuck_s: float, look_s: float) -> int:
     process = subprocess.Popen(argv, env=os.environ | {UNDER_WATCH: str(os.getpid())})
-    began = time.time()
+    beat, since = _beat(folder), time.monotonic()  # never the wall clock: a laptop that wakes up moves it by hours
 
     def passed_on(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -65,15 +65,29 @@ def _once(argv: Sequence[str], folder: Path, stuck_s: float, look_s: float) -> i
             try:
                 return process.wait(look_s)
             except subprocess.TimeoutExpired:
-                last = began
-                with contextlib.suppress(OSError):
-                    last = max(began, (folder / "heartbeat").stat().st_mtime)
-                if time.time() - last > stuck_s:
-                    print(f"hotloop: no sign of life of the driver for {stuck_s:.0f} s", file=sys.stderr)
+                now = _beat(folder)
+                if now != beat:
+                    beat, since = now, time.monotonic()
+                elif time.monotonic() - since > stuck_s:
+                    say(f"no sign of life of the driver for {stuck_s:.0f} s")
                     process.kill()
     finally:
         for number, handler in was.items():
             signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """A line on stderr, where anybody may have closed it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"hotloop: {text}", file=sys.stderr, flush=True)
+
+
+def _beat(folder: Path) -> int:
+    """When the heartbeat was last touched: any other number than before is a sign of life."""
+    try:
+        return (folder / "heartbeat").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _size(folder: Path) -> int:

@@ -6,6 +6,7 @@ host's clock. pytest-benchmark takes it through its public `timer` option and on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -18,7 +19,11 @@ from torch import Tensor
 from harness.devices import gpus, usable
 from harness.errors import DeviceError
 
-__all__ = ["Mark", "copy_bandwidth", "device", "facts", "flush", "matrix_rate", "now", "rotations", "seconds"]
+__all__ = [
+    "Mark", "copy_bandwidth", "cpu_identity", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "require_gpu",
+    "rotations", "seconds",
+]  # fmt: skip
 
 
 def device() -> torch.device:
@@ -94,15 +99,19 @@ def matrix_rate() -> float:
     return 2 * n**3 / seconds(lambda: a @ b)
 
 
-def facts() -> dict[str, Any]:
-    """What figures depend on; goes into every result."""
+def cpu_identity() -> dict[str, Any]:
+    """Of a trial."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "cpu_figures": True}
-    try:
+    with contextlib.suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
-    except ImportError:
-        pass
+    return found
+
+
+def identity() -> dict[str, Any]:
+    """What figures depend on."""
+    found = cpu_identity()
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties()
         found |= {
@@ -113,8 +122,12 @@ def facts() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "driver": next((g.driver for g in gpus()), "unknown"),
         }
-    found["copy_bytes_per_s"], found["matrix_flops_per_s"] = copy_bandwidth(), matrix_rate()
     return found
+
+
+def facts() -> dict[str, Any]:
+    """What figures depend on, and the machine's ceilings; goes into every result."""
+    return identity() | {"copy_bytes_per_s": copy_bandwidth(), "matrix_flops_per_s": matrix_rate()}
 
 
 def require_gpu() -> None:

@@ -56,6 +56,8 @@ class Budget:
     step_s: dict[Shape, float] = field(default_factory=dict)
     step_cpu_s: dict[Shape, float] = field(default_factory=dict)
     flops: dict[Shape, int] = field(default_factory=dict)
+    timed_steps: list[int] = field(default_factory=list)  # of each warm-up, in their order
+    replayed_steps: list[int] | None = None  # the same of the original, in a replay
     charges: dict[Shape, float] = field(default_factory=dict)
     tokens: int = 0
     snapped: bool = False
@@ -72,6 +74,12 @@ class Budget:
         self.step_s[shape] = statistics.median(steps_s)
         self.step_cpu_s[shape] = cpu_s / len(steps_s)
         self.flops[shape] = flops
+        self.timed_steps.append(len(steps_s))
+
+    def recorded_steps(self) -> int | None:
+        """How many steps the next warm-up times, where that is on record; None for as many as the clock wants."""
+        done = len(self.timed_steps)
+        return self.replayed_steps[done] if self.replayed_steps and done < len(self.replayed_steps) else None
 
     def fix(self) -> None:
         """Turn the measurements into tokens and charges. Replayed budgets are fixed already."""
@@ -130,6 +138,7 @@ class Budget:
             "amount": self.rule.amount,
             "tokens": self.tokens,
             "snapped": self.snapped,
+            "timed_steps": list(self.timed_steps),
             "pace": self.pace,
             "late": self.late,
             "shapes": [
@@ -152,6 +161,7 @@ class Budget:
             pace=recorded.get("pace", 1.0), late=recorded.get("late", 1.0),
         )  # fmt: skip
         budget.tokens = recorded["tokens"]
+        budget.replayed_steps = recorded.get("timed_steps")  # records of earlier versions have none
         budget.charges = {Shape(s["rows"], s["seq_len"]): s["charge"] for s in recorded["shapes"]}
         return budget
 

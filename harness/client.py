@@ -10,7 +10,6 @@ This code runs in the agent's process and decides nothing: clock, budget, data a
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import sys
@@ -26,10 +25,20 @@ import safetensors.torch
 import torch
 
 from harness.feed import Ring
+from harness.snapshot import Snapshot as _Snapshot
 from harness.spec import Spec
 from harness.wire import Wire
 
-__all__ = ["Batch", "NonFiniteLossError", "Run", "Submitted", "implementations", "on_device"]
+__all__ = [
+    "Batch",
+    "NonFiniteLossError",
+    "Run",
+    "Submitted",
+    "implementations",
+    "load_weights",
+    "on_device",
+    "plain_name",
+]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -85,7 +94,9 @@ class Run:
             step: one whole optimizer step, exactly as the training does it.
             rows: rows a step.
             seq_len: tokens a row; None for `spec.seq_len`, else a divisor of it.
-            restore: modules and optimizers, put back afterwards exactly as they were, with the random state.
+            restore: modules and optimizers, and what else has a `state_dict` and a `load_state_dict`; put back
+                afterwards exactly as they were. So is every generator of random numbers: Python's, NumPy's, torch's,
+                and train.py's own, where its globals, `step` or what is restored lead to it.
 
         Raises:
             ValueError: a shape that cannot be fed.
@@ -96,16 +107,16 @@ class Run:
                 f"cannot feed {rows} rows of {seq_len} tokens: seq_len must divide {self.spec.seq_len} and a "
                 f"step must fit into 64 MiB"
             )
-        saved = _Snapshot(restore)
+        saved = _Snapshot(restore, (step,))
         self._wire.send("warmup", rows=rows, seq_len=seq_len)
-        flops, timed = 0, False
+        flops = 0
         while True:
             message = self._next(rows, seq_len, flops)
             if message["kind"] == "calibrated":
                 break
-            if message["stage"] == "time" and not timed:
-                timed = True
+            if message["kind"] == "tidy":  # outside of what is timed: a whole collection can take a second
                 _tidy()
+                continue
             batch = self._batch(message, rows, seq_len)
             if message["stage"] == "count":
                 from harness.flops import count_flops  # slow to import, and only this needs it
@@ -174,10 +185,7 @@ class Run:
         self._synchronize()
         if self._began:
             self._wire.send("trained", device_s=ended.since(self._began))
-        state = {
-            k.removeprefix("_orig_mod."): v.detach().to("cpu", copy=True).contiguous()
-            for k, v in model.state_dict().items()
-        }
+        state = {plain_name(k): v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
         data = safetensors.torch.save(state)
         peak_mb = torch.cuda.max_memory_allocated() / 2**20 if self.spec.device == "cuda" else None
         facts = dict(depth=depth, flops_per_token=flops_per_token, peak_mb=peak_mb)
@@ -232,6 +240,17 @@ class _Mark:
         return self._host_s - earlier._host_s
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name in a `state_dict` without what torch.compile adds to it, of the whole model or of a part."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load what was submitted, whatever `build_model` compiles. Raises RuntimeError where it does not fit."""
+    own = {plain_name(name): name for name in model.state_dict()}
+    model.load_state_dict({own.get(name, name): value for name, value in state.items()}, strict=True)
+
+
 def on_device(rows: npt.NDArray[np.uint16], device: str) -> torch.Tensor:
     """Tokens as int64 on the device, copied, without waiting for what the device does.
 
@@ -255,58 +274,3 @@ def _tidy() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-
-
-class _Snapshot:
-    """Parameters, buffers, optimizer state and random state, to be put back in place."""
-
-    def __init__(self, objects: tuple[Any, ...]) -> None:
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._optimizers: list[tuple[torch.optim.Optimizer, list[dict[str, Any]], dict[Any, Any]]] = []
-        for o in objects:
-            if isinstance(o, torch.nn.Module):
-                for t in (*o.parameters(), *o.buffers()):
-                    self._tensors.append((t, t.detach().clone()))
-            elif isinstance(o, torch.optim.Optimizer):
-                groups = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in o.param_groups]
-                state = {p: {k: _copied(v) for k, v in s.items()} for p, s in o.state.items()}
-                self._optimizers.append((o, groups, state))
-            else:
-                raise TypeError(f"restore takes modules and optimizers, not {type(o).__name__}")
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        for tensor, was in self._tensors:
-            tensor.copy_(was)
-            tensor.grad = None
-        for optimizer, groups, states in self._optimizers:
-            for group, kept in zip(optimizer.param_groups, groups, strict=True):
-                for key in [k for k in group if k != "params" and k not in kept]:
-                    del group[key]
-                for key, value in kept.items():
-                    if isinstance(value, torch.Tensor) and isinstance(group.get(key), torch.Tensor):
-                        group[key].copy_(value)
-                    else:
-                        group[key] = value
-            for p in list(optimizer.state):
-                if p not in states:
-                    del optimizer.state[p]
-                    continue
-                now, then = optimizer.state[p], states[p]
-                for key in [k for k in now if k not in then]:
-                    del now[key]
-                for key, value in then.items():
-                    if isinstance(value, torch.Tensor) and isinstance(now.get(key), torch.Tensor):
-                        now[key].copy_(value)
-                    else:
-                        now[key] = value
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        sys.stdout.flush()
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)

@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 from harness import landlock, seccomp
+from harness.bounds import FIRST
 
 __all__ = ["BOOT", "SURVIVORS", "descendants", "main"]
 
@@ -29,7 +30,7 @@ BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from harness.confine import
 LAST_CHANCE_S = 10.0  # how long a supervisor goes on killing what does not end
 SURVIVORS = 99  # a supervisor's exit status when something did not end
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_CAPBSET_DROP = 1, 36, 24
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_CAPBSET_DROP = 1, 4, 36, 24
 _PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_READ_SEARCH = 8, 47, 2, 2
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -37,18 +38,24 @@ _CAPABILITY_VERSION_3 = 0x20080522
 def main() -> None:
     config: dict[str, Any] = json.loads(sys.argv[2])
     if config["supervise"]:
-        _supervise(config["parent"], config["uid"])
+        _supervise(config["parent"], config["uid"], config["score"])
     _limit(config)
     if config["uid"] is not None:
         _become(config["uid"], config["reads_all"])
     elif os.geteuid() == 0 and config["supervise"] and config["landlock"]:
         _set_capabilities(0)
     if config["landlock"]:
-        read = [p.replace("/proc/self", f"/proc/{os.getpid()}", 1) for p in config["read"]]
-        write = [p.replace("/proc/self", f"/proc/{os.getpid()}", 1) for p in config["write"]]
-        landlock.restrict(read, write, network=config["network"])
+        # One's own folder in /proc is a link there, which Landlock would not follow for those that look later.
+        settings = [p.replace("/proc/self", f"/proc/{os.getpid()}", 1) for p in config["settings"]]
+        landlock.restrict(
+            config["read"],
+            config["write"],
+            listed=config.get("listed", ()),
+            settings=settings,
+            network=config["network"],
+        )
     if config["seccomp"]:
-        seccomp.restrict(network=config["network"], metadata=config["metadata"])
+        seccomp.restrict(**{name: config[name] for name in ("network", "metadata", "cuda", "model")})
     if config["exec"]:
         os.execvp(config["exec"][0], config["exec"])
     sys.argv = ["train.py"]
@@ -70,9 +77,6 @@ def _limit(config: dict[str, Any]) -> None:
             hard = resource.getrlimit(which)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(which, (value, value))
-    # When memory runs out the kernel ends this process and not the driver.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
-        f.write("1000")
 
 
 def _become(uid: int, reads_all: bool) -> None:
@@ -83,6 +87,7 @@ def _become(uid: int, reads_all: bool) -> None:
     if reads_all:
         libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
     os.setresuid(uid, uid, uid)
+    libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own files in /proc are root's
     if reads_all:
         _set_capabilities(1 << _CAP_DAC_READ_SEARCH)
         libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_READ_SEARCH, 0, 0)  # for compilers it starts
@@ -101,7 +106,7 @@ def _set_capabilities(mask: int) -> None:
 # The supervisor: what bubblewrap's pid namespace does where there is one.
 
 
-def _supervise(parent: int, uid: int | None) -> None:
+def _supervise(parent: int, uid: int | None, score: int | None) -> None:
     """Fork; returns in the child. The other half waits for it and then ends everything that it started."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us
@@ -118,6 +123,7 @@ def _supervise(parent: int, uid: int | None) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop | {signal.SIGINT})
         return
     os.closerange(3, 1 << 16)  # the wire must close when the child's end does
+    _write_score(score)  # what it is there to end goes first; see walls.first_to_go
     status = 128 + signal.SIGTERM
     while True:
         ended = dict(_reap())
@@ -127,6 +133,11 @@ def _supervise(parent: int, uid: int | None) -> None:
         if signal.sigwait(stop) == signal.SIGTERM:
             break
     os._exit(status if _end_all(uid) else SURVIVORS)
+
+
+def _write_score(score: int | None) -> None:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write(str(score))
 
 
 def _reap() -> list[tuple[int, int]]:
@@ -144,6 +155,7 @@ def _reap() -> list[tuple[int, int]]:
 
 def _end_all(uid: int | None) -> bool:
     """Kill every descendant until none is left; False when that fails."""
+    _write_score(FIRST)  # what it starts now is no process that spares itself
     deadline = time.monotonic() + LAST_CHANCE_S
     while time.monotonic() < deadline:
         if uid is not None:

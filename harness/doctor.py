@@ -15,6 +15,7 @@ from pathlib import Path
 
 from harness import nvml
 from harness.conditions import SLOWED, clock_words, clocks
+from harness.data.dataset import default_data_dir, load_dataset
 from harness.devices import chosen, gpus, usable
 from harness.errors import DeviceError, HotloopError
 from harness.gpu import touch
@@ -27,7 +28,6 @@ from harness.seal import verify_seal
 from harness.single import preset_here
 from harness.spec import PRESETS, batch_divisor
 from harness.toolchain import MAKE_FIT, TESTED, compiler_trouble, compiles, header_trouble, torch_build
-from prepare import default_data_dir, load_dataset
 
 __all__ = ["checks", "main"]
 
@@ -192,6 +192,8 @@ def _sandbox(device: str, gpu: Gpu | None) -> Iterator[tuple[str, bool, str]]:
     yield "sandbox", sandbox.level == 3, str(sandbox)
     for level, why in sandbox.missing.items():
         yield f"  not {level.split(' ')[0]}", True, why
+    if sandbox.level == 1:
+        yield "  compiling", True, "by one process: at L1 torch's pool of compile processes cannot run"
     for name, stopped in sandbox.probes.items():
         yield "  probe", stopped, f"{name}: {'stopped' if stopped else 'NOT stopped'}"
 

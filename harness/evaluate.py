@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness import residency
 from harness.errors import TrialError
 from harness.gpu import fresh
 from harness.process import Child, SharedMemory
@@ -142,9 +143,14 @@ def questions(
 
 @dataclass
 class Evaluation:
-    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`."""
+    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`.
+
+    `val_bpb_reference` is the same loss over the bytes that karpathy/autoresearch counts, which are more wherever a
+    token is no whole characters; only it compares with scores published there.
+    """
 
     val_bpb: float = math.nan
+    val_bpb_reference: float = math.nan
     holdout_bpb: float = math.nan
     audit: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, float] = field(default_factory=dict)
@@ -153,7 +159,8 @@ class Evaluation:
 class Evaluator:
     """Args:
     val, holdout, train: uint16 [N, T + 1]; the train rows are only B's decoys.
-    token_bytes: int32 [V].
+    token_bytes, reference_bytes: int32 [V], see harness.data.tokenizer; without the latter there is no
+        `val_bpb_reference`.
     """
 
     def __init__(
@@ -169,10 +176,12 @@ class Evaluator:
         threads: int,
         on_event: Callable[[Event], None] = lambda _: None,
         sandbox: Sandbox | None = None,
+        reference_bytes: npt.NDArray[np.int32] | None = None,
     ) -> None:
         self.sandbox = sandbox or best()
         self.source, self.spec, self.preset = source, spec, preset
-        self.val, self.holdout, self.train, self.token_bytes = val, holdout, train, token_bytes
+        self.val, self.holdout, self.train = val, holdout, train
+        self.token_bytes, self.reference_bytes = token_bytes, reference_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
 
     def run(self, weights: bytearray) -> Evaluation:
@@ -192,6 +201,8 @@ class Evaluator:
             raise TrialError("invalid", f"the model reported a negative loss ({nll.min():.4f} nats)")
         n = len(self.val)
         result.val_bpb = bits_per_byte(nll[:n], self.val[:, 1:], self.token_bytes)
+        if self.reference_bytes is not None:
+            result.val_bpb_reference = bits_per_byte(nll[:n], self.val[:, 1:], self.reference_bytes)
         result.holdout_bpb = bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes)
         result.ledger["evaluate"] = time.monotonic() - began
         began = time.monotonic()
@@ -226,6 +237,7 @@ class Evaluator:
         answers = SharedMemory(_SLOTS * batch * width_out * 4)
         memories = (weights_in, asked, answers)
         policy = Policy.of("harness.evaluator", self.folder, self.source, self.spec.device, limits)
+        since = residency.mark()
         try:
             weights_in.map[: len(weights)] = weights
             log = self.folder / "evaluate.txt"
@@ -247,10 +259,12 @@ class Evaluator:
                     raise TrialError("invalid", f"the evaluator sent {e}") from None
                 except Closed:
                     why = child.fault or f"exit status {child.wait()}"
-                    raise TrialError("crash", f"the evaluator died ({why})") from None
+                    raise TrialError(child.fault_status, f"the evaluator died ({why})") from None
         finally:
             for m in memories:
                 m.close()
+            if self.sandbox.level:
+                residency.begin(since)  # what starts next finds nothing of what this one knew
 
     def _converse(
         self,

@@ -40,14 +40,14 @@ def _evaluate(wire: Wire, memories: list[int]) -> None:
     import numpy as np
     import safetensors.torch
 
-    from harness.client import on_device
+    from harness.client import load_weights, on_device
     from harness.spec import Spec
 
     weights, rows_in, answers = (mmap.mmap(fd, 0) for fd in memories)
     spec = Spec(**hello["spec"])
     module = load_train_module()
     model = module.build_model(spec)
-    model.load_state_dict(safetensors.torch.load(bytes(weights[: hello["weights_bytes"]])), strict=True)
+    load_weights(model, safetensors.torch.load(bytes(weights[: hello["weights_bytes"]])))
     model.eval().requires_grad_(False)
 
     width, width_out, batch = hello["width"], hello["width_out"], hello["batch_rows"]

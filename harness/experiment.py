@@ -19,6 +19,7 @@ from typing import Any
 from harness.budget import Budget
 from harness.compiled import PACK, Store
 from harness.conditions import Watch, is_machines_fault, warnings
+from harness.data.dataset import Dataset
 from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
 from harness.evaluate import Evaluation, Evaluator
 from harness.gpu import fresh
@@ -26,15 +27,28 @@ from harness.lint import problem
 from harness.machine import check_device, environment, mfu_percent
 from harness.prewarm import Prewarmer, Setup
 from harness.process import tail
-from harness.record import Chain, Outcome
-from harness.sandbox import Sandbox, best, exposed
+from harness.record import OPEN_TEXT, Chain, Outcome, version
+from harness.sandbox import Sandbox, best, exposed, exposed_text, readable_text
 from harness.seal import verify_seal
 from harness.session import Event, Session
 from harness.spec import BudgetRule, Preset, Spec
+from harness.text import one_line, shorten
 from harness.weights import check_weights
-from prepare import Dataset
 
-__all__ = ["Event", "Job", "Settings", "evaluated", "forget_weights", "record", "replayed", "run_experiment", "summary"]
+__all__ = [
+    "Event",
+    "Job",
+    "Settings",
+    "data_warnings",
+    "evaluated",
+    "forget_weights",
+    "record",
+    "replayed",
+    "run_experiment",
+    "summary",
+]
+
+LOG_BYTES = 1 << 20  # of a run's log, kept once it has ended
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Job:
         replay: the `budget` of a record, to be used as it stands; None otherwise.
         stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
             to stop the run as `raced`, or None.
-        folder: receives train.py, log.txt, evaluate.txt and weights.safetensors.
+        folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
     source: bytes
@@ -123,8 +137,8 @@ def run_experiment(
         preset=preset.name,
         device=settings.device,
         source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=environment(settings.device, settings.threads, settings.sandbox.gpu)
-        | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
+        environment=_environment(settings) | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
+        data=settings.dataset.facts(),
         seals={"code": seal, "data": data},
         sandbox=settings.sandbox.as_dict(),
     )
@@ -140,7 +154,7 @@ def run_experiment(
             finally:
                 outcome.conditions |= watch.facts()
     except TrialError as e:
-        outcome.status, outcome.reason = e.status, e.reason
+        outcome.status, outcome.reason = e.status, one_line(e.reason)
         log = "evaluate.txt" if e.reason.startswith("while evaluating") else "log.txt"
         outcome.log_tail = tail(job.folder / log)
     except OSError as e:
@@ -150,7 +164,13 @@ def run_experiment(
     if (verify_seal(), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
     outcome.total_s = time.monotonic() - began
-    if told := warnings(outcome.conditions, outcome.training_s):
+    for name in ("log.txt", "evaluate.txt"):
+        shorten(job.folder / name, LOG_BYTES)
+    told = [
+        *data_warnings(settings, outcome.data.get("epochs", 0.0)),
+        *warnings(outcome.conditions, outcome.training_s),
+    ]
+    if told:
         outcome.conditions["warnings"] = told
     emit(Event("done", 1.0, message=outcome.status))
     return outcome
@@ -188,6 +208,16 @@ def _try(
     )  # fmt: skip
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens, job.pace, job.late)
+    epoch_tokens, before = outcome.data["epoch_tokens"], ""
+
+    def shown(event: Event) -> None:
+        """Says before anything is trained, when the budget is known, that it is more than the rows."""
+        nonlocal before
+        if event.phase == "train" != before and budget.tokens > epoch_tokens:
+            emit(Event("train", message=_repeated("will go", budget.tokens / epoch_tokens, epoch_tokens)))
+        before = event.phase
+        emit(event)
+
     train = dataset.rows("train")
     store, setup = settings.store, settings.setup
     given, note = store.load(setup) if store else (None, "")
@@ -202,7 +232,7 @@ def _try(
             budget,
             job.folder,
             settings.threads,
-            emit,
+            shown,
             clock,
             settings.sandbox,
             job.baseline_cpu_s,
@@ -237,6 +267,7 @@ def _try(
         outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
         outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
         outcome.conditions["feed_late_s"] = trained.feed_late_s
+        outcome.data["epochs"] = trained.tokens / outcome.data["epoch_tokens"]
         if trained.device_s is not None:
             outcome.conditions |= {"device_s": trained.device_s, "device_wall_s": trained.device_wall_s}
         outcome.mfu_percent = mfu_percent(
@@ -253,6 +284,7 @@ def _try(
     evaluation = evaluated(job.source, outcome, settings, job.folder, trained.weights, emit)
     outcome.ledger |= evaluation.ledger
     outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb
+    outcome.val_bpb_reference = evaluation.val_bpb_reference
     outcome.audit = evaluation.audit
     outcome.status = "ok"
 
@@ -300,7 +332,14 @@ def evaluated(
         settings.threads,
         on_event,
         settings.sandbox,
+        dataset.reference_bytes,
     ).run(weights)
+
+
+def _environment(settings: Settings) -> dict[str, Any]:
+    facts = environment(settings.device, settings.threads, settings.sandbox.gpu)
+    facts["versions"] = facts["versions"] | {"hotloop": version()}  # whose record it is
+    return facts
 
 
 def _verify_data(settings: Settings) -> str:
@@ -315,8 +354,33 @@ def _verify_data(settings: Settings) -> str:
             f"{dataset.path} lies in a folder that train.py must be able to read (the system's or Python's); move it "
             f"elsewhere and say --data"
         )
+    if settings.sandbox.level > 0 and (file := exposed_text(dataset)):
+        raise DataError(
+            f"{file}, a part of the text, lies in a folder that train.py must be able to read ; move the text "
+            f"elsewhere and prepare it there"
+        )
     dataset.verify()
     return dataset.digest
+
+
+def data_warnings(settings: Settings, epochs: float = 0.0) -> list[str]:
+    """What has to be known of the data before any score is believed, one line each.
+
+    Args:
+        epochs: how often a training went through its rows; 0 before one did.
+    """
+    facts, told = settings.dataset.facts(), []
+    if why := readable_text(settings.dataset.source, settings.sandbox):
+        told.append(f"{OPEN_TEXT}: {why}")
+    if facts["share_in_rows"] < 0.5:
+        told.append(f"only {100 * facts['share_in_rows']:.1f} % of the text is in rows ({facts['packing']} packing)")
+    if epochs > 1:
+        told.append(_repeated("went", epochs, facts["epoch_tokens"]))
+    return told
+
+
+def _repeated(verb: str, epochs: float, epoch_tokens: int) -> str:
+    return f"the training {verb} {epochs:.2f} times through the {epoch_tokens:,} tokens of its rows"
 
 
 def record(chain: Chain, outcome: Outcome) -> dict[str, Any]:

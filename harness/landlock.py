@@ -41,12 +41,21 @@ def abi() -> int:
     return max(0, int(_libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION_FLAG))))
 
 
-def restrict(read: Iterable[str], write: Iterable[str], *, network: bool = False) -> int:
+def restrict(
+    read: Iterable[str],
+    write: Iterable[str],
+    *,
+    listed: Iterable[str] = (),
+    settings: Iterable[str] = (),
+    network: bool = False,
+) -> int:
     """Allow this thread and its future children nothing but these paths; returns the ABI in force.
 
     Args:
         read: files and folders (with all below) to read and execute. What does not exist is passed over.
         write: the same, to change as well.
+        listed: folders of which names may be seen, those of all folders below included.
+        settings: files there already (all below, for folders) may be written to as well; none may be made or removed.
         network: leave TCP and abstract sockets alone.
 
     Raises:
@@ -63,7 +72,12 @@ def restrict(read: Iterable[str], write: Iterable[str], *, network: bool = False
     attr = struct.pack(f"={len(fields)}Q", *fields)
     ruleset = _checked(libc.syscall(_CREATE_RULESET, attr, ctypes.c_size_t(len(attr)), ctypes.c_uint32(0)))
     try:
-        for paths, rights in ((read, _READ), (write, fs)):
+        for paths, rights in (
+            (read, _READ),
+            (write, fs),
+            (listed, _READ_DIR),
+            (settings, _WRITE_FILE | _TRUNCATE),
+        ):
             for path in paths:
                 _allow(libc, ruleset, path, rights & fs)
         _checked(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

@@ -121,7 +121,7 @@ def _rehearse(
 ) -> None:
     import torch
 
-    from harness.client import Batch, NonFiniteLossError, Run, Submitted
+    from harness.client import Batch, NonFiniteLossError, Run, Submitted, load_weights, plain_name
     from harness.evaluator import _logits
     from harness.feed import synthetic_rows
     from harness.spec import Spec
@@ -156,9 +156,7 @@ def _rehearse(
             if wrong := [k for k, v in state.items() if not isinstance(v, torch.Tensor)]:
                 raise ContractError(f"run.submit takes a module; {wrong[0]!r} of its state_dict is no tensor")
             # As Run.submit does it.
-            self.model = {
-                k.removeprefix("_orig_mod."): v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()
-            }
+            self.model = {plain_name(k): v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
             raise Submitted
 
         def _next(self, rows: int, seq_len: int, flops: int) -> dict[str, Any]:
@@ -200,7 +198,7 @@ def _rehearse(
     place.at, place.late = "evaluation", False
     model = module.build_model(spec)
     try:
-        model.load_state_dict(run.model, strict=True)
+        load_weights(model, run.model)
     except RuntimeError as e:
         raise ContractError(f"the submitted weights do not load into build_model(spec): {e}") from e
     model.eval().requires_grad_(False)

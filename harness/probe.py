@@ -20,30 +20,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import landlock
 from harness.errors import SandboxError
+from harness.walls import hidden_text
 from harness.wire import Closed, Malformed, TimedOut, Wire
 
 if TYPE_CHECKING:
     from harness.sandbox import Sandbox
 
-__all__ = ["MUST", "child_main", "probe"]
+__all__ = ["MUST", "child_main", "probe", "promised"]
 
 _FILES = ("reading the user's files", "writing the user's files", "changing their modes")
-_OTHERS = ("reading another process's memory", "tracing another process", "signalling another process")
-_NETWORK = ("TCP", "UDP", "sockets with a path")
+_TEXT = "reading the built-in text"
+_OTHERS = ("reading another process's memory", "tracing another process", "writing another process's settings",
+           "signalling another process")  # fmt: skip
+_NETWORK = ("TCP", "UDP", "sockets with a path", "datagrams through a pair of sockets")
 _STORES = ("System V shared memory", "kernel keyrings")
 _MACHINE = ("writing kernel settings", "new namespaces", "a daemon that stays")
+_SCORE = "being spared when memory runs out"
 # What each level promises. Abstract sockets and signals need Landlock's ABI 6 where no namespace stops them.
 MUST: dict[int, tuple[str, ...]] = {
-    3: (*_FILES, *_OTHERS, *_NETWORK, "abstract sockets", *_STORES, *_MACHINE, "seeing other processes"),
-    2: (*_FILES, *_OTHERS, *_NETWORK, *_STORES, *_MACHINE),
-    1: (*_FILES, *_OTHERS[:2], *_NETWORK, *_STORES, *_MACHINE),
+    3: (*_FILES, _TEXT, *_OTHERS, *_NETWORK, "abstract sockets", *_STORES, *_MACHINE, "seeing other processes"),
+    2: (*_FILES, _TEXT, *_OTHERS, *_NETWORK, *_STORES, *_MACHINE),
+    1: (*_FILES, _TEXT, *_OTHERS[:3], *_NETWORK, *_STORES, *_MACHINE),
     0: (),
 }
 
 
-def probe(sandbox: Sandbox) -> dict[str, bool]:
-    """Run one probing child; whether each attempt was stopped.
+def promised(sandbox: Sandbox, device: str) -> tuple[str, ...]:
+    """What a child on `device` must be stopped from.
+
+    One on CUDA must be able to write to its own files in /proc, its score for the kernel's killer among them; where
+    nothing privileged fixed that, only the watch over memory is left (`harness.memory`).
+    """
+    return (*MUST[sandbox.level], *([_SCORE] if device == "cpu" and sandbox.level and landlock.abi() else []))
+
+
+def probe(sandbox: Sandbox, device: str = "cpu") -> dict[str, bool]:
+    """Run one probing child, with what one on `device` may do; whether each attempt was stopped.
 
     Raises:
         SandboxError: no child can be started in this sandbox.
@@ -59,14 +73,17 @@ def probe(sandbox: Sandbox) -> dict[str, bool]:
         folder.chmod(0o755)
         tcp, udp = socket.socket(), socket.socket(type=socket.SOCK_DGRAM)
         unix, abstract = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-        for s in (tcp, udp, unix, abstract):
+        packets = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for s in (tcp, udp, unix, abstract, packets, datagrams):
             stack.enter_context(s)
         tcp.bind(("127.0.0.1", 0))
         udp.bind(("127.0.0.1", 0))
         unix.bind(str(folder / "socket"))
         (folder / "socket").chmod(0o777)
-        abstract.bind(f"\0hotloop-probe-{os.getpid()}")
-        for s in (tcp, unix, abstract):
+        for s, name in ((abstract, "stream"), (packets, "packets"), (datagrams, "datagrams")):
+            s.bind(f"\0hotloop-probe-{os.getpid()}-{name}")
+        for s in (tcp, unix, abstract, packets):
             s.listen()
         other = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"], stdin=subprocess.DEVNULL
@@ -76,12 +93,14 @@ def probe(sandbox: Sandbox) -> dict[str, bool]:
         kept, keep = os.pipe()
         stack.callback(os.close, kept)
         log = folder / "log.txt"
-        with Child(sandbox, Policy("harness.probe", folder / "run"), [keep], log, 1) as child:
+        with Child(sandbox, Policy("harness.probe", folder / "run", device=device), [keep], log, 1) as child:
             os.close(keep)
             try:
                 child.wire.send(
                     "hello", canary=str(canary), tcp=tcp.getsockname()[1], udp=udp.getsockname()[1],
-                    unix=str(folder / "socket"), abstract=abstract.getsockname().decode(), other=other.pid,
+                    unix=str(folder / "socket"), other=other.pid, texts=hidden_text(),
+                    **{name: s.getsockname().decode() for name, s in
+                       (("abstract", abstract), ("packets", packets), ("datagrams", datagrams))},
                 )  # fmt: skip
                 answer = child.wire.recv(20.0)
             except (Closed, Malformed, TimedOut):
@@ -93,6 +112,8 @@ def probe(sandbox: Sandbox) -> dict[str, bool]:
         stopped = {str(k): bool(v) for k, v in answer["stopped"].items()}
         stopped[_MACHINE[2]] = bool(select.select([kept], [], [], 0.5)[0])  # readable: nobody holds the other end
         stopped[_FILES[1]] &= canary.read_text() == "secret"
+        if device != "cpu" and not sandbox.own_uid:
+            del stopped[_SCORE]  # see promised()
         return stopped
 
 
@@ -132,12 +153,41 @@ def _attempts(hello: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         with socket.socket(type=socket.SOCK_DGRAM) as s:
             s.sendto(b"x", ("127.0.0.1", hello["udp"]))
 
-    def unix(address: str) -> None:
-        with socket.socket(socket.AF_UNIX) as s:
+    def unix(address: str, kind: int = socket.SOCK_STREAM) -> None:
+        with socket.socket(socket.AF_UNIX, kind) as s:
             s.connect(address)
+
+    def abstract() -> None:
+        with contextlib.suppress(OSError):
+            unix(hello["packets"], socket.SOCK_SEQPACKET)
+            return
+        unix(hello["abstract"])
+
+    def datagram() -> None:
+        for s in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM):
+            s.sendto(b"x", hello["datagrams"])
+
+    def settings() -> None:
+        for name in ("comm", "oom_score_adj", "coredump_filter", f"task/{other}/oom_score_adj"):
+            with contextlib.suppress(OSError), open(f"/proc/{other}/{name}", "r+"):
+                return
+        raise OSError("refused")
+
+    def score() -> None:
+        with open("/proc/self/oom_score_adj", "w") as f:
+            f.write("0")
 
     def chmod() -> None:
         os.chmod(hello["canary"], 0o600)
+
+    def text() -> None:
+        files = [os.path.join(d, n) for t in hello["texts"] for d, _, names in os.walk(t) for n in names]
+        files += [os.path.join(t, "__init__.py") for t in hello["texts"]]  # also where the folder cannot be listed
+        for path in files:
+            with contextlib.suppress(OSError):
+                Path(path).read_bytes()
+                return
+        raise OSError("none of it")
 
     def keyring() -> None:
         import platform
@@ -153,18 +203,22 @@ def _attempts(hello: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         _FILES[0]: lambda: Path(hello["canary"]).read_bytes(),
         _FILES[1]: lambda: Path(hello["canary"]).write_text("changed"),
         _FILES[2]: chmod,
+        _TEXT: text,
         _OTHERS[0]: lambda: open(f"/proc/{other}/mem", "rb").close(),
         _OTHERS[1]: lambda: call(libc.ptrace(16, other, 0, 0)),  # PTRACE_ATTACH
-        _OTHERS[2]: lambda: os.kill(other, signal.SIGCONT),
+        _OTHERS[2]: settings,
+        _OTHERS[3]: lambda: os.kill(other, signal.SIGCONT),
         "seeing other processes": lambda: Path(f"/proc/{other}/cmdline").read_bytes(),
         _NETWORK[0]: tcp,
         _NETWORK[1]: udp,
         _NETWORK[2]: lambda: unix(hello["unix"]),
-        "abstract sockets": lambda: unix(hello["abstract"]),
+        _NETWORK[3]: datagram,
+        "abstract sockets": abstract,
         _STORES[0]: lambda: call(libc.shmget(0, 4096, 0o1600)),
         _STORES[1]: keyring,
         _MACHINE[0]: kernel_setting,
         _MACHINE[1]: lambda: call(libc.unshare(0x10000000)),  # CLONE_NEWUSER
+        _SCORE: score,
     }
 
 

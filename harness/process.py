@@ -21,6 +21,8 @@ import weakref
 from pathlib import Path
 from typing import Self
 
+from harness import residency
+from harness.bounds import FIRST, Bounds, floor_bytes, headroom, limited_cgroups, score, size_of, tree_bytes, used
 from harness.confine import SURVIVORS, descendants
 from harness.errors import SandboxError
 from harness.sandbox import Policy, Sandbox
@@ -40,9 +42,10 @@ _PASSED = (
     "HOTLOOP_ATTENTION",
     "TRITON_INTERPRET",
 )
+DEFAULT_BOUNDS = Bounds()
 _TICKS = os.sysconf("SC_CLK_TCK")
 END_S = 20.0  # how long the end of a killed child may take
-WATCH_S = 0.5
+WATCH_S, LOOK_S = 0.5, 0.05  # how often what a tree has is counted, and what the machine has left
 _alive: weakref.WeakSet[Contained] = weakref.WeakSet()
 
 
@@ -75,20 +78,24 @@ class Contained:
 
     Args:
         log: file that takes stdout and stderr.
-        scratch_bytes: what its private folder on the disk may hold, where it has one.
+        bounds: what it may take of the machine; it is ended where it takes more.
 
     Raises:
         SandboxError: it cannot be started, or (from `kill`) something of it did not end.
     """
 
-    def __init__(self, launch: Launch, log: Path, scratch_bytes: int = 4 << 30) -> None:
+    def __init__(self, launch: Launch, log: Path, bounds: Bounds = DEFAULT_BOUNDS) -> None:
         self.peak_rss_mb = 0.0
         self.returncode: int | None = None
-        self.fault = ""  # why it was ended from here, if it was
+        self._first = 0  # as seen from here, of its namespace
+        self.fault, self.fault_status = "", "crash"  # why it was ended from here, if it was
         self._inside: int | None = None  # a descriptor of the first process in its pid namespace
         self._launch = launch
+        self._had = {folder: size_of(folder) for folder in launch.folders}
         try:
             with open(log, "ab") as out:
+                self._log = os.dup(out.fileno())  # the file may be renamed
+                launch.ended.callback(os.close, self._log)
                 self._process = subprocess.Popen(
                     launch.argv, cwd=launch.cwd, env=launch.env, pass_fds=launch.pass_fds, close_fds=True,
                     stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
@@ -107,12 +114,15 @@ class Contained:
                 launch.ended.close()
                 words = " ".join(tail(log, 2))
                 raise SandboxError(f"bubblewrap could not start ({words}); see: hotloop doctor")
+            self._first = pid
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 self._inside = os.pidfd_open(pid)
         self._watch = threading.Event()
         _alive.add(self)
-        if launch.scratch is not None:
-            threading.Thread(target=self._watch_scratch, args=(scratch_bytes,), daemon=True).start()
+        watches = (self._watch_machine, self._watch_tree)
+        self._watches = [threading.Thread(target=watch, args=(bounds,), daemon=True) for watch in watches]
+        for thread in self._watches:
+            thread.start()
 
     def wait(self, timeout_s: float = 5.0) -> int | None:
         """The exit status if the child ends within `timeout_s`, negative for a signal; else None."""
@@ -164,6 +174,8 @@ class Contained:
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
             _alive.discard(self)
+            for thread in self._watches:  # they look at what is closed now
+                thread.join()
             if self._inside is not None:
                 os.close(self._inside)
                 self._inside = None
@@ -185,15 +197,39 @@ class Contained:
                     if line.startswith("VmHWM:"):
                         self.peak_rss_mb = max(self.peak_rss_mb, int(line.split()[1]) / 1024)
 
-    def _watch_scratch(self, most: int) -> None:
-        """End a child that fills the disk; inside its own file system the kernel does that."""
-        assert self._launch.scratch is not None
-        while not self._watch.wait(WATCH_S):
-            if _size_of(self._launch.scratch) > most:
-                self.fault = f"its files grew beyond {most >> 20} MiB"
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.send_signal(signal.SIGTERM)
+    def _watch_machine(self, _: Bounds) -> None:
+        """End it before the kernel has to choose whom to end, in which it may choose the driver."""
+        cgroups = limited_cgroups()
+        floor = floor_bytes(cgroups)
+        while not self._watch.wait(LOOK_S):
+            if headroom(cgroups) < floor:
+                self._stop(f"memory ran out: less than {floor >> 20} MiB were left", "oom")
                 return
+
+    def _watch_tree(self, bounds: Bounds) -> None:
+        mine = score(os.getpid())
+        while not self._watch.wait(WATCH_S):
+            pids = descendants(self.pid)
+            if bounds.memory is not None and tree_bytes(pids, self._in_memory(), bounds.memory) > bounds.memory:
+                self._stop(f"its processes hold more than {bounds.memory >> 20} MiB of memory", "oom")
+            elif mine is not None and any(s is not None and s < FIRST for s in map(score, pids)):
+                self._stop("it made itself one of those that the system spares when memory runs out")
+            elif os.fstat(self._log).st_size > bounds.log:
+                self._stop(f"its log grew beyond {bounds.log >> 20} MiB")
+            elif any(size_of(f, had + bounds.files) > had + bounds.files for f, had in self._had.items()):
+                self._stop(f"its files grew beyond {bounds.files >> 20} MiB")
+            if self.fault:
+                return
+
+    def _in_memory(self) -> int:
+        """Bytes of its files in file systems in memory."""
+        root = f"/proc/{self._first}/root"
+        shared = 0 if self._launch.uid is None else size_of("/dev/shm", uid=self._launch.uid)
+        return shared + sum(used(root + mount) for mount in self._launch.mounts)
+
+    def _stop(self, why: str, status: str = "crash") -> None:
+        self.fault, self.fault_status = self.fault or why, status
+        self.end()
 
     def __enter__(self) -> Self:
         return self
@@ -214,12 +250,13 @@ class Child(Contained):
     def __init__(
         self, sandbox: Sandbox, policy: Policy, descriptors: list[int], log: Path, threads: int, repeatable: bool = True
     ) -> None:
+        residency.wait()
         parent, child = socket.socketpair()
         with child:
             try:
                 environment = child_environment(threads, repeatable)
                 launch = sandbox.launch(policy, [child.fileno(), *descriptors], environment)
-                super().__init__(launch, log, policy.scratch_bytes)
+                super().__init__(launch, log, policy.bounds)
             except BaseException:
                 parent.close()
                 raise
@@ -251,15 +288,6 @@ def child_environment(threads: int, repeatable: bool = True) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     }
-
-
-def _size_of(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(root, name)).st_blocks * 512
-    return total
 
 
 def tail(log: Path, lines: int = 20, width: int = 300) -> list[str]:

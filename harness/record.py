@@ -18,21 +18,23 @@ import errno
 import fcntl
 import gc
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from harness.errors import DiskFullError, LockedError, RecordError
 from harness.signing import Signer, load_signer, verified
 
-__all__ = ["FAILURES", "GENESIS", "Chain", "Lock", "Outcome", "canonical"]
+__all__ = ["FAILURES", "GENESIS", "OPEN_TEXT", "Chain", "Lock", "Outcome", "canonical", "version"]
 
 GENESIS = "0" * 64
 FAILURES = ("crash", "invalid", "overtime", "timeout", "oom", "nan", "raced")
 BALLAST_BYTES = 1 << 20
+OPEN_TEXT = "not safe against cheating"  # how the warning begins that train.py could read what it is scored on
 
 
 @dataclass
@@ -46,6 +48,9 @@ class Outcome:
     `compiled` says of the compile cache which pack was `given`, which was `left`, and a `note` on what was refused.
     `conditions` says under which it ran (`harness.conditions`); `device_s` in it is the training by its device's clock,
     which is the trainer's word, and `device_wall_s` the same by the parent's.
+    `val_bpb_reference` is val_bpb with the bytes that karpathy/autoresearch counts.
+    `data` says of the prepared folder its source, packing, the share of the train split's tokens that is in rows, and
+    how often the training went through the rows (`epochs`).
     `holdout_bpb` is never shown to an agent.
     """
 
@@ -63,6 +68,7 @@ class Outcome:
     reason: str = ""
     log_tail: list[str] = field(default_factory=list)
     val_bpb: float | None = None
+    val_bpb_reference: float | None = None
     holdout_bpb: float | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
@@ -83,6 +89,7 @@ class Outcome:
     audit: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)  # see harness.conditions
     environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     seals: dict[str, str] = field(default_factory=dict)
     sandbox: dict[str, Any] = field(default_factory=dict)
 
@@ -94,9 +101,36 @@ class Outcome:
         """Whether its training was asked for results that repeat to the bit, as all were before there was a choice."""
         return bool(self.environment.get("repeatable", True))
 
+    @property
+    def open_text(self) -> str:
+        """The warning that train.py could read the text that it was scored on; empty where it could not."""
+        return next((w for w in self.conditions.get("warnings", []) if w.startswith(OPEN_TEXT)), "")
+
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Outcome:
-        return cls(**body)
+        """Raises RecordError for a body that another version wrote, with fields that are unknown here."""
+        try:
+            return cls(**body)
+        except TypeError:
+            known = {f.name: f for f in fields(cls)}
+            unknown = ", ".join(sorted(set(body) - set(known)))
+            missing = ", ".join(n for n in known if n not in body and known[n].default is MISSING
+                                and known[n].default_factory is MISSING)  # fmt: skip
+            what = f"has fields that this version does not know ({unknown})" if unknown else f"has no {missing}"
+            versions = (body.get("environment") or {}).get("versions") or {}
+            raise RecordError(
+                f"the record of experiment {body.get('number', '?')} {what}: it was written by hotloop "
+                f"{versions.get('hotloop', 'of another version')}, and this is {version()}; use the version that wrote "
+                f"it, or a newer one"
+            ) from None
+
+
+def version() -> str:
+    """Of hotloop, as it is installed; empty where it is not."""
+    try:
+        return importlib.metadata.version("hotloop")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def canonical(value: Any) -> bytes:

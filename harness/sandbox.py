@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import landlock, seccomp
+from harness.bounds import Bounds, score
 from harness.confine import BOOT
+from harness.data.dataset import BUILT_IN, Dataset
 from harness.errors import SandboxError
 from harness.machine import Gpu
 from harness.spec import Limits
@@ -33,9 +35,12 @@ from harness.walls import (
     NOBODY,
     SYSTEM,
     Launch,
+    around,
     device_nodes,
+    first_to_go,
     free_uid,
     has_size,
+    hidden_text,
     homes,
     info_pipe,
     parents_of,
@@ -45,7 +50,10 @@ from harness.walls import (
     tasks_of,
 )
 
-__all__ = ["LEVELS", "Policy", "Sandbox", "best", "exposed"]
+__all__ = ["LEVELS", "Policy", "Sandbox", "best", "exposed", "exposed_text", "readable_text"]
+
+_LOG_BYTES = 16 << 20
+_DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 
 LEVELS = {3: "bubblewrap, Landlock, seccomp", 2: "another uid, Landlock, seccomp", 1: "Landlock, seccomp", 0: "none"}
 
@@ -59,7 +67,9 @@ class Policy:
         files: name -> bytes, laid into its working folder.
         folder: where its scratch folder is made, at levels without a private file system.
         device: `cuda` gets the NVIDIA device nodes.
-        scratch_bytes / file_bytes / memory_bytes / processes: caps; None for none.
+        scratch_bytes / file_bytes / memory_bytes / processes: caps; None for none. Memory is what one process may
+            allocate.
+        tree_bytes: memory that all of its processes may hold; None for what the machine has.
         send_s: how long a message to it may wait for it to read.
     """
 
@@ -72,19 +82,24 @@ class Policy:
     memory_bytes: int | None = None
     processes: int = 4096
     send_s: float = 30.0
+    tree_bytes: int | None = None
 
     @classmethod
     def of(cls, module: str, folder: Path, source: bytes | None, device: str, limits: Limits) -> Policy:
         """For a child that runs a train.py: `source`, or None for one that gets it later.
 
-        Its memory is capped at what the limits say, else at nine tenths of the machine's, on a CPU: CUDA reserves
-        addresses far beyond any memory, so there only the kernel's choice of a victim helps.
+        Its memory is capped at what the limits say, else at nine tenths of the machine's. On a CPU the kernel does so
+        for each process; CUDA reserves addresses far beyond any memory, so there only the watch over the tree does.
         """
         most = limits.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
         return cls(
             module, folder, {} if source is None else {"train.py": source}, device, limits.scratch_bytes,
-            limits.file_bytes, most if device == "cpu" else None, limits.processes, limits.send_s,
+            limits.file_bytes, most if device == "cpu" else None, limits.processes, limits.send_s, most,
         )  # fmt: skip
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.tree_bytes, self.scratch_bytes, _LOG_BYTES)
 
 
 @dataclass(frozen=True)
@@ -133,15 +148,16 @@ class Sandbox:
                 "module": policy.module, "exec": None, "fds": fds, "parent": os.getpid(), "uid": uid,
                 "supervise": self.level < 3, "reads_all": self.reads_all,
                 "landlock": self.level > 0 and landlock.abi() > 0, "seccomp": self.level > 0,
-                "network": self.level == 0, "metadata": self.level == 1, "file_bytes": policy.file_bytes,
-                "memory_bytes": policy.memory_bytes, "processes": policy.processes,
+                "network": self.level == 0, "metadata": self.level == 1, "cuda": policy.device == "cuda",
+                "model": True, "file_bytes": policy.file_bytes, "memory_bytes": policy.memory_bytes,
+                "processes": policy.processes, "settings": [], "score": score(os.getpid()),
             }  # fmt: skip
             if self.level == 3:
                 self._walls(policy, launch, config)
             else:
                 self._folder(policy, launch, config)
             boot = [sys.executable, "-I", "-B", "-u", "-c", BOOT, str(project_root()), json.dumps(config)]
-            launch.argv += boot
+            launch.argv = launch.argv + boot if self.level == 3 else first_to_go(boot)
             launch.pass_fds += fds
         except BaseException:
             launch.started.close()
@@ -173,8 +189,11 @@ class Sandbox:
         for path in (*ETC, *sys_paths, *python_and_code()):
             if os.path.exists(path):
                 argv += [*parents_of(path, made), "--ro-bind", path, path]
-        for path in device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ())):
-            argv += ["--dev-bind", path, path]
+        for path in hidden_text():
+            argv += ["--tmpfs", path, "--remount-ro", path] if os.path.isdir(path) else ["--ro-bind", "/dev/null", path]
+        nodes = device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ()))
+        for path in nodes:
+            argv += [*parents_of(path, made), "--dev-bind", path, path]
         for path in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
             argv += ["--ro-bind-try", f"/proc/{path}", f"/proc/{path}"]
         for name, data in policy.files.items():
@@ -185,9 +204,12 @@ class Sandbox:
             os.lseek(fd, 0, os.SEEK_SET)
             launch.pass_fds.append(fd)
             argv += ["--perms", "0444", "--ro-bind-data", str(fd), f"/tmp/run/{name}"]
-        launch.argv = [*argv, "--info-fd", str(info_pipe(launch)), "--chdir", "/tmp/run", "--"]
+        launch.argv = first_to_go([*argv, "--info-fd", str(info_pipe(launch)), "--chdir", "/tmp/run", "--"])
+        launch.mounts = ("/tmp", "/dev/shm")
         launch.env |= homes("/tmp/home", "/tmp")
-        config |= {"read": ["/"], "write": ["/tmp", "/dev", "/proc"]}
+        config |= {"read": ["/"], "write": ["/tmp", "/dev/shm", *_DEVICES, *nodes]}
+        if policy.device == "cuda":  # its pid namespace has no other processes
+            config["settings"] = ["/proc"]
 
     def _folder(self, policy: Policy, launch: Launch, config: dict[str, Any]) -> None:
         """L2 to L0: a scratch folder on the disk."""
@@ -195,7 +217,7 @@ class Sandbox:
             scratch = Path(tempfile.mkdtemp(prefix="hotloop-"))
             launch.ended.callback(remove_shared, config["uid"])
         else:
-            scratch = policy.folder / "scratch"
+            scratch = policy.folder.absolute() / "scratch"  # the child starts in it
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         launch.ended.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -206,17 +228,21 @@ class Sandbox:
         if self.own_uid:
             for path in (scratch, *scratch.iterdir()):
                 os.chown(path, config["uid"], config["uid"])
-        launch.scratch, launch.cwd = scratch, scratch / "run"
+        launch.folders, launch.cwd, launch.uid = (scratch,), scratch / "run", config["uid"]
         launch.env |= homes(str(scratch / "home"), str(scratch / "tmp"))
-        config["read"] = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
-        config["write"] = [
-            str(scratch), "/proc/self", *(f"/dev/{n}" for n in ("null", "zero", "full", "random", "urandom")),
-            *device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ())),
-        ]  # fmt: skip
+        whole = [*SYSTEM, *ETC, *python_and_code(), "/proc", "/sys", str(scratch)]
+        config["read"], config["listed"] = around(whole, hidden_text())
+        nodes = device_nodes(policy.device, *((self.gpu.node, self.gpu.caps) if self.gpu else ()))
+        config["write"] = [str(scratch), *_DEVICES, *nodes]
+        if policy.device == "cuda":
+            # libcuda names its threads through /proc and fails where it cannot. With a uid of its own a child may
+            # write to no other's files there; else Landlock must name the one process, which leaves out its workers.
+            config["settings"] = ["/proc" if self.own_uid else "/proc/self/task"]
         if self.own_uid:
             config["write"].append("/dev/shm")  # what it leaves there is found by its uid
         elif self.level == 1:
-            # Without /dev/shm there are no semaphores, which torch's pool of compile processes needs.
+            # Without /dev/shm there are no semaphores, which torch's pool of compile processes needs; and on CUDA its
+            # processes could not name their threads.
             launch.env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
             config["processes"] += tasks_of(os.getuid())
 
@@ -224,7 +250,28 @@ class Sandbox:
 def exposed(path: Path) -> bool:
     """Whether children can read `path`, because it lies in a folder that they need."""
     real = path.resolve()
-    return any(real.is_relative_to(Path(p).resolve()) for p in (*SYSTEM, *ETC, *python_and_code()))
+    return any(real.is_relative_to(Path(p).resolve()) for p in (*SYSTEM, *ETC, *python_and_code())) and not any(
+        real.is_relative_to(Path(p).resolve()) for p in hidden_text()
+    )
+
+
+def exposed_text(dataset: Dataset) -> Path | None:
+    """A file that a dataset was made of and that children can read; None where there is none any more, or never was."""
+    if dataset.source in BUILT_IN:
+        return None
+    source = Path(dataset.source)
+    folder = source if source.is_dir() else source.parent
+    files = (folder / name for name in dataset.manifest["text"]["files"])
+    return next((f for f in files if exposed(f) and f.exists()), None)
+
+
+def readable_text(source: str, sandbox: Sandbox) -> str:
+    """Why train.py may have read the text that it is scored on, so that its scores prove nothing; empty where not."""
+    if sandbox.level == 0:
+        return "at sandbox level L0 train.py can read the text that it is scored on"
+    if source == "stdlib":
+        return "the text is Python's own library, which train.py can read; prepare another one (--source)"
+    return ""
 
 
 @functools.cache
@@ -246,7 +293,7 @@ def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu", g
         if candidate.level == 0:
             return replace(candidate, missing=missing)
         try:
-            probes = _probed(candidate)
+            probes = _probed(candidate, device)
             if device == "cuda":
                 from harness.probe_cuda import probe_cuda
 
@@ -282,12 +329,12 @@ def _candidates(missing: dict[str, str]) -> Iterator[Sandbox]:
     yield Sandbox(0)
 
 
-def _probed(candidate: Sandbox) -> dict[str, bool]:
+def _probed(candidate: Sandbox, device: str) -> dict[str, bool]:
     """What a real child of this sandbox is stopped from. Raises SandboxError where that is not enough."""
-    from harness.probe import MUST, probe
+    from harness.probe import probe, promised
 
-    stopped = probe(candidate)
-    open_ones = [name for name in MUST[candidate.level] if not stopped.get(name, False)]
+    stopped = probe(candidate, device)
+    open_ones = [name for name in promised(candidate, device) if not stopped.get(name, False)]
     if open_ones:
         raise SandboxError(f"it did not stop: {', '.join(open_ones)}")
     return stopped

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from harness import residency
 from harness.budget import Budget, Shape
 from harness.compiled import Pack, decode
 from harness.errors import TrialError
@@ -158,6 +159,7 @@ class Session:
         self._emit(Event("start"))
         if self.result.start["how"] == "cold":
             self._await("ready", began)
+        residency.wait()  # what was made ready beside an evaluator begins when that one has left nothing
         sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
         how = {"spec": self.spec.as_dict(), "threads": self.threads, "repeatable": self._repeatable}
         self._child.wire.send("hello", **how, **sizes)
@@ -222,19 +224,25 @@ class Session:
                 self._serve(rows[0], 0, 0, 0.0, "count")
                 message = self._expect("next", warm_until, "to make a counted step")
                 flops = self._count(message, "flops", 10**24)
+            self._child.wire.send("tidy")
+            self._expect("next", warm_until, "to collect its garbage")
             steps: list[float] = []
-            total = 0.0
             cpu_s = self._child.cpu_s()
-            while len(steps) < self.preset.calibrate_steps or total < self.preset.calibrate_s:
+            while self._to_time(steps):
                 sent = self._clock()
                 self._serve(rows[len(steps) % SLOTS], len(steps) % SLOTS, 0, 0.0, "time")
                 self._expect("next", warm_until, "to make a timed step")
                 steps.append(self._clock() - sent)
-                total += steps[-1]
             self.budget.measured(shape, steps, flops, self._child.cpu_s() - cpu_s)
             self._child.wire.send("calibrated")
             ledger["calibrate"] += self._clock() - mark
             mark = self._clock()
+
+    def _to_time(self, steps: list[float]) -> bool:
+        """Whether one more step is timed. A replay makes as many as its original did, whatever its clock says."""
+        if (recorded := self.budget.recorded_steps()) is not None:
+            return len(steps) < recorded
+        return len(steps) < self.preset.calibrate_steps or sum(steps) < self.preset.calibrate_s
 
     def _warm(self, rows: npt.NDArray[np.uint16], until: float) -> None:
         """Steps that are not timed, until the card is as warm as in a training; part of the calibration's time."""
@@ -439,7 +447,7 @@ class Session:
     def _died(self) -> TrialError:
         code = self._child.wait()
         if self._child.fault:
-            return TrialError("crash", f"the trainer was stopped: {self._child.fault}")
+            return TrialError(self._child.fault_status, f"the trainer was stopped: {self._child.fault}")
         if code == -signal.SIGKILL:
             return TrialError("oom", "the trainer was killed by the system (SIGKILL), most likely out of memory")
         if code is not None and code < 0:

@@ -6,6 +6,8 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,10 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from harness.data.dataset import default_data_dir, load_dataset
 from harness.devices import chosen, named
 from harness.errors import DataError, DeviceError, HotloopError, UsageError
-from harness.experiment import Job, Settings, record, replayed, run_experiment, summary
+from harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
+from harness.files import kind_of, read_ordinary
 from harness.gpu import touch
+from harness.lint import MAX_BYTES
 from harness.machine import check_device, gpu_memory_gib, threads_default
 from harness.neighbours import claim
 from harness.record import Chain, Lock, Outcome
@@ -25,8 +30,8 @@ from harness.sandbox import best
 from harness.score import Noise
 from harness.session import Event
 from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
+from harness.text import forgiving, one_line
 from harness.toolchain import torch_build
-from prepare import default_data_dir, load_dataset
 
 __all__ = [
     "EXIT_BY_STATUS",
@@ -46,6 +51,7 @@ __all__ = [
 EXIT_BY_STATUS = {"ok": 0, "crash": 10, "invalid": 11, "overtime": 12, "timeout": 13, "oom": 14, "nan": 15}
 SINGLES = Path("runs/single")
 PATIENCE_S = 5.0
+GIT_S = 60.0
 
 
 def settings_from(
@@ -168,17 +174,17 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def sandbox_warning(settings: Settings) -> str:
-    """What to tell the user of a sandbox that is not the best; empty for L3."""
+    """One sentence for the user of a sandbox that is not the best; empty for L3. `hotloop doctor` has the reasons."""
     sandbox = settings.sandbox
     if sandbox.level == 3:
         return ""
-    missing = "; ".join(f"{k}: {v}" for k, v in sandbox.missing.items())
-    not_stopped = ", ".join(k for k, v in sandbox.probes.items() if not v) or "everything"
-    if sandbox.level > 0 and all(sandbox.probes.values()):
-        not_stopped = "nothing that was probed"
-    return f"the sandbox is only {sandbox}. Not stopped: {not_stopped}. " + (
-        f"Better ones: {missing}" if missing else ""
-    )
+    if sandbox.level == 0:
+        return "train.py runs without a sandbox: it may read, write and send whatever you may"
+    if shutil.which("bwrap") is None:
+        better = f"for the best one {'' if os.geteuid() == 0 else 'let root '}run: apt-get install bubblewrap"
+    else:
+        better = "bubblewrap does not work here"
+    return f"the sandbox is {sandbox}; {better} (hotloop doctor: what each level stops)"
 
 
 def repeatable_warning(settings: Settings) -> str:
@@ -189,22 +195,31 @@ def repeatable_warning(settings: Settings) -> str:
 
 
 def _warn(settings: Settings) -> None:
-    for warning in (sandbox_warning(settings), repeatable_warning(settings)):
+    for warning in (sandbox_warning(settings), repeatable_warning(settings), *data_warnings(settings)):
         if warning:
             print(f"hotloop: WARNING: {warning}", file=sys.stderr)
 
 
 def read_train_source(path: Path) -> bytes:
-    """The bytes of a train.py that can be run. Raises UsageError: missing, no Python, or without its functions."""
+    """The bytes of a train.py that can be run.
+
+    Raises:
+        UsageError: missing, no ordinary file, too large, no text, no Python, or without its functions.
+    """
     try:
-        source = path.read_bytes()
+        if what := kind_of(path, MAX_BYTES):
+            raise UsageError(f"{path} is {what}; name a file of Python code")
+        source = read_ordinary(path, MAX_BYTES)
+        if source is None:
+            raise UsageError(f"{path} cannot be read; start in the folder of train.py")
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
     try:
         tree = ast.parse(source, filename=str(path))
-    except (SyntaxError, ValueError) as e:
+    except Exception as e:  # RecursionError and MemoryError too
         where = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        raise UsageError(f"{path}{where}: {getattr(e, 'msg', e)}; mend the file and run again") from None
+        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
+        raise UsageError(f"{path}{where}: {words}; mend the file and run again") from None
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     missing = sorted({"build_model", "train"} - defined)
     if missing:
@@ -312,6 +327,8 @@ def main(path: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     args.train = path
+    for stream in (sys.stdout, sys.stderr):
+        forgiving(stream)
     try:
         return run_command(args)
     except HotloopError as e:
@@ -328,6 +345,9 @@ def _printer() -> Callable[[Event], None]:
 
     def show(event: Event) -> None:
         nonlocal last
+        if event.message and event.phase != "done":
+            print("\r\x1b[K" * live + f"hotloop: {event.message}", file=sys.stderr, flush=True)
+            return
         if event.phase == last and not live:
             return
         text = f"{time.monotonic() - began:6.1f} s  {event.phase}"
@@ -349,7 +369,10 @@ def _git_commit(path: Path) -> str:
     """The commit of the checkout that holds `path`, with `-dirty` where the file differs; empty outside git."""
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=path.parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *args], cwd=path.parent, capture_output=True, text=True, timeout=GIT_S)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "HEAD")

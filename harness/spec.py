@@ -151,7 +151,7 @@ PRESETS = {
     "laptop": Preset(
         name="laptop",
         device="cpu",
-        source="stdlib",
+        source="packages",
         seq_len=256,
         vocab_size=2048,
         eval_rows=200,

@@ -35,6 +35,8 @@ def prepare_torch(spec: dict[str, Any], threads: int, repeatable: bool = True) -
     import numpy as np
     import torch
 
+    from harness.workers import let_workers_answer
+
     torch.set_num_threads(threads)
     torch.manual_seed(spec["seed"])
     np.random.seed(spec["seed"] % 2**32)
@@ -47,6 +49,7 @@ def prepare_torch(spec: dict[str, Any], threads: int, repeatable: bool = True) -
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if spec["device"] == "cuda":
         torch.zeros((), device="cuda")  # creates the context now, so that its cost is the start's
+    let_workers_answer()
     return torch
 
 

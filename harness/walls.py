@@ -16,10 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.data.packages import copies_below
 from harness.errors import SandboxError
 
 __all__ = [
@@ -27,9 +28,12 @@ __all__ = [
     "NOBODY",
     "SYSTEM",
     "Launch",
+    "around",
     "device_nodes",
+    "first_to_go",
     "free_uid",
     "has_size",
+    "hidden_text",
     "homes",
     "info_pipe",
     "namespace_pid",
@@ -44,6 +48,7 @@ __all__ = [
 _UIDS = range(60900, 61100)
 _UID_LOCKS = Path("/run/hotloop-uids")
 NOBODY = 65534
+DEV = "/dev"
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store")
 ETC = (
     "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/passwd", "/etc/group",
@@ -64,7 +69,9 @@ class Launch:
     env: dict[str, str]
     cwd: Path | None = None
     pass_fds: list[int] = field(default_factory=list)
-    scratch: Path | None = None  # its private folder, where that is on the disk
+    folders: tuple[Path, ...] = ()  # that it may write to, on the disk
+    mounts: tuple[str, ...] = ()  # its private file systems in memory, as it sees them
+    uid: int | None = None  # of its own
     info_fd: int | None = None  # bubblewrap writes the pid of its namespace's first process here
     started: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     ended: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -81,6 +88,38 @@ def python_and_code() -> list[str]:
     return [p for p in dict.fromkeys(paths) if p != "/usr" and not p.startswith("/usr/")]
 
 
+@functools.cache
+def hidden_text() -> tuple[str, ...]:
+    """Every copy of the built-in text that lies in what a child may read; no child may read these."""
+    return tuple(copies_below([*(p for p in SYSTEM if not os.path.islink(p)), *python_and_code()]))
+
+
+def around(paths: Iterable[str], hidden: Iterable[str | Path]) -> tuple[list[str], list[str]]:
+    """Paths that cover `paths` but nothing `hidden`, and the folders in between, which may be listed and no more.
+
+    Landlock can only allow, so a folder that holds something hidden is allowed entry by entry.
+    """
+    without = {Path(os.path.realpath(p)) for p in hidden}
+    above = {parent for p in without for parent in p.parents}
+    found, listed = dict[str, None](), dict[str, None]()
+
+    def walk(path: Path) -> None:
+        if path in without:
+            return
+        if path not in above:
+            found[str(path)] = None
+            return
+        listed[str(path)] = None
+        with contextlib.suppress(OSError):
+            for entry in sorted(os.scandir(path), key=lambda e: e.name):
+                if not entry.is_symlink():  # where it leads is what counts
+                    walk(Path(entry.path))
+
+    for path in paths:
+        walk(Path(os.path.realpath(path)))
+    return list(found), list(listed)
+
+
 def parents_of(path: str, made: set[str]) -> list[str]:
     """bubblewrap makes missing parents for its own uid only; these make them for all."""
     argv = []
@@ -92,13 +131,24 @@ def parents_of(path: str, made: set[str]) -> list[str]:
 
 
 def device_nodes(device: str, only: str = "", caps: Sequence[str] = ()) -> list[str]:
-    """What a child on a device needs of /dev; with `only` that one GPU's file (and its slice's) and no other's."""
+    """What a child on a device needs of /dev; with `only` that one GPU's file (and its part's) and no other's.
+
+    dxg is the GPU of WSL2. The files of nvidia-caps are the rights to the parts of a divided GPU (MIG), which their own
+    modes guard.
+    """
     if device != "cuda":
         return []
-    nodes = [only, *caps] if only else glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/nvidia-caps/*")
-    return sorted(nodes) + [
-        p for p in ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools") if os.path.exists(p)
-    ]
+    nodes = [only, *caps] if only else glob.glob(f"{DEV}/nvidia[0-9]*") + glob.glob(f"{DEV}/nvidia-caps/*")
+    shared = [f"{DEV}/{name}" for name in ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "dxg")]
+    return list(dict.fromkeys(sorted(nodes) + [p for p in shared if os.path.exists(p)]))
+
+
+def first_to_go(argv: list[str]) -> list[str]:
+    """`argv`, as what the kernel ends first when memory runs out.
+
+    Where root says so it is also the least that it can be made by what runs in it; bubblewrap drops the right to.
+    """
+    return ["/bin/sh", "-c", '{ echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', "sh", *argv]
 
 
 def homes(home: str, tmp: str) -> dict[str, str]:

@@ -25,11 +25,16 @@ _ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-_HEADER_BYTES = 16 << 20
+# Bounds on what is read before anything is known of it. A model of a thousand layers has a header of a megabyte.
+_HEADER_BYTES = 4 << 20
+_DIGITS = 19  # of a number; the largest file offset has as many
+_RANK = 16
 
 
 def check_weights(data: bytearray) -> int:
     """Check the form and that every number is finite; returns the count of elements (parameters).
+
+    The time that this takes grows with the bytes alone, whatever they say.
 
     Raises:
         TrialError: `invalid` for bytes that are not well-formed safetensors, `nan` for a number that is not finite.
@@ -37,42 +42,50 @@ def check_weights(data: bytearray) -> int:
     try:
         (length,) = struct.unpack_from("<Q", data)
         if length > min(_HEADER_BYTES, len(data) - 8):
-            raise ValueError("the header is longer than the file")
-        header = json.loads(bytes(data[8 : 8 + length]))
-        return _check_tensors(header, memoryview(data)[8 + length :])
-    except (ValueError, KeyError, TypeError, struct.error, RecursionError) as e:
-        raise TrialError("invalid", f"the submitted weights are not well-formed safetensors: {e}") from None
+            raise ValueError(f"the header is longer than the file or than {_HEADER_BYTES} bytes")
+        header = json.loads(bytes(data[8 : 8 + length]), parse_int=_integer)
+        body = memoryview(data)[8 + length :]
+        spans = _spans(header, len(body))
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
+        raise TrialError("invalid", f"the submitted weights are not well-formed safetensors: {str(e)[:200]}") from None
+    for begin, end, dtype, name in spans:
+        if not _finite(body[begin:end], dtype):
+            raise TrialError("nan", f"the submitted weights have a number in {name} that is not finite")
+    return sum((end - begin) // _ITEM_BYTES[dtype] for begin, end, dtype, _ in spans)
 
 
-def _check_tensors(header: dict[str, Any], body: memoryview) -> int:
-    count = 0
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _spans(header: dict[str, Any], size: int) -> list[tuple[int, int, str, str]]:
+    """(begin, end, type, name) of each tensor, in the order of the file; they fill it, and none overlaps another."""
     spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
+    for key, entry in header.items():
+        if key == "__metadata__":
             continue
+        name = ascii(key[:100])
         dtype, shape = entry["dtype"], entry["shape"]
         begin, end = entry["data_offsets"]
         if dtype not in _ITEM_BYTES:
-            raise ValueError(f"{name} has the type {dtype}")
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError(f"{name} has the type {ascii(dtype)[:40]}")
+        if len(shape) > _RANK or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
             raise ValueError(f"{name} has a malformed shape")
-        elements = math.prod(shape)
-        if end - begin != elements * _ITEM_BYTES[dtype] or end > len(body):
+        if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
             raise ValueError(f"{name} does not have the size of its shape")
-        if not _finite(body[begin:end], dtype):
-            raise TrialError("nan", f"the submitted weights have a number in {name} that is not finite")
-        spans.append((begin, end))
-        count += elements
+        spans.append((begin, end, dtype, name))
     position = 0
-    for begin, end in sorted(spans):
+    for begin, end, _, _ in sorted(spans):
         if begin != position:
             raise ValueError("tensors overlap or leave a gap")
         position = end
-    if position != len(body):
-        raise ValueError("bytes follow the last tensor")
+    if position != size:
+        raise ValueError("the file is longer or shorter than its tensors")
     if not spans:
         raise ValueError("no tensor")
-    return count
+    return spans
 
 
 def _finite(data: memoryview, dtype: str) -> bool:

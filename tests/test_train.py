@@ -6,12 +6,15 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from bench import baseline
+from harness import Batch
 from harness.spec import PRESETS, Spec
 
 TINY = dict(
@@ -143,21 +146,50 @@ def test_muon_against_a_plain_fp64_rewrite(rows: int, cols: int) -> None:
             torch.testing.assert_close(p.detach().double(), s["p"], rtol=2e-4, atol=2e-4)
 
 
-def test_adamw_against_a_plain_fp64_rewrite() -> None:
+@pytest.mark.parametrize("eps", [1e-10, 0.3])  # the second matters, and tells where it is added
+def test_adamw_against_a_plain_fp64_rewrite(eps: float) -> None:
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(7, 3))
     optimizer = train.MuonAdamW(
-        [dict(kind="adamw", params=[p], base_lr=0.1, betas=(0.8, 0.95), eps=1e-10)], compiled=False
+        [dict(kind="adamw", params=[p], base_lr=0.1, betas=(0.8, 0.95), eps=eps)], compiled=False
     )
     x, m, v = p.detach().double(), torch.zeros(7, 3).double(), torch.zeros(7, 3).double()
     for step in range(1, 7):
         p.grad = torch.randn(7, 3)
         g = p.grad.double()
         m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
-        x = x - 0.1 * 0.5 * (m / (1 - 0.8**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-10)
+        x = x - 0.1 * 0.5 * (m / (1 - 0.8**step)) / ((v / (1 - 0.95**step)).sqrt() + eps)
         optimizer.set_schedule(0.5, 0.9, 0.0)
         optimizer.step()
         torch.testing.assert_close(p.detach().double(), x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [train, baseline], ids=["train.py", "bench/baseline.py"])
+def test_the_momentum_rises_from_85_hundredths_over_the_ramp(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hp = tiny_hp(TOTAL_BATCH_SIZE=2 * LENGTH, MUON_RAMP=10)
+    monkeypatch.setattr(module, "hyperparameters", lambda spec: hp)
+    made = []
+    name = "build_optimizer" if module is train else "build_optimizers"
+    build = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: made.append(build(*args, **kwargs)) or made[-1])
+    seen = []
+
+    class Run:
+        spec = Spec("h100", "cpu", 1, VOCAB, LENGTH)
+
+        def warmup(self, step: Any, **_: Any) -> None:
+            tokens = torch.randint(0, VOCAB, (2, LENGTH + 1))
+            for at in (0, 5, 10, 400):
+                step(Batch(tokens[:, :-1], tokens[:, 1:], 0.25, at))
+                optimizer = made[0] if module is train else made[0][1]
+                groups = [g for g in optimizer.param_groups if "momentum" in g]
+                seen.append({round(g["momentum"], 6) for g in groups})
+                assert all(g["decay"] == pytest.approx(0.15) for g in groups)
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        module.train(Run())
+    assert seen == [{0.85}, {0.9}, {0.95}, {0.95}]
 
 
 def test_every_parameter_is_optimised_once_at_its_own_rate() -> None:

@@ -183,7 +183,8 @@ def test_no_edit_is_asked_for_once_more_and_then_an_error(context: Context) -> N
 
 
 def test_a_model_that_goes_round_in_circles(context: Context) -> None:
-    error = failure(context, chat(None, ("edit", {"old": "nowhere", "new": "x"})))
+    replies = [chat(None, ("edit", {"old": f"nowhere {i}", "new": "x"})) for i in range(24)]
+    error = failure(context, *replies)
     assert "not done after 24 rounds" in str(error)
     assert error.tokens == 24 * 1200
 
@@ -205,7 +206,7 @@ def test_a_cost_limit(context: Context) -> None:
         (Reply([1]), "did not answer with a chat completion"),
         (Reply(b"{"), "did not answer with a chat completion"),
         (Reply(b""), "but with: nothing"),
-        (Reply(b"<html>\x1b[31m\xff\xfe"), "<html> [31m"),
+        (Reply(b"<html>\x1b[31m\xff\xfe"), r"<html>\x1b[31m"),
         (Reply(b"[" * 100_000), "did not answer with a chat completion"),
         (Reply(b"x" * ((8 << 20) + 1)), "more than 8 MiB"),
         (chat(None, tool_calls=["x"]), "not in the form of the API"),
@@ -281,16 +282,16 @@ def test_what_listens_never_shakes_hands(context: Context) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        pytest.param(slowly(b"", 5.0, 1), id="silence"),
-        pytest.param(slowly(b" ", 0.05, 100), id="trickle"),
-        pytest.param(slowly(b"b", 0.05, 100, headers=True), id="trickling headers"),
+        pytest.param(slowly(b"", 30.0, 1), id="silence"),
+        pytest.param(slowly(b" ", 0.05, 600), id="trickle"),
+        pytest.param(slowly(b"b", 0.05, 600, headers=True), id="trickling headers"),
     ],
 )
 def test_a_turn_has_an_end_however_slow_the_answer(context: Context, body: Any) -> None:
     start = time.monotonic()
     error = failure(context, Reply(body), timeout_s=0.5)
     assert "did not answer in time" in str(error)
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 29  # the answer would have taken 30 s
 
 
 def test_all_rounds_together_have_one_time(context: Context) -> None:

@@ -12,10 +12,13 @@ import pytest
 
 from agent_loop.agents import CommandAgent
 from agent_loop.builtin import BuiltinAgent
-from agent_loop.cage import Cage, everything_but
-from harness.errors import SandboxError, UsageError
+from agent_loop.cage import Cage, everything_but, text_of
+from harness.bounds import Bounds
+from harness.errors import UsageError
+from harness.process import Contained
 from harness.sandbox import best
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
+from tests.needs import at, sandbox
 
 TRIES = """
 import os, socket, time
@@ -62,17 +65,46 @@ def places(repo: Path, tmp_path: Path) -> dict[str, str]:  # noqa: F811
 
 
 def agent(level: int, code: str, places: dict[str, str], network: bool = False) -> CommandAgent:
-    try:
-        sandbox = best(level)
-    except SandboxError as e:
-        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
     hidden = tuple(Path(p) for p in (places["data"], places["runs"], places["repo"] + "/.git"))
-    made = CommandAgent("true", 30.0, Cage(sandbox, hidden, (Path(places["allowed"]),), network))
+    made = CommandAgent("true", 30.0, Cage(sandbox(level), hidden, (Path(places["allowed"]),), network))
     made.argv = [sys.executable, "-c", code]
     return made
 
 
-@pytest.mark.parametrize("level", [3, 2, 1])
+def test_the_text_that_data_was_made_of_is_hidden_with_it(tmp_path: Path) -> None:
+    out, text = tmp_path / "else" / "rows", tmp_path / "text"
+    for folder in (out, text, out.parent / "climbmix-shards", out.parent / ".rows.tmp-17"):
+        folder.mkdir(parents=True)
+    beside = [out.parent / "climbmix-shards", out.parent / ".rows.tmp-17"]
+    assert text_of(out, "climbmix") == text_of(out, str(tmp_path / "gone")) == beside
+    assert text_of(out, str(text)) == [*beside, text]
+    # What the agent itself needs stays: of a folder that holds the interpreter only the files of text are hidden.
+    found = text_of(out, sys.prefix)
+    assert Path(sys.prefix) not in found and all(p.suffix in (".txt", ".jsonl", ".parquet") for p in found[2:])
+
+
+@pytest.mark.parametrize("level", [at(3), at(2), at(1)])
+def test_what_an_agent_writes_is_bounded_while_it_grows(places: dict[str, str], level: int, tmp_path: Path) -> None:
+    cage = agent(level, "", places).cage
+    for name, code in {
+        "log": "while True: print('x' * 4096)",
+        "files": "for n in range(10**6): open(f'{n}', 'w').close()",
+        "hole": "import os; f = open('hole', 'wb'); os.ftruncate(f.fileno(), 200 << 30)",
+    }.items():
+        for folder in ("worktree", "handover"):
+            (tmp_path / name / folder).mkdir(parents=True)
+        launch = cage.launch(
+            [sys.executable, "-c", code], tmp_path / name / "worktree", tmp_path / name / "handover", dict(os.environ)
+        )
+        with Contained(launch, tmp_path / name / "log.txt", Bounds(files=1 << 20, log=1 << 20)) as process:
+            process.wait(30.0)
+        if name == "hole":
+            assert process.returncode != 0 and not (tmp_path / name / "worktree" / "hole").stat().st_size
+        else:
+            assert process.fault == f"its {name} grew beyond 1 MiB"
+
+
+@pytest.mark.parametrize("level", [at(3), at(2), at(1)])
 def test_an_agent_may_change_train_py_and_nothing_else(repo: Path, places: dict[str, str], level: int) -> None:  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as listener:
         code = TRIES.format(**places, port=listener.getsockname()[1])
@@ -105,7 +137,7 @@ def _reads(path: Path) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_the_network_is_there_when_it_is_asked_for(repo: Path, places: dict[str, str], level: int) -> None:  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as listener:
         code = f"import socket; socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), timeout=5).close()"

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from agent_loop.agents import AgentError, Context, Turn
+from agent_loop.agents import PRINTED_BYTES, AgentError, Context, Turn
 from agent_loop.builtin import BuiltinAgent
 from agent_loop.cage import Cage
 from agent_loop.clients import ClaudeAgent, CodexAgent, described
 from agent_loop.faults import retry_after_s, service_error
 from agent_loop.roster import AGENTS, make_agent
 from agent_loop.transcript import Said, from_claude, from_codex
-from harness.errors import SandboxError, UsageError
-from harness.sandbox import best
+from harness.errors import UsageError
 from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
+from tests.needs import at, sandbox
 
 SOURCE = "MATRIX_LR = 0.04\n\n\ndef build_model(spec): ...\n\n\ndef train(run): ...\n"
 STANDIN = Path(__file__).with_name("standin.py").read_text()
@@ -62,10 +61,7 @@ def context(tmp_path: Path) -> Context:
 
 
 def cage(level: int = 1, network: bool = True) -> Cage:
-    try:
-        return Cage(best(level), (), network=network)
-    except SandboxError as e:
-        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
+    return Cage(sandbox(level), (), network=network)
 
 
 def propose(
@@ -87,7 +83,7 @@ def text_of(context: Context) -> str:
 
 
 @both
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_a_turn(installed: Path, context: Context, name: str, level: int) -> None:
     turn = propose(installed, context, name, "edit", level)
     assert turn == Turn("raise the rate", 0.007 if name == "claude" else 0.0, 750)
@@ -136,9 +132,10 @@ def test_the_flags_of_codex(installed: Path, context: Context, monkeypatch: pyte
 
 @both
 def test_the_description_file_comes_first(installed: Path, context: Context, name: str) -> None:
-    assert propose(installed, context, name, "description").description == "by its  [1mfile"
+    assert propose(installed, context, name, "description").description == "by its \\x1b[1mfile"
 
 
+@pytest.mark.bubblewrap
 def test_a_home_in_a_folder_of_state(installed: Path, context: Context, tmp_path: Path) -> None:
     propose(installed, context, "codex", "edit", level=3, state_folder=tmp_path / "state")
     env = json.loads((context.folder / "handover" / "seen.json").read_text())["env"]
@@ -162,12 +159,11 @@ def test_a_huge_output_is_read_at_its_end(installed: Path, context: Context, nam
 @both
 def test_an_endless_output_is_stopped(installed: Path, context: Context, name: str) -> None:
     error = failure(installed, context, name, "endless")
-    assert "ended with exit status" in str(error)
-    assert (context.folder / "agent.log").stat().st_size <= 128 << 20
+    assert f"was ended: its log grew beyond {PRINTED_BYTES >> 20} MiB" in str(error)
 
 
 @both
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_edits_elsewhere_are_no_edit_of_train_py(installed: Path, context: Context, name: str, level: int) -> None:
     error = failure(installed, context, name, "elsewhere", level=level)
     assert "left train.py as it was; I changed program.md" in str(error)
@@ -183,6 +179,7 @@ def test_no_edit_says_what_it_cost(installed: Path, context: Context, name: str)
 
 
 @both
+@pytest.mark.bubblewrap
 def test_a_train_py_that_is_gone_is_for_the_driver_to_judge(installed: Path, context: Context, name: str) -> None:
     propose(installed, context, name, "gone", level=3)
     assert not (context.worktree / "train.py").exists()
@@ -190,11 +187,9 @@ def test_a_train_py_that_is_gone_is_for_the_driver_to_judge(installed: Path, con
 
 @both
 def test_a_hang_is_ended(installed: Path, context: Context, name: str) -> None:
-    start = time.monotonic()
     error = failure(installed, context, name, "hang", timeout_s=1.0)
     assert str(error) == f"{name} took longer than 1 s"
     assert error.retry_after_s == 0
-    assert time.monotonic() - start < 10
     assert not list((context.folder / "handover").glob("home-*"))
 
 
@@ -250,7 +245,8 @@ def test_a_log_of_an_earlier_try_is_not_read_again(installed: Path, context: Con
     assert (error.tokens, error.cost_usd) == (0, 0)
 
 
-def test_secrets_of_the_user_are_out_of_sight(context: Context, installed: Path) -> None:
+@pytest.mark.parametrize("level", [at(3), at(1)])
+def test_secrets_of_the_user_are_out_of_sight(context: Context, installed: Path, level: int) -> None:
     (Path.home() / ".ssh").mkdir()
     (Path.home() / ".ssh" / "id").write_text("secret")
     (Path.home() / ".netrc").write_text("secret")
@@ -260,10 +256,9 @@ def test_secrets_of_the_user_are_out_of_sight(context: Context, installed: Path)
         "    try: assert open(path).read() != 'secret'\n    except OSError: pass\n"
         "open('train.py', 'a').write('# seen\\n')\n"
     )
-    for level in (3, 1):
-        (context.worktree / "train.py").write_text(SOURCE)
-        propose(installed, context, "claude", "", level)
-        assert text_of(context).endswith("# seen\n")
+    (context.worktree / "train.py").write_text(SOURCE)
+    propose(installed, context, "claude", "", level)
+    assert text_of(context).endswith("# seen\n")
 
 
 # At the start.

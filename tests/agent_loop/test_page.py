@@ -7,7 +7,6 @@ import html.parser
 import http.server
 import io
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -30,6 +29,7 @@ from agent_loop.night import Flight, Night, Run
 from agent_loop.page import write_page
 from agent_loop.tables import drift_sentence
 from agent_loop.tally import Tally
+from tests.needs import browser
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)></style>&lt;\"'\x1b[31m\u202e\ud800 x"
 VOID = {"meta", "br", "hr"}
@@ -373,7 +373,6 @@ def test_labels_cover_nothing() -> None:
 
 # In a browser.
 
-CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 MEASURE = """<!doctype html><iframe id=f style="border:0;width:{width}px;height:900px" src="report.html"></iframe>
 <script>onload = () => {{
   const d = document.getElementById("f").contentDocument, wide = document.getElementById("f").clientWidth
@@ -385,7 +384,7 @@ MEASURE = """<!doctype html><iframe id=f style="border:0;width:{width}px;height:
 }}</script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; apt-get install chromium")
+@pytest.mark.chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_a_screen_and_the_browser_has_no_complaint(tmp_path: Path, night: Synthetic, width: int) -> None:
     night.repo = repository(tmp_path / "repo", "A = 1\n")
@@ -407,7 +406,7 @@ def test_it_fits_a_screen_and_the_browser_has_no_complaint(tmp_path: Path, night
 def browse(folder: Path, address: str) -> tuple[str, str]:
     """What a page has become in a browser, and what the browser said."""
     done = subprocess.run(
-        [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        [browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
          f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000",
          "--enable-logging=stderr", "--virtual-time-budget=5000",
          "--blink-settings=preferredColorScheme=1", "--dump-dom", address],

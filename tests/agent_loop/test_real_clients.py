@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -16,12 +15,11 @@ import pytest
 from agent_loop.agents import Agent, AgentError, Context
 from agent_loop.cage import Cage
 from agent_loop.clients import ClaudeAgent, CodexAgent
-from harness.errors import SandboxError
-from harness.sandbox import best
 from tests.agent_loop.services import Reply, anthropic, responses, serve, tool_use
+from tests.needs import at, clients, sandbox
 
 SOURCE = "MATRIX_LR = 0.04\n\n\ndef build_model(spec): ...\n\n\ndef train(run): ...\n"
-INSTALLED = Path(__file__).parents[2] / ".clients" / "node_modules" / ".bin"
+pytestmark = pytest.mark.clients
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +29,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     (tmp_path / "user").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
-    monkeypatch.setenv("PATH", f"{os.environ.get('HOTLOOP_CLIENTS', INSTALLED)}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{clients()}:{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -44,20 +42,11 @@ def context(tmp_path: Path) -> Context:
     return Context(worktree, 1, "laptop", SOURCE.encode(), [], frozenset(), folder, "nothing was tried yet")
 
 
-def cage(level: int) -> Cage:
-    try:
-        return Cage(best(level), (), network=True)
-    except SandboxError as e:
-        pytest.skip(f"L{level} cannot be tested on this machine: {e}")
-
-
 def made(kind: type[ClaudeAgent] | type[CodexAgent], level: int, model: str = "") -> Agent:
-    if shutil.which(kind.name) is None:
-        pytest.skip(f"{kind.name} is not installed; run: make clients")
-    return kind(60.0, cage(level), model=model)
+    return kind(60.0, Cage(sandbox(level), (), network=True), model=model)
 
 
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_claude_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     train, words = str(context.worktree / "train.py"), str(context.folder / "handover" / "description.txt")
     last = anthropic(5, {"type": "text", "text": "It is done.\nDescription: not this one"}, stop="end_turn")
@@ -85,7 +74,7 @@ def test_claude_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_codex_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     patch = "*** Begin Patch\n*** Update File: train.py\n@@\n-MATRIX_LR = 0.04\n+MATRIX_LR = 0.07\n*** End Patch\n"
     shell = 'cat train.py; echo "key=$CODEX_API_KEY."; echo raise the rate > $HOTLOOP_DESCRIPTION; touch ~/mine'

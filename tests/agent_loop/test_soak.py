@@ -1,6 +1,6 @@
 """A long night whose agents fail, whose disk fills and whose driver is killed is the night that it would have been.
 
-SOAK=300 for the whole of it (make soak); tests take a part.
+`make slow` takes all 300 experiments of it, `make test` a part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import git
@@ -24,7 +23,6 @@ from agent_loop.verify import checks
 
 SCRIPT = Path(__file__).with_name("soak.py")
 TRAIN = SCRIPT.parents[2] / "train.py"
-EXPERIMENTS = int(os.environ.get("SOAK", "60"))
 
 
 def new_repo(path: Path) -> Path:
@@ -39,10 +37,10 @@ def new_repo(path: Path) -> Path:
     return path
 
 
-def start(repo: Path, tag: str, faults: str, scratch: Path) -> subprocess.Popen[str]:
+def start(repo: Path, tag: str, experiments: int, faults: str, scratch: Path) -> subprocess.Popen[str]:
     scratch.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(repo), tag, str(EXPERIMENTS), faults], stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(SCRIPT), str(repo), tag, str(experiments), faults], stderr=subprocess.PIPE, text=True,
         env=os.environ | {"TMPDIR": str(scratch)}, start_new_session=True,
     )  # fmt: skip
 
@@ -66,16 +64,17 @@ def strike(repo: Path, tag: str, rng: random.Random) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experiments", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path, experiments: int) -> None:
     calm, storm = new_repo(tmp_path / "calm"), new_repo(tmp_path / "storm")
-    with start(calm, "t", "none", tmp_path / "tmp1") as process:
+    with start(calm, "t", experiments, "none", tmp_path / "tmp1") as process:
         facts = json.loads(process.communicate()[1].splitlines()[-1])
         assert process.returncode == 0
     kills, rng = 0, random.Random(5)
     while True:
-        with start(storm, "t", "faults", tmp_path / "tmp2") as process:
+        with start(storm, "t", experiments, "faults", tmp_path / "tmp2") as process:
             try:
-                _, err = process.communicate(timeout=rng.uniform(1.0, 2.5) if kills < EXPERIMENTS // 5 else None)
+                _, err = process.communicate(timeout=rng.uniform(1.0, 2.5) if kills < experiments // 5 else None)
                 assert process.returncode == 0, err
                 break
             except subprocess.TimeoutExpired:
@@ -86,7 +85,7 @@ def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path) -> 
     assert kills >= 3
     assert what_happened(storm, "t") == what_happened(calm, "t")
     night = Night.reading(storm / "runs" / "t")
-    assert night.experiments == EXPERIMENTS
+    assert night.experiments == experiments
     reasons = {t["reason"].split(":")[0].split("'")[0] for t in night.turns()}
     assert len(reasons) >= 4, reasons  # agents did fail in many ways
     with git.Repo(storm) as repo:
@@ -97,8 +96,8 @@ def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path) -> 
     _nothing_is_left(tmp_path, storm, night)
     cost = f"{facts['driver_s']:.3f} s an experiment, {facts['memory_mb']:.0f} MB, {facts['descriptors']} descriptors"
     turns = len(night.turns())
-    print(f"\n{EXPERIMENTS} experiments, {kills} kills, {turns} turns that failed; driver {cost} (CPU figures)")
-    assert facts["driver_s"] < 0.3 * (4 if "PYTEST_XDIST_WORKER" in os.environ else 1)  # beside other tests
+    print(f"\n{experiments} experiments, {kills} kills, {turns} turns that failed; driver {cost} (CPU figures)")
+    assert facts["driver_s"] < 0.6
     assert facts["descriptors"] < 20
     assert facts["memory_mb"] < 200
     brief = write_brief(night, "laptop")
@@ -155,11 +154,9 @@ def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path) -> None:
         "night.waiting(), night.to_try_again()\n"
         "print(time.process_time())"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = float(done.stdout)
-    print(f"\n{(folder / 'records.jsonl').stat().st_size >> 20} MiB of records: {seconds:.2f} s of the processor, "
-          f"{time.monotonic() - began:.2f} s")  # fmt: skip
-    assert seconds < (5.0 if "PYTEST_XDIST_WORKER" in os.environ else 2.5)  # others may run beside
+    print(f"\n{(folder / 'records.jsonl').stat().st_size >> 20} MiB of records: {seconds:.2f} s of the processor")
+    assert seconds < 5.0
     night = Night.reading(folder)
     assert most_tokens(write_brief(night, "laptop")) <= MAX_TOKENS

@@ -44,6 +44,13 @@ def test_a_budget_near_the_incumbents_becomes_it(speed: float, snapped: bool) ->
     assert (budget.tokens == incumbent) is snapped
 
 
+@pytest.mark.parametrize(("kind", "amount"), [("flops", 1e9), ("tokens", 333.0 * A.tokens)])
+def test_what_needs_no_clock_never_becomes_the_incumbents(kind: str, amount: float) -> None:
+    """It is exact already: a step more or less is the edit's own doing."""
+    budget = fixed(BudgetRule(kind, amount), 0.3, incumbent=334 * A.tokens, flops=3_000_000)  # type: ignore[arg-type]
+    assert (budget.tokens, budget.snapped) == (333 * A.tokens, False)
+
+
 def test_a_step_larger_than_the_budget_is_invalid() -> None:
     with pytest.raises(TrialError, match="costs more than the budget") as e:
         fixed(BudgetRule("tokens", 4095), 0.1)

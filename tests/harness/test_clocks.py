@@ -90,13 +90,11 @@ def test_a_time_that_is_none_is_invalid(folder: Path, lie: str) -> None:
 
 
 def test_who_talks_without_end_is_stopped(folder: Path) -> None:
-    began = time.monotonic()
     preset = PRESET.with_limits(overtime=1.0)
     for words in ("run._wire.send('trained', device_s=1.0)", "run._wire.send('log', step=0, loss=1.0)"):
         with pytest.raises(TrialError) as e:
             train(folder, preset, SUBMIT=f"while True: {words}")
         assert e.value.status == "overtime"
-    assert time.monotonic() - began < 60
 
 
 def test_on_a_gpu_the_devices_own_events_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

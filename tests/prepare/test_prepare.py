@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import http.server
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,9 +25,15 @@ import regex  # tiktoken's own dependency
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare as prep
+import harness.data.dataset
+import harness.data.download
+from harness.data.building import prepare
+from harness.data.dataset import SPLITS, Dataset, load_dataset
+from harness.data.packing import Packer
+from harness.data.readers import Fields
+from harness.data.sources import PathText
+from harness.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from harness.errors import DataError, UsageError
-from prepare import Packer, Tokenizer, default_data_dir, load_dataset, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,12 +56,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(source: Path | str, out: Path, **kwargs: Any) -> prep.Dataset:
+def make(source: Path | str, out: Path, **kwargs: Any) -> Dataset:
     return prepare(str(source), seq_len=32, vocab_size=320, out=out, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def dataset(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> prep.Dataset:
+def dataset(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return make(texts, tmp_path_factory.mktemp("out") / "data")
 
 
@@ -101,6 +109,55 @@ def test_packing_is_the_plain_search(lengths: list[list[int]], width: int, buffe
     assert [r.tolist() for r in Packer(arrays, width, buffer).rows()] == plain_packing(batches, width, buffer)
 
 
+@settings(max_examples=200)
+@given(
+    lengths=st.lists(st.lists(st.integers(2, 40), min_size=1, max_size=9), max_size=12),
+    width=st.integers(2, 24),
+    buffer=st.integers(1, 30),
+)
+def test_carry_loses_nothing_but_the_last_row(lengths: list[list[int]], width: int, buffer: int) -> None:
+    """Each document is found whole: what is carried over stands in the next row, behind a BOS and before all else."""
+    numbers = itertools.count(1)
+    documents = [[0, *itertools.islice(numbers, n - 1)] for batch in lengths for n in batch]
+    batches = iter([[np.array(d, dtype=np.uint16) for d in documents[i : i + 5]] for i in range(0, len(documents), 5)])
+    packer = Packer(batches, width, buffer, packing="carry")
+    rows = [r.tolist() for r in packer.rows()]
+    assert all(len(r) == width and r[0] == 0 for r in rows)
+    seen = [t for r in rows for t in r if t]
+    assert len(set(seen)) == len(seen)
+    following = {a: b for d in documents for a, b in itertools.pairwise(d[1:])}
+    for row, after in itertools.pairwise(rows):
+        for a, b in itertools.pairwise(row):
+            assert b == 0 or a == 0 or following[a] == b
+        if row[-1] in following:  # cut here
+            assert after[1] == following[row[-1]]
+    everything = sum(map(len, documents))
+    assert packer.placed + packer.lost == everything
+    # A BOS is added for each row that begins within a document, and less than a row is left at the end.
+    assert packer.placed <= len(rows) * width
+    assert packer.lost < width
+    assert everything - width < packer.placed
+
+
+def test_crop_counts_what_it_throws_away() -> None:
+    documents = [np.zeros(n, dtype=np.uint16) for n in (10, 4, 30, 7)]
+    packer = Packer(iter([documents]), 8)
+    rows = sum(1 for _ in packer.rows())
+    assert packer.placed == rows * 8
+    assert packer.placed + packer.lost == 51
+
+
+def test_one_long_document_is_packed_in_linear_time() -> None:
+    """A book in one piece: its rest is not copied for every row."""
+    document = np.arange(1_500_000, dtype=np.uint64).astype(np.uint16)
+    packer = Packer(iter([[document]]), 33, packing="carry")
+    began = time.process_time()
+    rows = sum(1 for _ in packer.rows())
+    assert packer.placed > len(document) - 33
+    assert rows > 40_000
+    assert time.process_time() - began < 30  # copied, it takes a thousand times as long as it does
+
+
 def test_a_thousand_documents_in_the_buffer_cost_no_more_than_ten() -> None:
     rng = np.random.default_rng(0)
     documents = [np.zeros(n, dtype=np.uint16) for n in rng.integers(1, 400, 20_000)]
@@ -119,7 +176,7 @@ def test_a_thousand_documents_in_the_buffer_cost_no_more_than_ten() -> None:
 # ---- tokenizer
 
 
-def test_tokens_give_the_text_back_and_count_its_bytes(dataset: prep.Dataset) -> None:
+def test_tokens_give_the_text_back_and_count_its_bytes(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     for text in ["naïve 字 — 1234 \n\n  x", *words(9, 5), ""]:
         ids = tokenizer.encode(text)
@@ -139,13 +196,13 @@ REFERENCE_PATTERN = (
 
 @given(st.text(alphabet=" \t\r\n'aBſéİ字12½_.<|—\u3000\x85\x1c\u0301", max_size=60))
 def test_the_pieces_are_the_references(text: str) -> None:
-    assert regex.findall(prep.SPLIT_PATTERN, text) == regex.findall(REFERENCE_PATTERN, text)
+    assert regex.findall(SPLIT_PATTERN, text) == regex.findall(REFERENCE_PATTERN, text)
 
 
-def test_a_lone_surrogate_and_a_special_token_are_text(dataset: prep.Dataset) -> None:
+def test_a_lone_surrogate_and_a_special_token_are_text(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     assert tokenizer.decode(tokenizer.encode("a\ud800b")[1:]) == "a\ufffdb"
-    text = f"x{prep.SPECIAL_TOKENS[0]}y"
+    text = f"x{SPECIAL_TOKENS[0]}y"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids[1:]) == text
     assert (ids[1:] < tokenizer.bos_id).all()
@@ -168,13 +225,16 @@ def test_too_little_text_for_the_vocabulary(tmp_path: Path) -> None:
 # ---- prepared folders
 
 
-def test_splits_share_no_document_and_rows_start_with_bos(dataset: prep.Dataset, texts: Path) -> None:
-    documents = {s: set(prep.path_source(texts).documents(s)) for s in prep.SPLITS}
+def test_splits_share_no_document_and_rows_start_with_bos(dataset: Dataset, texts: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = PathText(texts, Fields()).corpus(Path(folder), lambda _: None)
+        documents = {s: {text for _, text in corpus.documents(s)} for s in SPLITS}
+        corpus.close()
     assert all(documents.values())
     assert not documents["train"] & documents["val"]
     assert not documents["train"] & documents["holdout"]
     assert not documents["val"] & documents["holdout"]
-    for split in prep.SPLITS:
+    for split in SPLITS:
         rows = dataset.rows(split)
         assert rows.dtype == np.uint16
         assert rows.shape[1] == 33
@@ -182,11 +242,11 @@ def test_splits_share_no_document_and_rows_start_with_bos(dataset: prep.Dataset,
         assert not rows.flags.writeable
 
 
-def test_the_same_input_gives_the_same_files(texts: Path, dataset: prep.Dataset, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_files(texts: Path, dataset: Dataset, tmp_path: Path) -> None:
     assert make(texts, tmp_path / "again").manifest["sha256"] == dataset.manifest["sha256"]
 
 
-def test_a_second_preparation_changes_nothing(dataset: prep.Dataset, texts: Path) -> None:
+def test_a_second_preparation_changes_nothing(dataset: Dataset, texts: Path) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in dataset.path.iterdir()}
     assert make(texts, dataset.path).digest == dataset.digest
     assert {p.name: p.stat().st_mtime_ns for p in dataset.path.iterdir()} == before
@@ -212,10 +272,10 @@ def test_a_corrupt_file_is_found_and_named(texts: Path, tmp_path: Path, name: st
         load_dataset(made.path).verify()
 
 
-def test_verify_hashes_again_only_what_changed(dataset: prep.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_hashes_again_only_what_changed(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = load_dataset(dataset.path)
     fresh.verify()
-    monkeypatch.setattr(prep.hashlib, "file_digest", None)  # would raise if it were called
+    monkeypatch.setattr(harness.data.dataset.hashlib, "file_digest", None)  # would raise if it were called
     fresh.verify()
     os.utime(fresh.path / "val.bin")
     with pytest.raises(TypeError):
@@ -231,21 +291,12 @@ def test_a_broken_manifest(tmp_path: Path, text: str, words: str) -> None:
         load_dataset(tmp_path)
 
 
-def test_another_format(dataset: prep.Dataset, tmp_path: Path) -> None:
+def test_another_format(dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(dataset.manifest | {"format": 99}))
     with pytest.raises(DataError, match="format 99"):
         load_dataset(tmp_path)
     with pytest.raises(DataError, match="hotloop prepare"):
         load_dataset(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("change", [{"seq_len": 16}, {"vocab_size": 300}])
-def test_a_folder_that_holds_other_data_is_not_overwritten(
-    dataset: prep.Dataset, texts: Path, change: dict[str, int]
-) -> None:
-    with pytest.raises(DataError, match="give another --out"):
-        prepare(str(texts), **({"seq_len": 32, "vocab_size": 320, "out": dataset.path} | change))
-    load_dataset(dataset.path).verify()
 
 
 @pytest.mark.parametrize(
@@ -258,45 +309,30 @@ def test_parameters_out_of_range(tmp_path: Path, kwargs: dict[str, int], words: 
         prepare("stdlib", **({"seq_len": 32, "vocab_size": 320, "out": tmp_path / "x"} | kwargs))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("x.jsonl", b'{"text": "a"}\nnot json\n', r"x.jsonl:2 is no JSON"),
-        ("x.jsonl", b'{"txt": "a"}\n', r"x.jsonl:1 is no JSON object with a field text"),
-        ("x.jsonl", b'{"text": 5}\n', r"x.jsonl:1: the field text is no string"),
-        ("x.txt", b"\xff\xfe\xfa", "not UTF-8"),
-        ("x.parquet", b"PAR1 broken", "no parquet file"),
-        ("x.csv", b"a,b", "none of .txt"),
-        ("x.txt", b"", "too little text|vocabulary"),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=words) as e:
-        make(tmp_path / name, tmp_path / "out")
-    assert "\n" not in str(e.value)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(DataError, match="does not exist"):
-        make(tmp_path / "missing", tmp_path / "out")
-
-
-def test_killed_at_any_moment_it_leaves_nothing_half_written(
-    texts: Path, dataset: prep.Dataset, tmp_path: Path
-) -> None:
+def test_killed_at_any_moment_it_leaves_nothing_half_written(texts: Path, tmp_path: Path) -> None:
+    """Neither a first preparation nor one that would replace what is there."""
     out = tmp_path / "data"
     options = {"--source": str(texts), "--seq-len": "32", "--vocab-size": "320", "--out": str(out)}
     command = [sys.executable, str(ROOT / "prepare.py"), *(word for pair in options.items() for word in pair)]
-    for delay in (0.25, 0.4, 0.5, 0.6, 0.7, 0.8):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-        if out.exists():
-            load_dataset(out).verify()
+
+    def kill(*flags: str) -> None:
+        for delay in (0.2, 0.4, 0.5, 0.6, 0.7):
+            with subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+            if out.exists():
+                load_dataset(out).verify()
+
+    kill()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = load_dataset(out)
     made.verify()
-    assert made.manifest["sha256"] == dataset.manifest["sha256"]
+    caps = {"val": 200, "holdout": 96}  # the preset's
+    assert made.manifest["sha256"] == make(texts, tmp_path / "at once", max_rows=caps).manifest["sha256"]
+    kill("--packing", "crop")
+    assert load_dataset(out).manifest["sha256"]
+    make(texts, out, packing="crop", max_rows=caps).verify()
     assert not list(tmp_path.glob(".data.tmp-*"))
 
 
@@ -307,15 +343,6 @@ def test_two_preparations_of_one_folder(texts: Path, tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process"):
             make(texts, tmp_path / "data")
-
-
-def test_the_laptop_preset_gets_its_rows_from_any_standard_library() -> None:
-    """Also from one without the `test` package, as some distributions ship it: counted in bytes."""
-    source = prep.stdlib_source()
-    sizes = {s: sum(len(t) for t in source.documents(s)) for s in prep.SPLITS}
-    assert sizes["val"] > 512 * 257 * 2
-    assert sizes["holdout"] > 256 * 257 * 2
-    assert default_data_dir("stdlib", 256, 2048).name == f"stdlib-py3.{sys.version_info.minor}-t256-v2048"
 
 
 # ---- climbmix
@@ -365,7 +392,7 @@ def test_climbmix_goes_on_after_a_cut_connection(
     server: tuple[str, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, served = server
-    monkeypatch.setattr(prep.time, "sleep", lambda _: None)
+    monkeypatch.setattr(harness.data.download.time, "sleep", lambda _: None)
     made = make("climbmix", tmp_path / "out" / "data", num_shards=2, base_url=url)
     assert set(served.values()) == {2}  # half, then the rest
     shards = tmp_path / "out" / "climbmix-shards"
@@ -378,8 +405,8 @@ def test_climbmix_goes_on_after_a_cut_connection(
 
 
 def test_without_network_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prep.time, "sleep", lambda _: None)
-    with pytest.raises(DataError, match=r"check the network.*--source stdlib"):
+    monkeypatch.setattr(harness.data.download.time, "sleep", lambda _: None)
+    with pytest.raises(DataError, match=r"check the network.*--source packages"):
         make("climbmix", tmp_path / "data", num_shards=1, base_url="http://127.0.0.1:9")
     assert not (tmp_path / "data").exists()
 

@@ -1,0 +1,49 @@
+"""For all tests: what is skipped says why in one line at the end, and nothing hangs on how fast a machine is."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.needs import NEEDS
+
+# How long one example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("hotloop", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hotloop")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=0.0, help="start no test after so many seconds (0: no limit)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[BEGAN] = time.monotonic()
+
+
+BEGAN = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    most = item.config.getoption("--seconds")
+    if most and time.monotonic() - item.config.stash[BEGAN] > most:
+        pytest.skip(f"the {most:g} seconds were over (make test runs them all)")
+    for name, find in NEEDS.items():
+        if item.get_closest_marker(name):
+            find()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line a reason, whatever was asked for on the command line."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminalreporter.section("not run")
+    for reason, number in reasons.most_common():
+        terminalreporter.write_line(f"{number} skipped: {reason}")

@@ -1,0 +1,119 @@
+"""What a run says of its text: who could read it, how much of it is in rows, how often it was gone through."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import site
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from agent_loop.night import Night, Row
+from agent_loop.report import print_results
+from agent_loop.verify import checks
+from harness.data.building import prepare
+from harness.data.dataset import Dataset
+from harness.errors import DataError
+from harness.experiment import Event, Job, Settings, data_warnings, run_experiment
+from harness.record import OPEN_TEXT, Chain
+from harness.sandbox import Sandbox, best, readable_text
+from harness.spec import BudgetRule
+from tests.harness.conftest import tiny_preset, tiny_source
+
+PRESET = tiny_preset(seq_len=64, vocab_size=320)
+
+
+def text(folder: Path) -> Path:
+    from pydoc_data.topics import topics
+
+    def rare(words: str) -> str:
+        """With a character of three bytes, of which there are too many to be tokens, for every e."""
+        return "".join(chr(0x4E00 + i * 7919 % 5000) if c == "e" else c for i, c in enumerate(words))
+
+    path = folder / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": rare(topics[t])}) for t in sorted(topics)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("text")
+    caps = {"train": 40, "val": 64, "holdout": 16}
+    return prepare(str(text(folder)), seq_len=64, vocab_size=320, out=folder / "data", max_rows=caps)
+
+
+def job(folder: Path, tokens: int) -> Job:
+    return Job(tiny_source(), 0, "t", "baseline", "c", "", "", 1, folder, budget=BudgetRule("tokens", tokens))
+
+
+def test_a_run_without_walls_says_so_in_every_view(tmp_path: Path, dataset: Dataset) -> None:
+    settings = Settings(PRESET, "cpu", dataset, 1, Sandbox(0))
+    events: list[Event] = []
+    epoch = 40 * 64
+    outcome = run_experiment(job(tmp_path / "experiments" / "0000", 5 * epoch), settings, events.append)
+    assert outcome.status == "ok", outcome.log_tail
+    # The data, in the record.
+    assert outcome.data == {
+        "source": dataset.source, "packing": "carry", "share_in_rows": 1.0, "epoch_tokens": epoch,
+        "epochs": outcome.tokens / epoch,
+    }  # fmt: skip
+    assert outcome.tokens > 4 * epoch
+    words = f"times through the {epoch:,} tokens of its rows"
+    assert any(words in w for w in outcome.conditions["warnings"])
+    said = next(i for i, e in enumerate(events) if words in e.message)
+    assert all(e.loss is None for e in events[: said + 1])  # before anything was trained
+    # Two scores: the reference counts more bytes for the same loss.
+    assert outcome.val_bpb is not None and outcome.val_bpb_reference is not None
+    val = dataset.rows("val")[:, 1:]
+    ratio = dataset.reference_bytes[val].sum() / dataset.token_bytes[val].sum()
+    assert ratio > 1.1
+    assert outcome.val_bpb == pytest.approx(outcome.val_bpb_reference * ratio, rel=1e-12)
+    # Whoever could read the text is told everywhere.
+    assert outcome.open_text.startswith(OPEN_TEXT)
+    chain = Chain.open(tmp_path / "records.jsonl")
+    chain.append("night", {"preset": "laptop"})
+    chain.append("experiment", outcome.as_dict())
+    found = {name: (good, words) for name, good, words in checks(tmp_path, None, None)}
+    assert found["text"] == (False, f"{outcome.open_text} (1 of 1 runs)")
+    night = Night.reading(tmp_path)
+    night.rows = lambda: [Row(0, "baseline", "c", "", "keep", "", outcome, None)]  # type: ignore[method-assign]
+    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_results(night, console)
+    assert f"WARNING: {outcome.open_text}" in console.export_text()
+    console.file.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "level", "words"),
+    [("stdlib", 3, "Python's own library"), ("stdlib", 1, "Python's own library"), ("packages", 0, "level L0"),
+     ("/some/where", 0, "level L0"), ("packages", 1, ""), ("climbmix", 3, ""), ("/some/where", 2, "")],
+)  # fmt: skip
+def test_who_can_read_which_text(source: str, level: int, words: str) -> None:
+    told = readable_text(source, Sandbox(level))
+    assert words in told
+    assert bool(told) == bool(words)
+
+
+def test_little_of_the_text_in_rows_is_a_warning(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(PRESET, "cpu", dataset, 1, Sandbox(3))
+    assert data_warnings(settings) == []
+    monkeypatch.setitem(dataset.manifest["splits"]["train"], "share_in_rows", 0.266)
+    assert data_warnings(settings) == ["only 26.6 % of the text is in rows (carry packing)"]
+
+
+def test_text_that_lies_where_train_py_reads_is_refused(tmp_path: Path) -> None:
+    """Beside the packages, a place that every child needs."""
+    folder = Path(site.getsitepackages()[0]) / f"hotloop-test-{tmp_path.name}"
+    folder.mkdir()
+    try:
+        dataset = prepare(str(text(folder)), seq_len=64, vocab_size=320, out=tmp_path / "data", max_rows={"train": 9})
+        settings = Settings(dataclasses.replace(PRESET), "cpu", dataset, 1, best(None, True))
+        if settings.sandbox.level == 0:
+            pytest.skip("no sandbox works here")
+        with pytest.raises(DataError, match=r"text\.jsonl, a part of the text, lies in a folder that train\.py must"):
+            run_experiment(job(tmp_path / "run", 1000), settings)
+    finally:
+        (folder / "text.jsonl").unlink()
+        folder.rmdir()
