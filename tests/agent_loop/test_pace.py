@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from agent_loop import loop
+from agent_loop import cli, loop
+from agent_loop.watchdog import UNDER_WATCH
 from harness.budget import Budget, Shape
+from harness.errors import DeviceError
 from harness.experiment import Job
+from harness.nvml import Gpu
+from harness.sandbox import Sandbox
 from harness.spec import BudgetRule
 from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
 
 SHAPE = Shape(8, 256)
+
+
+@pytest.fixture(autouse=True)
+def _hangup() -> Iterator[None]:
+    """The command line sets a handler for it."""
+    was = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, was)
 
 
 def recorded(trains: float, sustained: bool) -> tuple[dict[str, Any], float]:
@@ -67,3 +83,31 @@ def test_a_device_is_cold_after_a_pause_and_after_a_restart(repo: Path, monkeypa
     time.sleep(0.01)
     scripted.drive(repo, "t", 5, runner=runner, noise_seeds=1, quiet=True)
     assert [j.cold for j in jobs[5:]] == [True, True]
+
+
+def test_a_night_on_a_gpu_that_somebody_uses_does_not_begin(
+    repo: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only where the user starts it: a driver that its watchdog starts again waits, as for any fault of the machine."""
+    ours = Gpu(0, "GPU-aa")
+    slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=ours))]
+    evening = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_cages=lambda: None)
+    monkeypatch.setattr("agent_loop.evening.start", lambda _: evening)
+    asked: list[Gpu] = []
+
+    def alone(gpu: Gpu) -> None:
+        asked.append(gpu)
+        raise DeviceError("other processes compute on the GPU (1 miner); end them and start again")
+
+    monkeypatch.setattr("harness.gpu.alone", alone)
+    monkeypatch.setattr(cli, "_drive", lambda *_: 0)
+    monkeypatch.chdir(repo)
+    assert cli.main(["loop"]) == 5
+    assert (
+        capsys.readouterr().err == "hotloop: other processes compute on the GPU (1 miner); end them and start again\n"
+    )
+    monkeypatch.setenv(UNDER_WATCH, "1")
+    assert cli.main(["loop"]) == 0
+    assert asked == [ours]
