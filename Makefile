@@ -7,7 +7,7 @@
 # make sandbox, browser, clients   one of these programs alone
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
-# make gpu-check   everything that needs a GPU, in twenty minutes (DATA=folder of rows of 2048 tokens, else stdlib's text);
+# make gpu-check   everything that needs a GPU, in twenty minutes (DATA=folder of rows of 2048 tokens, else the built-in text);
 #   half of them are PART=baseline, train.py beside plain PyTorch; PART="tests kernels step sandbox experiment" the rest;
 #   PART=overheads, two short nights against the targets of start, compile, evaluation and experiments an hour, is extra
 

@@ -28,7 +28,9 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
 
     check = parts.add_parser("check", help="everything that needs a GPU, part by part (make gpu-check)")
     check.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
-    check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
+    check.add_argument(
+        "--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else of the built-in text"
+    )
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
     check.add_argument("--part", action="append", metavar="NAME", help="only this, done or not; may be repeated")
     check.add_argument(

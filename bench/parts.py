@@ -72,7 +72,7 @@ class Bench:
         """Those given, or the standard library's text, prepared once. Raises RuntimeError with its log's last words."""
         path = (self.data or self.work / "data").resolve()
         if not path.exists():
-            command = [*HOTLOOP, "prepare", "--preset", self.preset, "--source", "stdlib", "--out", str(path)]
+            command = [*HOTLOOP, "prepare", "--preset", self.preset, "--source", "packages", "--out", str(path)]
             if call(command, limit_s, self.log("prepare"))[0]:
                 raise RuntimeError(" / ".join(tail(self.log("prepare"), 3)))
         return path
