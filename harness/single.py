@@ -353,7 +353,7 @@ def _printer() -> Callable[[Event], None]:
         text = f"{time.monotonic() - began:6.1f} s  {event.phase}"
         if live:
             text += f" {100 * event.progress:5.1f} %" if event.progress else ""
-            text += f"  {event.message}" if event.message and event.phase != "done" else ""
+            text += f"  {event.loaded_mb:,.0f} MB loaded" if event.loaded_mb else ""
             text += f"  loss {event.loss:.4f}" if event.loss is not None else ""
             text += f"  {event.tokens_per_s:,.0f} tokens/s" if event.tokens_per_s else ""
             end = "\n" if event.phase == "done" else ""
