@@ -25,6 +25,7 @@ from harness.gpu import touch
 from harness.lint import MAX_BYTES
 from harness.machine import check_device, gpu_memory_gib, threads_default
 from harness.neighbours import claim
+from harness.nvml import Gpu
 from harness.record import Chain, Lock, Outcome
 from harness.sandbox import best
 from harness.score import Noise
@@ -71,7 +72,8 @@ def settings_from(
         UsageError, DeviceError, DataError, LockedError, SandboxError: each with what to do.
     """
     if preset == "auto":
-        preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else preset_here()
+        here = named(gpus)[0] if gpus and device == "auto" else None
+        preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else preset_here(here)
     wanted = preset_named(preset)
     if device == "auto":
         device = wanted.device
@@ -114,13 +116,13 @@ def _patience(device: str) -> Iterator[None]:
         timer.cancel()
 
 
-def preset_here() -> str:
-    """The preset that `auto` takes on this machine; on one with a GPU never the CPU's.
+def preset_here(gpu: Gpu | None = None) -> str:
+    """The preset that `auto` takes on a GPU (by default the chosen one); the CPU's only on a machine without.
 
     Raises:
         DeviceError: there is a GPU and it cannot be used, or is too small; one line with the cure.
     """
-    gpu = chosen()
+    gpu = gpu or chosen()
     if gpu is None:
         if (build := torch_build()) and build.hip:  # which would call an AMD GPU "cuda"
             check_device("cuda")

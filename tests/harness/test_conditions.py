@@ -228,6 +228,34 @@ def test_the_preset_follows_the_gpus_memory(
     assert both.preset.batch_divisor == divisor
 
 
+def test_a_gpu_is_claimed_and_touched_before_a_sandbox_is_probed_on_it(
+    gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a boot /dev/nvidia-uvm is made by what touches CUDA first, and no sandbox can."""
+    gpus.says(SMALL, H100, H100 | {"uuid": "GPU-cc"})
+    steps: list[str] = []
+    monkeypatch.setattr(single, "claim", lambda gpu: steps.append(f"claim {gpu.uuid}"))
+    monkeypatch.setattr(single, "touch", lambda gpu: steps.append(f"touch {gpu.uuid}"))
+    monkeypatch.setattr(single, "best", lambda *given: steps.append(f"probe on {given[3] and given[3].uuid}"))
+    monkeypatch.setattr(single, "load_dataset", lambda _: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    single.settings_from(data=str(tmp_path))
+    assert steps == ["claim GPU-aa", "touch GPU-aa", "probe on GPU-aa"]
+    steps.clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    machine.gpus.cache_clear()
+    single.settings_from(data=str(tmp_path), device="cuda", gpus="2,1")
+    assert steps == [
+        *(f"{what} {uuid}" for what in ("claim", "touch") for uuid in ("GPU-cc", "GPU-aa")),
+        "probe on GPU-cc",
+    ]
+    steps.clear()
+    assert single.settings_from(data=str(tmp_path), gpus="2,1").preset.name == "h100"  # whatever the first card is
+    steps.clear()
+    single.settings_from(data=str(tmp_path), device="cpu")
+    assert steps == ["probe on None"]
+
+
 def test_a_gpu_that_is_too_small_or_silent_is_refused_and_never_becomes_the_cpu(
     gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
