@@ -334,6 +334,7 @@ def _noise(args: argparse.Namespace) -> int:
 
 def _loop(args: argparse.Namespace) -> int:
     from agent_loop.evening import start
+    from harness.gpu import alone
 
     named = bool(args.tag)
     evening = start(args)  # every wrong flag ends here
@@ -342,6 +343,9 @@ def _loop(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, lambda *_: None)
     if UNDER_WATCH in os.environ:
         return _drive(evening, again)
+    for settings in evening.slots:  # a driver that was started again waits for its GPU as for any fault
+        if settings.device == "cuda":
+            alone(settings.sandbox.gpu)
     evening.try_cages()
     if args.no_watchdog:
         return _drive(evening, again)

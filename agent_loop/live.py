@@ -254,8 +254,8 @@ class View:
         limit = max(20, self.console.width - 96)
         words = words if len(words) <= limit else words[: limit - 1] + "…"
         facts = [f"{time.monotonic() - current.began:5.1f} s"]
-        if event.message:
-            facts.append(event.message)
+        if event.loaded_mb:
+            facts.append(f"{event.loaded_mb:,.0f} MB loaded")
         if current.losses:
             facts.append(f"loss {current.losses[-1]:.4f} {sparkline(current.losses)}")
         if event.tokens_per_s:

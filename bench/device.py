@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.devices import gpus, usable
 from harness.errors import DeviceError
+from harness.neighbours import claim
 
 __all__ = [
     "Mark", "compiled", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
@@ -140,6 +141,7 @@ def require_gpu() -> None:
     if not found:
         raise DeviceError("this needs an NVIDIA GPU and nvidia-smi shows none; on a CPU: hotloop bench smoke")
     usable(found[0])
+    claim(found[0])
     os.environ["CUDA_VISIBLE_DEVICES"] = found[0].uuid  # the same as in a night, whatever CUDA's own order is
     if not torch.cuda.is_available():
         raise DeviceError(f"nvidia-smi shows a GPU and torch {torch.__version__} cannot use it; run: make install")

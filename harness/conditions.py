@@ -98,14 +98,18 @@ class Watch:
 
     def _look(self) -> None:
         while not self._end.wait(PERIOD_S):
-            phase = self._phase
-            if phase not in ("calibrate", "train"):
-                continue
-            now, others = clocks(self._gpu), strangers(self._gpu)
-            if phase == self._phase:  # what was seen at a change of phases belongs to neither
-                self._strangers.update(others)
-                if now:
-                    self._seen.append((phase, now))
+            self.look()
+
+    def look(self) -> None:
+        """Ask once; what the thread does every few seconds."""
+        phase = self._phase
+        if phase not in ("calibrate", "train"):
+            return
+        now, others = clocks(self._gpu), strangers(self._gpu)
+        if phase == self._phase:  # what was seen at a change of phases belongs to neither
+            self._strangers.update(others)
+            if now:
+                self._seen.append((phase, now))
 
     def facts(self) -> dict[str, Any]:
         """What was seen, for the record; empty where nothing was.

@@ -15,7 +15,6 @@ import functools
 import glob
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,8 +203,8 @@ def usable(gpu: Gpu | None) -> None:
     Raises:
         DeviceError: it cannot; one line with the cure.
     """
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        raise DeviceError(f"on a GPU hotloop needs Linux on x86-64 or Arm, not {sys.platform} on {platform.machine()}")
+    if platform.machine() not in ("x86_64", "aarch64"):
+        raise DeviceError(f"a GPU needs x86-64 or 64-bit Arm, and this is {platform.machine()}; {ASK_FOR_CPU}")
     build = torch_build()
     if build and build.hip:
         raise DeviceError(

@@ -159,8 +159,8 @@ def _user_namespaces(root: Path = Path("/proc/sys")) -> Iterator[tuple[str, bool
         with contextlib.suppress(OSError):
             if (root / path).read_text().strip() == bad and os.geteuid() != 0 and best().level < 3:
                 yield (
-                    "namespaces", False, f"{who} keeps users from making namespaces, so the sandbox is not L3; run as "
-                    f"root: {command} (and write it into /etc/sysctl.d/60-hotloop.conf, to keep it)",
+                    "namespaces", False, f"{who} keeps users from namespaces, so the sandbox is not L3 (at L1 one "
+                    f"thread compiles); run as root: {command} (to keep it: in /etc/sysctl.d/60-hotloop.conf)",
                 )  # fmt: skip
 
 

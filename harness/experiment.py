@@ -299,9 +299,10 @@ def _try(
 
 
 def _promise_kept(session: Session, job: Job) -> bool:
-    """Train; False where a run that is held against no other took another time than its calibration promised.
+    """Train; False where a run that is held against no other took longer than its calibration promised.
 
-    That is the card's doing, not train.py's: it was cold, or its clock fell. Raises TrialError, as `Session.run`.
+    That is the card's doing, not train.py's: it was cold, or its clock fell. A night's baseline, against which all the
+    rest is held, may not be shorter either. Raises TrialError, as `Session.run`.
     """
     first = job.incumbent_tokens is None and job.replay is None and session.budget.rule.kind == "seconds"
     try:
@@ -312,7 +313,9 @@ def _promise_kept(session: Session, job: Job) -> bool:
         if session.result.training_s <= session.preset.limits.overtime * session.budget.expected_s:
             raise  # by its processor time
         return False
-    return not first or session.budget.expected_s / session.preset.limits.overtime <= session.result.training_s
+    if not first or job.kind != "baseline":
+        return True
+    return session.budget.expected_s / session.preset.limits.overtime <= session.result.training_s
 
 
 def evaluated(

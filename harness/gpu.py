@@ -25,7 +25,7 @@ from harness.neighbours import others
 from harness.nvml import Gpu
 from harness.walls import project_root
 
-__all__ = ["clear", "clear_memory", "cure", "fresh", "others", "touch", "touch_cuda"]
+__all__ = ["alone", "clear", "clear_memory", "cure", "fresh", "others", "touch", "touch_cuda"]
 
 _CHUNK = 1 << 30
 _LEAST = 1 << 20  # what is left below this is the driver's own fragments
@@ -58,6 +58,12 @@ def fresh(device: str, wait_s: float = 20.0, gpu: Gpu | None = None) -> None:
     if device != "cuda":
         return
     gpu = gpu or chosen()
+    alone(gpu, wait_s)
+    clear(gpu)
+
+
+def alone(gpu: Gpu | None, wait_s: float = 20.0) -> None:
+    """Wait until nobody computes on it. Raises DeviceError: somebody stays, or the GPU is lost."""
     deadline = time.monotonic() + wait_s
     while found := others(gpu):
         if time.monotonic() > deadline:
@@ -68,7 +74,6 @@ def fresh(device: str, wait_s: float = 20.0, gpu: Gpu | None = None) -> None:
         time.sleep(0.5)
     if gpu and (words := nvml.lost(gpu)):
         raise DeviceError(f"{gpu} is gone ({words}); see: dmesg | grep -i xid; then reset it (nvidia-smi -r) or reboot")
-    clear(gpu)
 
 
 def clear(gpu: Gpu | None = None) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def check_device(device: str, gpu: Gpu | None = None) -> None:
     """
     if device not in ("cpu", "cuda"):
         raise DeviceError(f"no device is called {device!r}; say cpu or cuda")
+    if sys.platform != "linux":
+        raise DeviceError(f"hotloop needs Linux (on Windows: WSL2), and this is {sys.platform}")
     if device == "cuda":
         usable(gpu or chosen())
 

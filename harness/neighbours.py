@@ -29,7 +29,7 @@ def claim(gpu: Gpu) -> None:
     """
     if gpu.uuid in _claims:
         return
-    from prepare import default_data_dir  # needs numpy, which harness.gpu's own processes start without
+    from harness.data.dataset import default_data_dir  # needs numpy, which harness.gpu's processes start without
 
     path = default_data_dir("x", 1, 1).parent / "gpus" / f"{gpu.uuid.replace('/', '_')}.lock"
     try:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import compilers
+from harness import toolchain
 from harness.errors import SandboxError
 from harness.wire import Closed, Malformed, TimedOut, Wire
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["child_main", "probe_cuda", "worker"]
 
-LIMIT_S = 300.0  # the first import of gigabytes of CUDA's libraries from a cold disk among it
+LIMIT_S = 900.0  # the first import of gigabytes of CUDA's libraries from a cold disk among it
 WORKER_S = 60.0
 _WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from harness.probe_cuda import worker; worker()"
 
@@ -40,7 +40,7 @@ def probe_cuda(sandbox: Sandbox) -> float:
     from harness.rehearsal import refused_needs
     from harness.sandbox import Policy
 
-    if lacking := compilers.missing():
+    if lacking := toolchain.missing():
         raise SandboxError(lacking)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hotloop-probe-") as folder:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness import compilers, landlock, seccomp
+from harness import landlock, seccomp, toolchain
 from harness.bounds import Bounds, score
 from harness.confine import BOOT
 from harness.data.dataset import BUILT_IN, Dataset
@@ -287,7 +287,7 @@ def best(wanted: int | None = None, unsafe: bool = False, device: str = "cpu", g
         SandboxError: there is none (at that level).
         DeviceError: `cuda` lacks a compiler or headers, which is no sandbox's fault; with the package that has them.
     """
-    if device == "cuda" and (lacking := compilers.missing()):
+    if device == "cuda" and (lacking := toolchain.missing()):
         raise DeviceError(lacking)
     missing: dict[str, str] = {}
     for candidate in (replace(c, gpu=gpu) for c in _candidates(missing)):

@@ -47,6 +47,7 @@ class Event:
     loss: float | None = None
     tokens_per_s: float | None = None
     message: str = ""
+    loaded_mb: float | None = None  # while it starts
 
 
 @dataclass
@@ -192,7 +193,7 @@ class Session:
                         "timeout",
                         f"torch and CUDA were not ready within {self._limits.load_s:.0f} s; is the disk slow?",
                     ) from None
-                self._emit(Event("start", message=f"{self._child.rss_mb():,.0f} MB loaded"))
+                self._emit(Event("start", loaded_mb=self._child.rss_mb()))
 
     def _note_implementations(self, message: dict[str, Any]) -> None:
         """What the trainer says that computes; after the training, of attention, what did."""

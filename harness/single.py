@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from harness.gpu import touch
 from harness.lint import MAX_BYTES
 from harness.machine import check_device, gpu_memory_gib, threads_default
 from harness.neighbours import claim
+from harness.nvml import Gpu
 from harness.record import Chain, Lock, Outcome
 from harness.sandbox import best
 from harness.score import Noise
@@ -48,6 +51,7 @@ __all__ = [
 
 EXIT_BY_STATUS = {"ok": 0, "crash": 10, "invalid": 11, "overtime": 12, "timeout": 13, "oom": 14, "nan": 15}
 SINGLES = Path("runs/single")
+PATIENCE_S = 5.0
 GIT_S = 60.0
 
 
@@ -68,7 +72,8 @@ def settings_from(
         UsageError, DeviceError, DataError, LockedError, SandboxError: each with what to do.
     """
     if preset == "auto":
-        preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else preset_here()
+        here = named(gpus)[0] if gpus and device == "auto" else None
+        preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else preset_here(here)
     wanted = preset_named(preset)
     if device == "auto":
         device = wanted.device
@@ -87,21 +92,37 @@ def settings_from(
         raise UsageError("--sandbox L0 protects nothing; where that is wanted, say --unsafe-no-sandbox")
     for gpu in filter(None, mine):
         claim(gpu)
-        touch(gpu)
+    with _patience(device):
+        for gpu in filter(None, mine):
+            touch(gpu)
+        walls = best(level, unsafe, device, mine[0])
     if device == "cuda":
         sizes = [size for gpu in mine if (size := gpu_memory_gib(gpu)) is not None]
         wanted = replace(wanted, batch_divisor=batch_divisor(min(sizes, default=None)))
-    walls = best(level, unsafe, device, mine[0])
     return Settings(wanted, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
 
 
-def preset_here() -> str:
-    """The preset that `auto` takes on this machine; on one with a GPU never the CPU's.
+@contextlib.contextmanager
+def _patience(device: str) -> Iterator[None]:
+    """Say what is waited for where a GPU's first start takes its time."""
+    words = "hotloop: CUDA is tried in the sandbox; from a cold disk its libraries may take minutes"
+    timer = threading.Timer(PATIENCE_S, lambda: print(words, file=sys.stderr, flush=True))
+    if device == "cuda":
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def preset_here(gpu: Gpu | None = None) -> str:
+    """The preset that `auto` takes on a GPU (by default the chosen one); the CPU's only on a machine without.
 
     Raises:
         DeviceError: there is a GPU and it cannot be used, or is too small; one line with the cure.
     """
-    gpu = chosen()
+    gpu = gpu or chosen()
     if gpu is None:
         if (build := torch_build()) and build.hip:  # which would call an AMD GPU "cuda"
             check_device("cuda")
@@ -339,7 +360,7 @@ def _printer() -> Callable[[Event], None]:
         text = f"{time.monotonic() - began:6.1f} s  {event.phase}"
         if live:
             text += f" {100 * event.progress:5.1f} %" if event.progress else ""
-            text += f"  {event.message}" if event.message and event.phase != "done" else ""
+            text += f"  {event.loaded_mb:,.0f} MB loaded" if event.loaded_mb else ""
             text += f"  loss {event.loss:.4f}" if event.loss is not None else ""
             text += f"  {event.tokens_per_s:,.0f} tokens/s" if event.tokens_per_s else ""
             end = "\n" if event.phase == "done" else ""

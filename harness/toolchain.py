@@ -20,11 +20,12 @@ from pathlib import Path
 
 __all__ = [
     "TESTED", "Build", "Install", "build_trouble", "compiler_package", "compiler_trouble", "compiles", "driver_in",
-    "driver_version", "header_package", "header_trouble", "installs", "read_build", "torch_build",
+    "driver_version", "header_package", "header_trouble", "installs", "missing", "read_build", "torch_build",
 ]  # fmt: skip
 
 # Pairs of torch and triton that belong together and are tested. The first is what gets installed.
 TESTED = {"2.13.0": "3.7.1", "2.11.0": "3.6.0"}
+LIMIT_S = 60.0  # for a compiler
 INDEX = "https://download.pytorch.org/whl/"
 # The oldest driver for the CUDA of a build, by its major version (NVIDIA's minor version compatibility).
 LEAST_DRIVER = {13: 580, 12: 525, 11: 450}
@@ -182,6 +183,11 @@ def header_package(prefix: str, version: tuple[int, int], os_release: str) -> st
     return f"install the headers of Python {number} (a package called python3-dev or python3-devel)"
 
 
+def missing() -> str:
+    """What Triton would miss here when it first launches a kernel, and how to install it; empty where it can build."""
+    return header_trouble() or compiler_trouble() or compiles()
+
+
 def compiler_trouble() -> str:
     """Why Triton would not find a C compiler, and the cure; empty where there is one."""
     asked = os.environ.get("CC")
@@ -198,9 +204,12 @@ def compiles() -> str:
     compiler = (os.environ.get("CC") or shutil.which("gcc") or "clang").split()
     with tempfile.TemporaryDirectory(prefix="hotloop-") as folder:
         source = Path(folder) / "try.c"
-        source.write_text("#include <Python.h>\n#include <stdio.h>\n")
+        source.write_text("#include <Python.h>\nint probe(void) { return Py_IsInitialized(); }\n")
         flags = ["-shared", "-fPIC", f"-I{_include()}", "-o", f"{folder}/try.so"]
-        done = subprocess.run([*compiler, str(source), *flags], capture_output=True, text=True)
+        try:
+            done = subprocess.run([*compiler, str(source), *flags], capture_output=True, text=True, timeout=LIMIT_S)
+        except (OSError, subprocess.TimeoutExpired) as e:
+            return f"{compiler[0]} does not work ({e}); install: {compiler_package(_os_release())}"
     if done.returncode == 0:
         return ""
     words = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given").strip()

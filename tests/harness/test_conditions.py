@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -88,35 +89,31 @@ def test_a_slice_has_its_cards_clocks(gpus: FakeNvml) -> None:
     assert now is not None and now["sm_mhz"] == 1980
 
 
-def look(watch: Watch, phase: str) -> None:
-    """Stay in a phase until it was looked at several times."""
+def looks(watch: Watch, phase: str, times: int = 3) -> None:
+    """Be in a phase while it is looked at."""
     watch(Event(phase))
-    deadline, before = time.monotonic() + 20, len(watch._seen)
-    while len(watch._seen) < before + 3:
-        assert time.monotonic() < deadline, "nobody looks"
-        time.sleep(0.01)
+    for _ in range(times):
+        watch.look()
 
 
 def test_clocks_that_drop_and_strangers_get_into_the_record(gpus: FakeNvml) -> None:
     events: list[Event] = []
-    with Watch("cuda", Gpu(0, "GPU-aa"), events.append) as watch:
-        watch(Event("compile"))
-        gpus.says(H100 | DROPPED | {"apps": [[1, "early"], [2, "early"]]})
-        time.sleep(0.2)  # neither of it matters before the calibration
-        watch(Event("start"))
-        gpus.says()
-        time.sleep(0.2)
-        look(watch, "calibrate")
-        assert warnings(watch.facts(), 300.0) == []
-        look(watch, "train")
-        gpus.says(H100 | DROPPED | {"apps": [[1, "miner"], [2, "python"]]})
-        look(watch, "train")
-        look(watch, "train")
-        watch(Event("submit"))
-    assert [e.phase for e in events][-1] == "submit"
+    watch = Watch("cuda", Gpu(0, "GPU-aa"), events.append)
+    gpus.says(H100 | DROPPED | {"apps": [[1, "early"], [2, "early"]]})
+    for phase in ("start", "import", "compile", "warm"):
+        looks(watch, phase)  # none of it matters before the calibration
+    assert watch.facts() == {}
+    gpus.says()
+    looks(watch, "calibrate")
+    assert warnings(watch.facts(), 300.0) == []
+    looks(watch, "train")
+    gpus.says(H100 | DROPPED | {"apps": [[1, "miner"], [2, "python"]]})
+    looks(watch, "train", 6)
+    looks(watch, "submit")
+    assert list(dict.fromkeys(e.phase for e in events))[-1] == "submit"
     facts = watch.facts()
-    assert facts["sm_mhz"]["calibrate"] == 1980
-    assert facts["sm_mhz"]["last"] == facts["sm_mhz"]["least"] == 1410
+    assert facts["looks"] == 12
+    assert facts["sm_mhz"] == {"calibrate": 1980, "train": 1410, "last": 1410, "least": 1410}
     assert (facts["temperature_c"], facts["others"]) == (88, ["1 miner", "2 python"])
     told = warnings(facts, 300.0)
     assert told == [
@@ -126,6 +123,59 @@ def test_clocks_that_drop_and_strangers_get_into_the_record(gpus: FakeNvml) -> N
     ]
 
 
+@pytest.mark.parametrize(
+    ("bits", "told"),
+    [(0x0, ""), (0x1, ""), (0x2, ""), (0x4, ""), (0x10, ""), (0x100, ""), (0x8, "hardware slowdown"),
+     (0x20, "temperature (software)"), (0x40, "temperature (hardware)"), (0x80, "power brake"),
+     (0xC8, "hardware slowdown, power brake, temperature (hardware)")],
+)  # fmt: skip
+def test_what_slows_a_card_is_warned_of_and_what_caps_it_is_not(gpus: FakeNvml, bits: int, told: str) -> None:
+    watch = Watch("cuda", Gpu(0, "GPU-aa"), lambda _: None)
+    for temperature, more in ((61, " (at most 61 C)"), (None, "")):
+        gpus.says(H100 | {"reasons": bits, "temperature": temperature})
+        watch._seen.clear()
+        looks(watch, "train")
+        found = warnings(watch.facts(), 300.0)
+        assert found == ([f"the GPU was slowed down: {told}{more}"] if told else [])
+
+
+def test_a_gpu_that_is_lost_or_silent_meanwhile_leaves_what_was_seen(gpus: FakeNvml) -> None:
+    watch = Watch("cuda", Gpu(0, "GPU-aa"), lambda _: None)
+    looks(watch, "calibrate")
+    seen = watch.facts()
+    for card, special in ((H100 | {"error": 15}, {}), (H100 | {"sm": None, "apps": None}, {}), (H100, {"trouble": 9})):
+        gpus.says(card, **special)
+        nvml._open = None
+        looks(watch, "train")
+        assert watch.facts() == seen
+    gpus.says(H100 | {"sm": None, "apps": [[1, "miner"], [2, "python"]]})  # strangers, and no clocks
+    alone = Watch("cuda", Gpu(0, "GPU-aa"), lambda _: None)
+    looks(alone, "train")
+    assert alone.facts() == {"others": ["1 miner", "2 python"]}
+
+
+def test_a_look_that_a_change_of_phases_overtook_counts_for_neither(
+    gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch("cuda", Gpu(0, "GPU-aa"), lambda _: None)
+    real = conditions.clocks
+
+    def slow(gpu: Gpu | None) -> Any:
+        watch(Event("submit"))
+        return real(gpu)
+
+    monkeypatch.setattr(conditions, "clocks", slow)
+    looks(watch, "train", 1)
+    assert watch.facts() == {}
+
+
+def test_a_thread_looks_by_itself_while_a_run_is_on_a_gpu(gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Event()
+    monkeypatch.setattr(Watch, "look", lambda _: looked.set())
+    with Watch("cuda", Gpu(0, "GPU-aa"), lambda _: None):
+        assert looked.wait(60)
+
+
 def test_a_power_cap_and_a_small_drop_are_the_rule(gpus: FakeNvml) -> None:
     facts = {"sm_mhz": {"calibrate": 1980, "train": 1900, "last": 1890}, "reasons": ["power cap"], "others": []}
     assert warnings(facts, 300.0) == []
@@ -133,11 +183,10 @@ def test_a_power_cap_and_a_small_drop_are_the_rule(gpus: FakeNvml) -> None:
     assert warnings(facts, 300.0) == ["the GPU's clock fell from 1980 MHz in the calibration to 1870 MHz"]
 
 
-def test_on_a_cpu_nothing_is_asked(gpus: FakeNvml) -> None:
-    gpus.says(H100 | DROPPED | {"apps": [[1, "miner"], [2, "python"]]})
+def test_on_a_cpu_nothing_is_asked() -> None:
     with Watch("cpu", None, lambda _: None) as watch:
+        assert watch._thread is None
         watch(Event("train"))
-        time.sleep(0.2)
     assert watch.facts() == {}
 
 
@@ -159,10 +208,44 @@ def test_the_preset_follows_the_gpus_memory(
     laptop = single.settings_from(data=str(tmp_path), preset="laptop")
     assert (laptop.device, laptop.preset.batch_divisor, laptop.sandbox.gpu) == ("cpu", 1, None)
     assert dataclasses.replace(found.preset, batch_divisor=1) == PRESETS["h100"]
+    monkeypatch.setattr(single, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(single, "best", lambda *given: told.wait(60) and Sandbox(0, gpu=given[3]))
+    told = threading.Event()
+    monkeypatch.setattr("builtins.print", lambda words, **_: told.set() if "may take minutes" in words else None)
+    single.settings_from(data=str(tmp_path))
+    assert told.is_set()
     # Side by side, as the smallest of those that are named.
     gpus.says(H100, H100 | {"uuid": "GPU-bb", "memory_mib": memory})
     both = single.settings_from(data=str(tmp_path), gpus="0,1")
     assert both.preset.batch_divisor == divisor
+
+
+def test_a_gpu_is_claimed_and_touched_before_a_sandbox_is_probed_on_it(
+    gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a boot /dev/nvidia-uvm is made by what touches CUDA first, and no sandbox can."""
+    gpus.says(SMALL, H100, H100 | {"uuid": "GPU-cc"})
+    steps: list[str] = []
+    monkeypatch.setattr(single, "claim", lambda gpu: steps.append(f"claim {gpu.uuid}"))
+    monkeypatch.setattr(single, "touch", lambda gpu: steps.append(f"touch {gpu.uuid}"))
+    monkeypatch.setattr(single, "best", lambda *given: steps.append(f"probe on {given[3] and given[3].uuid}"))
+    monkeypatch.setattr(single, "load_dataset", lambda _: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    single.settings_from(data=str(tmp_path))
+    assert steps == ["claim GPU-aa", "touch GPU-aa", "probe on GPU-aa"]
+    steps.clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    machine.gpus.cache_clear()
+    single.settings_from(data=str(tmp_path), device="cuda", gpus="2,1")
+    assert steps == [
+        *(f"{what} {uuid}" for what in ("claim", "touch") for uuid in ("GPU-cc", "GPU-aa")),
+        "probe on GPU-cc",
+    ]
+    steps.clear()
+    assert single.settings_from(data=str(tmp_path), gpus="2,1").preset.name == "h100"  # whatever the first card is
+    steps.clear()
+    single.settings_from(data=str(tmp_path), device="cpu")
+    assert steps == ["probe on None"]
 
 
 def test_a_gpu_that_is_too_small_or_silent_is_refused_and_never_becomes_the_cpu(
@@ -336,8 +419,7 @@ def test_a_warning_is_in_the_record_the_summary_and_every_view(
     outcome = run_experiment(job(tmp_path), settings(tmp_path, "cpu", monkeypatch))
     assert outcome.status == "ok", outcome.reason
     assert outcome.conditions["feed_late_s"] > 0.5
-    words = outcome.conditions["warnings"][-1]
-    assert "for its rows" in words
+    (words,) = (w for w in outcome.conditions["warnings"] if "for its rows" in w)
     assert f"warning:          {words}" in summary(outcome)
     assert Outcome.from_dict(outcome.as_dict()).conditions == outcome.conditions
     body = outcome.as_dict()

@@ -214,9 +214,13 @@ def test_a_gpu_that_can_be_used_is(gpus: FakeNvml, monkeypatch: pytest.MonkeyPat
             m.setattr(devices, name, lambda: "it is not there; install it")
             with pytest.raises(DeviceError, match="cannot be used: it is not there; install it"):
                 usable(chosen())
-    monkeypatch.setattr(devices.sys, "platform", "darwin")
-    with pytest.raises(DeviceError, match="needs Linux on x86-64 or Arm, not darwin"):
+    monkeypatch.setattr(devices.platform, "machine", lambda: "riscv64")
+    with pytest.raises(DeviceError, match="x86-64 or 64-bit Arm, and this is riscv64"):
         machine.check_device("cuda")
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(DeviceError, match=r"needs Linux \(on Windows: WSL2\), and this is darwin"):
+            machine.check_device(device)
 
 
 class Cuda:
@@ -308,6 +312,38 @@ def test_a_thread_of_ours_is_ours(gpus: FakeNvml) -> None:
         gpus.says(H100 | {"apps": [[thread, "python"], [1, "other"]]})
         assert neighbours.strangers() == ["1 other"]
         ours.communicate("\n")
+
+
+class Clock:
+    """A time module whose seconds pass only where one sleeps."""
+
+    def __init__(self, at: Callable[[float], None]) -> None:
+        self.now, self.at = 0.0, at
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.at(self.now)
+
+
+def test_what_the_last_child_left_is_waited_for_and_a_stranger_is_not_for_ever(
+    gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared: list[Gpu | None] = []
+    monkeypatch.setattr(gpu, "clear", cleared.append)
+    busy = H100 | {"apps": [[4242, "python"]]}
+    gpus.says(busy, SMALL | {"apps": [[1, "elsewhere"]]})
+    clock = Clock(lambda now: gpus.says() if now >= 19 else None)
+    monkeypatch.setattr(gpu, "time", clock)
+    gpu.fresh("cuda")
+    assert clock.now == 19.0 and len(cleared) == 1
+    gpus.says(busy)
+    monkeypatch.setattr(gpu, "time", Clock(lambda _: None))
+    with pytest.raises(DeviceError, match=r"other processes compute on the GPU \(4242 python\); end them"):
+        gpu.fresh("cuda")
+    assert len(cleared) == 1
 
 
 def test_a_lost_gpu_and_mps_are_told_in_words(gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:

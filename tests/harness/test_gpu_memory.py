@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from harness import gpu
-from harness.machine import gpus
+from harness import gpu, nvml
+from harness.devices import chosen
 from harness.process import Child
 from harness.sandbox import Policy, best
 
-pytestmark = pytest.mark.skipif(not gpus(), reason="no GPU")
+pytestmark = pytest.mark.skipif(not nvml.cards(), reason="no GPU")
 
 FILL = """
 import torch
@@ -33,7 +34,9 @@ print(found)
 
 
 def of(code: str) -> int:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": chosen().uuid}  # the one that is cleared
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=env)
     return int(done.stdout)
 
 
@@ -45,7 +48,9 @@ def test_nothing_of_a_process_is_left_in_gpu_memory() -> None:
 
 def test_a_process_that_a_child_left_on_the_gpu_is_gone(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with Child(best(device="cuda"), Policy("harness.probe_cuda", tmp_path, device="cuda"), [], log, 1) as child:
+    with Child(
+        best(device="cuda", gpu=chosen()), Policy("harness.probe_cuda", tmp_path, device="cuda"), [], log, 1
+    ) as child:
         assert child.wire.recv(120.0)["kind"] == "works"
         child.kill()
     gpu.fresh("cuda")  # raises where something computes there still

@@ -57,7 +57,8 @@ class Card:
 
     def train(self, baseline: Outcome | None = None, replay: bool = False, **changes: Any) -> Outcome:
         """One run: of the baseline, or held against it."""
-        job = Job(tiny_source(), 0, "t", "single", "c", "", "tiny", 1, self.folder / "run", budget=RULE, **changes)
+        kind = changes.pop("kind", "experiment" if baseline else "baseline")
+        job = Job(tiny_source(), 0, "t", kind, "c", "", "tiny", 1, self.folder / "run", budget=RULE, **changes)
         if baseline and replay:
             job = replayed(baseline, job)
         elif baseline:
@@ -81,6 +82,13 @@ def test_a_card_that_keeps_its_promise_is_tried_once(card: Card) -> None:
     assert (outcome.status, card.tries) == ("ok", [1200 * SHAPE.tokens])
     assert (outcome.budget["pace"], outcome.budget["late"]) == (1.0, 1.0)
     assert "corrected" not in outcome.conditions
+
+
+def test_a_single_run_is_run_again_where_it_would_be_overtime_and_not_where_it_was_short(card: Card) -> None:
+    for trains, tries in ((1.05, 2), (0.9, 1)):
+        card.trains = trains
+        assert card.train(kind="single").status == "ok"
+        assert len(card.tries) == tries
 
 
 @pytest.mark.parametrize("trains", [1.05, 1.3, 2.5, 0.9])

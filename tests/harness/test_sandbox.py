@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import harness.sandbox
-from harness import gpu, landlock, lint, machine, seccomp
+from harness import gpu, landlock, lint, nvml, seccomp
 from harness.devices import gpus_at
 from harness.errors import DeviceError, SandboxError, TrialError
 from harness.probe import MUST
@@ -331,14 +331,14 @@ def test_a_gpu_that_somebody_else_uses_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_gpu_that_is_not_there_cannot_be_cleared() -> None:
-    if machine.gpus():
+    if nvml.cards():
         pytest.skip("there is one")
     with pytest.raises(DeviceError, match=r"could not be cleared \(.*libcuda"):
         gpu.clear()
 
 
 def test_a_sandbox_in_which_cuda_does_not_work_is_not_taken() -> None:
-    if machine.gpus():
+    if nvml.cards():
         pytest.skip("there is a GPU")
     with pytest.raises(SandboxError, match="CUDA does not work in it"):
         probe_cuda(best(unsafe=True))

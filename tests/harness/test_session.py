@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from harness import single
 from harness.budget import Budget
 from harness.errors import TrialError
 from harness.evaluate import Evaluation, Evaluator
@@ -552,12 +553,21 @@ def test_a_start_that_takes_long_shows_that_it_goes_on_and_has_a_limit_of_its_ow
     events: list[Event] = []
     preset = tiny.tiny_preset().with_limits(load_s=60.0, start_s=30.0)
     session(folder, tiny.tiny_source(), preset, on_event=events.append).run()
-    loading = [e.message for e in events if e.phase == "start" and e.message]
-    assert len(loading) > 1 and all(m.endswith(" MB loaded") for m in loading)
+    loading = [e.loaded_mb for e in events if e.phase == "start" and e.loaded_mb is not None]
+    assert len(loading) > 1 and loading[-1] > 10 and not any(e.message for e in events if e.phase == "start")
     error = failure(lambda: train(folder, tiny.tiny_source(), preset=preset.with_limits(load_s=0.01)))
     assert (error.status, error.reason) == (
         "timeout", "torch and CUDA were not ready within 0 s; is the disk slow?"
     )  # fmt: skip
+
+
+def test_a_terminal_shows_what_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    show = single._printer()
+    show(Event("start", loaded_mb=1234.4))
+    show(Event("warm", 0.5))
+    err = capsys.readouterr().err
+    assert "start  1,234 MB loaded" in err and "warm  50.0 %" in err
 
 
 def test_events_tell_the_phases_in_order(folder: Path) -> None:
