@@ -478,7 +478,8 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend(
-            "flash3", "flash_attn_interface", "build it from the hopper folder of github.com/Dao-AILab/flash-attention",
+            "flash3", "flash_attn_interface",
+            "hotloop install flash3, or build it from the hopper folder of github.com/Dao-AILab/flash-attention",
             (9,), forward=_flash3_forward, backward=_flash3_backward,
         ),
         Backend(
