@@ -3,7 +3,7 @@
     o[i] = sum_j softmax_j(q[i] k[j] / sqrt(K)) v[j],  max(i - window, start of i's document) <= j <= i
 
 Which implementation runs (`kernels.attention_backends`), in this order:
-1. what the call names (`backend=`), or HOTLOOP_ATTENTION, or HOTLOOP_KERNELS where that names kernels;
+1. what the call names (`backend=`), or HOTLOOP_ATTENTION, or ours where HOTLOOP_KERNELS names `attention`;
 2. the fastest of those that are installed, by the table that `hotloop bench attention` measured on this GPU;
 3. where nothing was measured, the first of BACKENDS that runs here; on a CPU the reference.
 What is named and cannot run is an error that says how to get it.
@@ -65,9 +65,11 @@ def _plan(device: str) -> Plan:
 
 
 def _make_plan(device: str) -> Plan:
-    # HOTLOOP_KERNELS speaks of our kernels alone: it asks for ours, or leaves ours out.
+    # HOTLOOP_KERNELS speaks of our kernels alone: it asks for ours by name, leaves ours out, or (auto, triton) leaves
+    # the choice to the ranking. Through the interpreter, on a CPU, nothing else runs that could be ranked.
     ours = dispatch.ASKED == "auto" or "attention" in dispatch.wanted()
-    forced = ASKED or ("triton" if ours and dispatch.ASKED != "auto" else "")
+    named = ours and dispatch.ASKED != "auto" and (dispatch.ASKED != "triton" or device != "cuda")
+    forced = ASKED or ("triton" if named else "")
     if forced and forced not in NAMES:
         raise KernelError(f"HOTLOOP_ATTENTION={forced!r} is no backend; they are {', '.join(NAMES)}")
     unable = {name: why for name, backend in BACKENDS.items() if (why := _unable(backend, device))}
@@ -163,6 +165,7 @@ def _choose(
     """The backend of one call, decided outside of the graph that is compiled; `documents`: at most so many, 0 for none.
     Raises KernelError where the one that is asked for cannot serve it.
     """
+    dispatch.note("attention")
     plan = _plan(device)
 
     def refusal(name: str) -> str:

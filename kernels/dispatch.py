@@ -3,8 +3,10 @@
 A Triton kernel can run on tensors of a CUDA device of compute capability 8.0 or newer. By default those of DEFAULTS
 do: the ones that were measured to win end to end on a GPU. `HOTLOOP_KERNELS` asks for something else: `reference` for
 none, `triton` for all, or operators with commas between (those of TOGETHER as one); what is asked for and cannot run is
-an error. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's library computes
-needs no kernel of ours and is not named there: it runs where the hardware can, and under `reference` nowhere.
+an error. Attention has more than two implementations and a ranking of its own (`kernels.attend`): `triton` leaves it to
+that, and only its name asks for ours. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What
+the vendor's library computes needs no kernel of ours and is not named there: it runs where the hardware can, and under
+`reference` nowhere.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ __all__ = [
     "VENDOR_OPERATORS",
     "CompileCase",
     "KernelError",
+    "asked",
     "choose",
     "describe",
     "implementations",
+    "note",
 ]
 
 # Importing Triton takes a third of a second, in every process of every experiment, so a torch without CUDA goes without
@@ -81,6 +85,7 @@ class CompileCase(NamedTuple):
 
 
 _decided: dict[str, tuple[bool, str]] = {}
+_asked: set[str] = set()
 
 
 def wanted() -> frozenset[str]:
@@ -128,7 +133,18 @@ def choose(operator: str, device: str) -> bool:
     Raises:
         KernelError: `HOTLOOP_KERNELS` asks for what cannot run.
     """
+    note(operator)
     return _decide(device)[0] and operator in wanted()
+
+
+def note(operator: str) -> None:
+    """Remember that this process had to choose an implementation of it."""
+    _asked.add(operator)
+
+
+def asked() -> frozenset[str]:
+    """The operators of which this process had to choose so far: those that what it ran could have a kernel for."""
+    return frozenset(_asked)
 
 
 def implementations() -> dict[str, str]:
