@@ -5,9 +5,9 @@
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make soak   300 experiments under faults of every kind, driver killed again and again (no GPU, minutes)
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
-# make gpu-check   everything that needs a GPU, in twenty minutes (DATA=folder of rows of 2048 tokens, else stdlib's text);
-#   half of them are PART=baseline, train.py beside plain PyTorch; PART="tests kernels step sandbox experiment" the rest;
-#   PART=overheads, two short nights against the targets of start, compile, evaluation and experiments an hour, is extra
+# make gpu-check   everything that needs a GPU, part by part; the same command goes on where it was ended (MINUTES=9.5: begin
+#   nothing that takes longer; PART="switches step": only these; AGAIN=1: though they were done; DATA=folder of rows of
+#   2048 tokens, else stdlib's text; TRIAL=1: all of it on a CPU at a minute size, which measures nothing)
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -60,7 +60,8 @@ gate-write: $(VENV)/.installed
 	$(BIN)/hotloop bench gate --write
 
 gpu-check: $(VENV)/.installed-test
-	$(BIN)/hotloop bench check $(if $(DATA),--data $(DATA)) $(foreach part,$(PART),--part $(part))
+	$(BIN)/hotloop bench check $(if $(DATA),--data $(DATA)) $(foreach part,$(PART),--part $(part)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(AGAIN),--again) $(if $(TRIAL),--device cpu)
 
 seal: $(VENV)/.installed
 	$(BIN)/hotloop seal

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import check, results
 from bench import device as dev
+from bench import results
 from bench.operators import OPERATORS
+from bench.processes import ALL_KERNELS, INTERPRETER, run_kernels
 from bench.tune import tuned
 from harness.errors import HotloopError, UsageError
 from kernels.attend import ranking_key
@@ -22,7 +23,6 @@ from kernels.attend import ranking_key
 __all__ = ["main", "ranking"]
 
 REPEATS = 1000
-LIMIT_S = 3600.0
 
 
 def ranking(rows: list[results.Row]) -> dict[str, list[str]]:
@@ -45,8 +45,16 @@ def _backend(row: results.Row) -> str:
     return "triton" if row.implementation == "hotloop" else row.implementation
 
 
-def main(out: Path, shapes: list[str], say: Callable[[str], None] = print) -> int:
+def main(
+    out: Path, shapes: list[str], minutes: float = 60.0, repeats: int = REPEATS, trial: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:  # fmt: skip
     """Measure, print, and keep the order. 0 when ours was right; others that are wrong are named and not timed.
+
+    Args:
+        minutes: after which no more is timed.
+        repeats: of the baseline's shapes, compared to the bit.
+        trial: on a CPU, ours alone through the interpreter, at the tiny shape; nothing is kept.
 
     Raises:
         DeviceError: no GPU.
@@ -56,10 +64,12 @@ def main(out: Path, shapes: list[str], say: Callable[[str], None] = print) -> in
     known = OPERATORS["attention"].shapes
     if unknown := sorted(set(shapes) - set(known)):
         raise UsageError(f"attention has no shape {unknown[0]!r}; the table has {', '.join(known)}")
-    dev.require_gpu()
-    more = [f"--repeats={REPEATS}", *(f"--shape={s}" for s in shapes)]
+    if not trial:
+        dev.require_gpu()
+    more = [f"--repeats={repeats}", *(f"--shape={s}" for s in shapes)]
     log = out.with_suffix(".log")
-    code = check.run_kernels(out.resolve(), LIMIT_S, log, ["attention"], more, check.ALL_KERNELS)
+    env = INTERPRETER if trial else ALL_KERNELS
+    code = run_kernels(out.resolve(), minutes * 60, log, ["attention"], more, env)
     if not out.exists():
         raise HotloopError(f"no backend was timed; see {log}")
     result = results.read(out)
@@ -67,7 +77,9 @@ def main(out: Path, shapes: list[str], say: Callable[[str], None] = print) -> in
     say(results.markdown(result))
     for key, names in order.items():
         say(f"{key}: {', '.join(names)}")
-    with tuned(dev.facts()) as (path, body):
+    if trial:
+        return 1 if code else 0
+    with tuned(dev.identity()) as (path, body):
         body.setdefault("measured", {}).setdefault("attention", {}).update(order)
     say(f"written: {path}, {out}; now: make seal, and commit them")
     return 1 if code else 0

@@ -60,8 +60,7 @@ def compiled(name: str) -> Function:
         return function
     products = any(cost(sizes) for cost in OPERATORS[name].flops.values() for sizes in OPERATORS[name].shapes.values())
     mode = "max-autotune-no-cudagraphs" if products else None  # where there is something to tune
-    made: Function = torch.compile(function, dynamic=False, mode=mode)
-    return made
+    return dev.compiled(function, mode=mode)
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,7 +86,7 @@ def implementation_of(name: str, implementation: str) -> Function:
     if implementation.startswith("hotloop"):
         ours = op.bind(kernels, implementation.removeprefix("hotloop").removeprefix("-"))
         # Without a kernel of ours it is PyTorch that is meant to be compiled.
-        return torch.compile(ours, dynamic=False, fullgraph=True) if ON_GPU and not op.module else ours
+        return dev.compiled(ours, fullgraph=True) if ON_GPU and not op.module else ours
     if implementation == "eager":
         return op.bind(reference)
     loaded, missing = available(name)

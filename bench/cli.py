@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 from harness.errors import HotloopError, UsageError
 
 __all__ = ["add_parsers", "main"]
+
+TRIAL = "on a CPU, at a minute size: shows that all of it runs, and measures nothing"
 
 
 def add_parsers(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +26,17 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE")
     run.set_defaults(run=_run)
 
-    check = parts.add_parser("check", help="everything that needs a GPU, in twenty minutes (make gpu-check)")
+    check = parts.add_parser("check", help="everything that needs a GPU, part by part (make gpu-check)")
+    check.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     check.add_argument("--data", type=Path, metavar="DIR", help="prepared rows of 2048 tokens; else made from stdlib")
     check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
+    check.add_argument("--part", action="append", metavar="NAME", help="only this; may be repeated")
     check.add_argument(
-        "--part",
-        action="append",
-        choices=["tests", "kernels", "step", "sandbox", "experiment", "baseline", "overheads"],
-        help="only this; may be repeated; baseline (train.py beside plain PyTorch) is half of the time, and overheads "
-        "(two short nights) is run only when it is named",
+        "--minutes", type=float, default=1440.0, metavar="N", help="begin no part that may take longer than is left"
+    )
+    check.add_argument("--again", action="store_true", help="forget what was done here")
+    check.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a trial of every part, which measures nothing"
     )
     check.set_defaults(run=_check)
 
@@ -42,6 +45,9 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     )
     attention.add_argument("--shape", action="append", default=[], metavar="CLASS", help="only this; may be repeated")
     attention.add_argument("--out", type=Path, default=Path("attention.json"), metavar="FILE")
+    attention.add_argument("--minutes", type=float, default=60.0, metavar="N", help="at most so long (default: 60)")
+    attention.add_argument("--repeats", type=int, default=1000, metavar="N", help="compared to the bit (default: 1000)")
+    attention.add_argument("--trial", action="store_true", help=TRIAL)
     attention.set_defaults(run=_attention)
 
     compare = parts.add_parser(
@@ -62,21 +68,22 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
 
     tune = parts.add_parser("tune", help="search launch configurations; writes kernels/tuned/<gpu>.json")
     tune.add_argument("--operator", action="append", default=[], metavar="KERNEL")
+    _add_minutes(tune)
     tune.set_defaults(run=_tune)
 
     step = parts.add_parser("step", help="one training step of train.py by operator")
     step.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     step.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
     step.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
-    step.add_argument("--time", action="store_true", help="time it only; prints JSON")
     step.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of train.py")
     step.add_argument("--fast-nondeterministic", action="store_true", help="do not ask for results that repeat")
     step.set_defaults(run=_step)
 
     switches = parts.add_parser(
-        "switches", help="a whole step's tokens/s with each kernel alone, with none, with all, as a CUDA graph"
+        "switches", help="which kernels are worth having in a whole step, by greedy selection; 8 bits; CUDA graphs"
     )
     switches.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    _add_minutes(switches)
     switches.set_defaults(run=_switches)
 
     repeats = parts.add_parser("determinism", help="what results that repeat to the bit cost a whole step")
@@ -93,6 +100,8 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
 
     beside = parts.add_parser("overheads", help="an experiment's time beside its training, against what it should be")
     beside.add_argument("tags", nargs="*", metavar="TAG", help="nights under runs/; none for two short ones of its own")
+    beside.add_argument("--night", action="append", choices=["plain", "ahead"], help="of its own; default: both")
+    beside.add_argument("--experiments", type=int, default=2, metavar="N", help="of each, beside its baseline")
     beside.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
     beside.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
     beside.add_argument("--data", metavar="DIR")
@@ -118,6 +127,18 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     smoke.set_defaults(run=_smoke)
 
 
+def _add_minutes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="at most so long; then again to go on (default: 60)",
+    )
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="what was found so far; default: in bench/results")
+    parser.add_argument("--trial", action="store_true", help=TRIAL)
+
+
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
     parser.add_argument("--data", metavar="DIR")
@@ -134,9 +155,10 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from bench import check, results
     from bench import device as dev
+    from bench import results
     from bench.operators import OPERATORS
+    from bench.processes import ALL_KERNELS, run_kernels
 
     unknown = sorted(set(args.operator) - set(OPERATORS))
     if unknown:
@@ -144,7 +166,7 @@ def _run(args: argparse.Namespace) -> int:
     dev.require_gpu()
     more = [f"--shape={s}" for s in args.shape]
     log = args.out.with_suffix(".log")
-    code = check.run_kernels(args.out.resolve(), 3600, log, args.operator, more, check.ALL_KERNELS)
+    code = run_kernels(args.out.resolve(), 3600, log, args.operator, more, ALL_KERNELS)
     if args.out.exists():
         print(results.markdown(results.read(args.out)))
     if code:
@@ -155,13 +177,26 @@ def _run(args: argparse.Namespace) -> int:
 def _attention(args: argparse.Namespace) -> int:
     from bench.attention import main as attention
 
-    return attention(args.out, args.shape)
+    _check_minutes(args)
+    return attention(args.out, args.shape, args.minutes, args.repeats, args.trial)
 
 
 def _check(args: argparse.Namespace) -> int:
+    from bench import device as dev
     from bench.check import main as check
+    from bench.parts import PARTS
+    from harness.single import read_train_source
 
-    return check(args.data.resolve() if args.data else None, args.out, args.part)
+    _check_minutes(args)
+    if unknown := sorted(set(args.part or ()) - set(PARTS)):
+        raise UsageError(f"no part is called {unknown[0]}; they are {', '.join(PARTS)}")
+    data = args.data.resolve() if args.data else None
+    if data and not data.exists():
+        raise UsageError(f"there is no prepared data at {data}; leave it out, or run: hotloop prepare --out {data}")
+    if args.device == "cuda":
+        dev.require_gpu()
+    read_train_source(args.train)
+    return check(args.train.resolve(), data, args.out, args.part, args.minutes, args.again, args.device)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -189,25 +224,30 @@ def _gate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    from bench import device as dev
+    from bench.tune import KERNELS
     from bench.tune import main as tune
 
-    return tune(args.operator)
+    _check_minutes(args)
+    if unknown := sorted(set(args.operator) - set(KERNELS)):
+        raise UsageError(f"no kernel is called {unknown[0]}; those that can be tuned: {', '.join(KERNELS)}")
+    if args.trial:
+        notes = (args.notes or Path("trial.json")).resolve()
+        return tune(args.operator, notes, args.minutes, table="bench.trial:KERNELS")
+    dev.require_gpu()
+    return tune(args.operator, (args.notes or _notes("tune")).resolve(), args.minutes)
 
 
 def _step(args: argparse.Namespace) -> int:
     import torch
 
     from bench.step import main as step
-    from bench.step import settle, step_of, time_step
+    from bench.step import settle
     from harness.single import read_train_source
 
     preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
     read_train_source(args.train)
     settle(not args.fast_nondeterministic)
-    if args.time:
-        work, tokens = step_of(args.train, preset, args.set)
-        print(json.dumps({"tokens": tokens, "step_s": time_step(work, 10 if torch.cuda.is_available() else 1)}))
-        return 0
     busy, page = step(args.train, preset, args.set)
     _shown(page, args)
     return 0 if busy else 1
@@ -227,11 +267,32 @@ def _determinism(args: argparse.Namespace) -> int:
 
 
 def _switches(args: argparse.Namespace) -> int:
-    from bench.device import require_gpu
-    from bench.switches import switches
+    from bench import device as dev
+    from bench.switches import EXTRAS, stamp, switches
+    from harness.notes import Notes
+    from harness.single import read_train_source
 
-    require_gpu()
-    return switches(args.train.resolve(), "h100")
+    _check_minutes(args)
+    read_train_source(args.train)
+    preset, extras, train = "laptop" if args.trial else "h100", () if args.trial else EXTRAS, args.train.resolve()
+    if not args.trial:
+        dev.require_gpu()
+    path = args.notes or (Path("trial.json") if args.trial else _notes("switches"))
+    notes = Notes(path, stamp(train, preset))
+    return switches(train, preset, notes, path.with_name("chosen.json"), args.minutes, extras)
+
+
+def _notes(name: str) -> Path:
+    """Where a long measurement on this GPU keeps what it found."""
+    from bench import device as dev
+    from bench import results
+
+    return results.folder_of(dev.identity()["device"]) / "work" / f"{name}.json"
+
+
+def _check_minutes(args: argparse.Namespace) -> None:
+    if not 0 < args.minutes < float("inf"):
+        raise UsageError(f"--minutes must be a positive number, not {args.minutes}")
 
 
 def _baseline(args: argparse.Namespace) -> int:
@@ -253,7 +314,10 @@ def _overheads(args: argparse.Namespace) -> int:
     settings = None if args.tags else settings_from(preset=args.preset, data=args.data)
     if not args.tags:
         read_train_source(args.train)
-    good, page = overheads(args.tags, settings, args.train)
+    if args.experiments < 1:
+        raise UsageError(f"--experiments must be at least 1, not {args.experiments}")
+    nights = args.night or ["plain", "ahead"]
+    good, page = overheads(args.tags, settings, args.train, nights=nights, experiments=args.experiments)
     _shown(page, args)
     return 0 if good else 1
 
@@ -293,7 +357,7 @@ def _sandbox(args: argparse.Namespace) -> int:
 
 
 def _smoke(args: argparse.Namespace) -> int:
-    from bench.check import smoke
+    from bench.processes import smoke
 
     return smoke(args.out)
 

@@ -6,6 +6,7 @@ host's clock. pytest-benchmark takes it through its public `timer` option and on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -17,7 +18,10 @@ from torch import Tensor
 from harness.errors import DeviceError
 from harness.machine import gpus
 
-__all__ = ["Mark", "copy_bandwidth", "device", "facts", "flush", "matrix_rate", "now", "rotations", "seconds"]
+__all__ = [
+    "Mark", "compiled", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "require_gpu", "rotations", "seconds",
+]  # fmt: skip
 
 
 def device() -> torch.device:
@@ -93,15 +97,13 @@ def matrix_rate() -> float:
     return 2 * n**3 / seconds(lambda: a @ b)
 
 
-def facts() -> dict[str, Any]:
-    """What figures depend on; goes into every result."""
+def identity() -> dict[str, Any]:
+    """What figures depend on."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "cpu_figures": True}
-    try:
+    with contextlib.suppress(ImportError):
         import triton
 
         found["triton"] = triton.__version__
-    except ImportError:
-        pass
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties()
         found |= {
@@ -112,8 +114,23 @@ def facts() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "driver": next((g["driver"] for g in gpus()), "unknown"),
         }
-    found["copy_bytes_per_s"], found["matrix_flops_per_s"] = copy_bandwidth(), matrix_rate()
     return found
+
+
+def facts() -> dict[str, Any]:
+    """What figures depend on, and the machine's ceilings; goes into every result."""
+    return identity() | {"copy_bytes_per_s": copy_bandwidth(), "matrix_flops_per_s": matrix_rate()}
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile for each shape by itself, however many come. Past its limit, of eight, torch goes on with eager
+    code, which would be timed in its place, or raises where the whole graph is wanted.
+    """
+    import torch._dynamo  # slow, and only this needs it
+
+    torch._dynamo.config.recompile_limit = 1 << 10
+    made: Callable[..., Any] = torch.compile(function, dynamic=False, **options)
+    return made
 
 
 def require_gpu() -> None:

@@ -86,6 +86,15 @@ def figures(bodies: Bodies, idle_s: Mapping[int, float]) -> list[Figure]:
     ):
         counted = [b for b in runs if b["number"] in idle_s]
         found.append(Figure(what, per_hour(counted, idle_s) if counted else None, aim, len(counted), more=True))
+    waits = [idle_s[b["number"]] for b in ahead if b["number"] in idle_s]
+    found.append(
+        Figure(
+            "idle GPU before an experiment that was made ahead, the longest, s",
+            max(waits, default=None),
+            3.0,
+            len(waits),
+        )
+    )
     return found
 
 
@@ -129,12 +138,14 @@ def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], dict[int, float]]
 
 
 def main(
-    tags: Sequence[str], settings: Settings | None, train: Path, say: Callable[[str], None] = print
-) -> tuple[bool, str]:
+    tags: Sequence[str], settings: Settings | None, train: Path, say: Callable[[str], None] = print,
+    nights: Sequence[str] = tuple(NIGHTS), experiments: int = 2,
+) -> tuple[bool, str]:  # fmt: skip
     """(whether a GPU reaches all targets that were measured, or True on a CPU; the page).
 
     Args:
         settings, train: for nights of its own, where no tag is given.
+        nights: of NIGHTS. experiments: of each, beside its baseline.
 
     Raises:
         HotloopError: one of those nights failed.
@@ -144,14 +155,17 @@ def main(
     else:
         assert settings is not None
         with tempfile.TemporaryDirectory() as scratch:
-            bodies, idle_s = read([_night(Path(scratch), name, settings, train.read_bytes(), say) for name in NIGHTS])
+            source = train.read_bytes()
+            bodies, idle_s = read([_night(Path(scratch), name, settings, source, experiments, say) for name in nights])
     found = figures(bodies, idle_s)
     on_gpu = any(b["device"] == "cuda" for b in bodies)
     return not on_gpu or all(f.good for f in found), page(found, on_gpu)
 
 
-def _night(scratch: Path, name: str, settings: Settings, source: bytes, say: Callable[[str], None]) -> Path:
-    """A short night of three runs in a repository of its own; its records."""
+def _night(
+    scratch: Path, name: str, settings: Settings, source: bytes, experiments: int, say: Callable[[str], None]
+) -> Path:
+    """A short night in a repository of its own; its records."""
     repo = scratch / name
     repo.mkdir()
     (repo / "train.py").write_bytes(source)
@@ -161,13 +175,13 @@ def _night(scratch: Path, name: str, settings: Settings, source: bytes, say: Cal
     preset, log = settings.preset.name, scratch / f"{name}.log"
     code = "import sys; from agent_loop.cli import main; sys.exit(main())"
     command = [
-        sys.executable, "-c", code, "loop", "--tag", name, "--experiments", "2", "--noise-seeds", "0", "--no-watchdog",
-        "--no-second-seed", "--preset", preset, "--data", str(settings.dataset.path.resolve()), *BUDGETS[preset],
-        *NIGHTS[name],
+        sys.executable, "-c", code, "loop", "--tag", name, "--experiments", str(experiments), "--noise-seeds", "0",
+        "--no-watchdog", "--no-second-seed", "--preset", preset, "--data", str(settings.dataset.path.resolve()),
+        *BUDGETS[preset], *NIGHTS[name],
     ]  # fmt: skip
     author = {f"GIT_{who}_{what}": "hotloop" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     env = os.environ | {"PYTHONPATH": str(project_root())} | author
-    say(f"a night of three runs, {' '.join(NIGHTS[name])}")
+    say(f"a night of a baseline and {experiments} experiments, {' '.join(NIGHTS[name])}")
     with open(log, "wb") as out:
         done = subprocess.run(command, cwd=repo, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
     if done.returncode:

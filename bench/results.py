@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.errors import UsageError
 
-__all__ = ["RESULTS", "Comparison", "Result", "Row", "compare", "markdown", "newest", "plot", "read"]
+__all__ = ["RESULTS", "Comparison", "Result", "Row", "compare", "folder_of", "markdown", "newest", "plot", "read"]
 
 RESULTS = Path(__file__).with_name("results")
 WORSE = 0.03  # a ratio may worsen by so much beyond the spread of both measurements
@@ -80,11 +80,16 @@ def read(path: Path) -> Result:
     return result
 
 
-def newest(device: str, but: Path | None = None) -> Path:
-    """The last committed result of a GPU. Raises UsageError where there is none."""
+def folder_of(device: str) -> Path:
+    """Of a GPU's results, by its name."""
     from kernels.tuning import file_name
 
-    folder = RESULTS / file_name(device).removesuffix(".json")
+    return RESULTS / file_name(device).removesuffix(".json")
+
+
+def newest(device: str, but: Path | None = None) -> Path:
+    """The last committed result of a GPU. Raises UsageError where there is none."""
+    folder = folder_of(device)
     found = [p for p in sorted(folder.glob("*.json")) if but is None or p.resolve() != but.resolve()]
     if not found:
         raise UsageError(f"no result of {device} is in {folder}; measure one with make gpu-check and commit it")

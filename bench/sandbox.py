@@ -11,16 +11,40 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
+from harness import gpu
 from harness.budget import Budget
+from harness.errors import HotloopError
+from harness.probe_cuda import probe_cuda
 from harness.sandbox import Sandbox, best
 from harness.session import Session, Trained
 from harness.single import settings_from
 from harness.spec import BudgetRule, Spec
 from harness.walls import project_root
 
-__all__ = ["main"]
+__all__ = ["levels", "main"]
+
+
+def levels(device: str) -> int:
+    """Print each sandbox level of this machine, whether CUDA works in it, and what clearing the GPU's memory takes; 0
+    when one works.
+    """
+    works = 0
+    for level in (3, 2, 1):
+        try:
+            sandbox = best(level)
+            words = f", {probe_cuda(sandbox):.2f} s to a first product" if device == "cuda" else ""
+            print(f"{sandbox}{words}", flush=True)
+            works += 1
+        except HotloopError as e:
+            print(f"L{level}: {e}", flush=True)
+    if device == "cuda":
+        print("not ours on the GPU:", gpu.others())
+        began = time.monotonic()
+        print(f"{gpu.clear()} MiB cleared in {time.monotonic() - began:.2f} s")
+    return 0 if works else 1
 
 
 def main(pairs: int, steps: int, preset: str, data: str | None) -> int:

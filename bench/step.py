@@ -38,6 +38,7 @@ __all__ = [
     "GAP_ALLOWED",
     "GROUPS",
     "Idle",
+    "Step",
     "device_spans",
     "group_of",
     "idle_of",
@@ -94,19 +95,23 @@ class _Run(Run):
         super().__init__(spec, _Mute(), Ring(self._memory))  # type: ignore[arg-type]
 
     def warmup(self, step: Callable[[Batch], Any], *, rows: int, seq_len: int | None = None, restore: Any = ()) -> None:
-        raise _Captured(step, rows, seq_len or self.spec.seq_len)
+        raise _Captured(step, rows, seq_len or self.spec.seq_len, restore)
 
-    def whole(self, step: Callable[[Batch], Any], rows: int, seq_len: int) -> Callable[[], None]:
-        """What the trainer does from one batch to the next, but for the words with its parent."""
+    def restart(self) -> None:
+        self._step = -1
+
+    def whole(self, step: Callable[[Batch], Any], rows: int, seq_len: int) -> Callable[[], Any]:
+        """What the trainer does from one batch to the next, but for the words with its parent; returns the loss."""
         for slot in range(SLOTS):
             self._ring.put(slot, synthetic_rows(rows, seq_len, self.spec.vocab_size, slot))
 
-        def once() -> None:
+        def once() -> Any:
             self._step += 1
             message = {"slot": self._step % SLOTS, "progress": 0.25, "step": 10}
             loss = step(self._batch(message, rows, seq_len))
             if loss is not None:
                 self.log(loss)
+            return loss
 
         return once
 
@@ -137,8 +142,25 @@ def settle(repeatable: bool = True) -> None:
     prepare_torch({"seed": 1, "device": str(dev.device())}, threads, repeatable)
 
 
-def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> tuple[Callable[[], Any], int]:
-    """(one step of a train.py on synthetic tokens, its tokens).
+@dataclass(frozen=True)
+class Step:
+    """One step of a train.py on synthetic tokens.
+
+    Attributes:
+        once: makes one, and returns its loss where train.py's step does.
+        tokens: of one.
+        restore: the modules and optimizers that train.py names to `run.warmup`.
+        restart: the tokens begin from the first again.
+    """
+
+    once: Callable[[], Any]
+    tokens: int
+    restore: tuple[Any, ...]
+    restart: Callable[[], None]
+
+
+def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> Step:
+    """A step as the trainer makes it.
 
     Args:
         constants: `NAME=VALUE`, see `with_constants`.
@@ -163,10 +185,10 @@ def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> tuple[Cal
     try:
         module.train(run)
     except _Captured as e:
-        step, rows, seq_len = e.args
+        step, rows, seq_len, restore = e.args
     else:
         raise UsageError(f"{path}: train(run) ended without calling run.warmup, so there is no step to profile")
-    return run.whole(step, rows, seq_len), rows * seq_len
+    return Step(run.whole(step, rows, seq_len), rows * seq_len, restore, run.restart)
 
 
 def time_step(step: Callable[[], Any], steps: int) -> float:
@@ -192,7 +214,8 @@ def profile_step(path: Path, preset: str, constants: Sequence[str] = ()) -> dict
         DeviceError: the profiler saw nothing on the GPU.
     """
     on_gpu = torch.cuda.is_available()
-    step, tokens = step_of(path, preset, constants)
+    found = step_of(path, preset, constants)
+    step, tokens = found.once, found.tokens
     steps = 5 if on_gpu else 1  # of n steps in a row n - 1 of the pauses between two are seen
     step_s = time_step(step, steps)
     activity = torch.profiler.ProfilerActivity

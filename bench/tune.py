@@ -1,10 +1,15 @@
 """Searches launch configurations on the GPU at hand and writes `kernels/tuned/<gpu>.json`, which ships.
 
-    hotloop bench tune [--operator NAME]
+    hotloop bench tune [--operator NAME] [--minutes N]
 
-Each candidate runs on real-sized inputs, is checked against the default's answer, and is timed interleaved with it. A
-candidate replaces the default only where it wins by more than the spread; so a file says what was worth changing.
-Afterwards: `make gate-write`, `hotloop seal`, and commit all three.
+Every candidate is compiled first, many at a time in processes of their own (`kernels.compiling`); what spills or does
+not fit the card is never launched. The others run on real-sized inputs, are checked against the default's answer, and
+are timed beside it in stages (`harness.search`). One replaces the default only where it wins by more than the spread;
+so a file says what was worth changing.
+
+Each kernel is tuned in a process of its own: a candidate that faults or hangs ends that one, is out, and the search
+goes on without it. All that was found is noted, so that the same command goes on where it was ended. Afterwards:
+`make gate-write`, `hotloop seal`, and commit all three.
 """
 
 from __future__ import annotations
@@ -12,8 +17,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
+import importlib
 import json
-import statistics
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +37,14 @@ import kernels
 from bench import device as dev
 from bench.accuracy import fresh, outputs, upstream
 from bench.operators import OPERATORS
+from bench.runner import die_with_parent
+from bench.switches import UNFINISHED
 from harness.errors import UsageError
+from harness.notes import Notes, write_whole
+from harness.process import tail
+from harness.search import blame, entry, halving, out_of
+from harness.selection import TimeIsUp, Unfit
+from harness.walls import project_root
 from kernels import (
     flash,
     linear_qkv,
@@ -41,10 +60,14 @@ from kernels import (
 )
 from kernels import linear_cross_entropy as lce
 from kernels import softcap_cross_entropy as ce
+from kernels.compiling import Launch, compile_all, recorded
 
-__all__ = ["KERNELS", "Candidate", "main"]
+__all__ = ["KERNELS", "Candidate", "Card", "child", "main", "search", "tuned"]
 
-ROUNDS = 20
+HANG_S = 120.0  # after which a candidate that is being tried counts as hanging
+CHUNK = 8  # candidates to a core that are compiled between two looks at the clock
+TABLE = "bench.tune:KERNELS"
+_CHILD = "from bench.tune import child; child()"
 Config = dict[str, int]
 
 
@@ -59,9 +82,32 @@ class Candidate:
     work: Callable[[], list[torch.Tensor]]
     reset: Callable[[], Any] = lambda: None
 
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.key}"
+
     def run(self, config: Config) -> list[torch.Tensor]:
+        self.reset()
         with tuning.trial(self.kernel, config):
             return self.work()
+
+    def launches(self, config: Config) -> list[Launch]:
+        """What it would launch of Triton's; nothing is launched."""
+        with recorded() as found:
+            self.run(config)
+        return found
+
+    def round(self, config: Config) -> float:
+        """The default's time over this one's, one after the other."""
+        times = []
+        for which in (self.default, config):
+            self.reset()
+            dev.flush()
+            start = dev.now()
+            with tuning.trial(self.kernel, which):
+                self.work()
+            times.append((start, dev.now()))
+        return float((times[0][1] - times[0][0]) / (times[1][1] - times[1][0]))
 
 
 def _softcap_cross_entropy() -> Iterator[Candidate]:
@@ -172,38 +218,106 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
 }
 
 
-def search(candidate: Candidate, say: Callable[[str], None]) -> Config | None:
-    """The best configuration where it beats the default by more than the spread, else None."""
-    best: tuple[float, Config] | None = None
-    candidate.reset()
+@dataclass(frozen=True)
+class Card:
+    """What candidates are compiled for.
+
+    Attributes:
+        capability: 10 * major + minor.
+        shared_limit: bytes of shared memory that a block can get.
+    """
+
+    capability: int
+    shared_limit: int
+
+    @classmethod
+    def here(cls) -> Card:
+        if not torch.cuda.is_available():  # a trial of the search, as for an H100
+            return cls(90, 232_448)
+        from triton.compiler.compiler import max_shared_mem  # torch does not tell what a block can opt into
+
+        major, minor = torch.cuda.get_device_capability()
+        return cls(10 * major + minor, max_shared_mem(torch.cuda.current_device()))
+
+
+def words(config: Config) -> str:
+    return " ".join(f"{k}={v}" for k, v in config.items())
+
+
+def search(
+    candidate: Candidate, card: Card, notes: Notes, over: Callable[[], bool], say: Callable[[str], None]
+) -> Config | None:
+    """The best configuration where it beats the default by more than the spread, else None.
+
+    Raises:
+        TimeIsUp: what was found is noted.
+    """
+    space = {words(c): c for c in candidate.space if c != candidate.default}
+    if "best" not in entry(notes, candidate.name):
+        _prune(candidate, space, card, notes, over)
     want = [t.clone() for t in candidate.run(candidate.default)]
-    for config in candidate.space:
-        if config == candidate.default:
-            continue
-        candidate.reset()
-        try:
-            got = candidate.run(config)
-        except Exception as e:  # too much shared memory or too many registers: not a candidate here
-            say(f"  {config}: {type(e).__name__}")
-            continue
-        if not all(_agree(a.float(), b.float()) for a, b in zip(got, want, strict=True)):
-            say(f"  {config}: another answer than the default's; not a candidate")
-            continue
-        ratios = []
-        for _ in range(ROUNDS):
-            times = []
-            for which in (candidate.default, config):
-                candidate.reset()
-                dev.flush()
-                start = dev.now()
-                candidate.run(which)
-                times.append((start, dev.now()))
-            ratios.append((times[0][1] - times[0][0]) / (times[1][1] - times[1][0]))
-        median, low = statistics.median(ratios), sorted(ratios)[ROUNDS // 5]
-        say(f"  {config}: {median:.3f}x (p20 {low:.3f}x)")
-        if low > 1.01 and (best is None or median > best[0]):
-            best = (median, config)
-    return best[1] if best else None
+
+    def prove(name: str) -> None:
+        with _unfit():
+            got = candidate.run(space[name])
+            if not all(_agree(a.float(), b.float()) for a, b in zip(got, want, strict=True)):
+                raise Unfit("another answer than the default's")
+
+    def round_of(name: str) -> float:
+        with _unfit():
+            return candidate.round(space[name])
+
+    best = halving(candidate.name, list(space), prove, round_of, notes, over)
+    here = entry(notes, candidate.name)
+    timed, out = len(here["ratios"]), len(here["out"])
+    say(f"{candidate.name}: {best or 'the default stays'} ({timed} timed, {out} were none)")
+    return space[best] if best else None
+
+
+def _prune(candidate: Candidate, space: dict[str, Config], card: Card, notes: Notes, over: Callable[[], bool]) -> None:
+    """Compile what is not yet, and put out what need not be launched."""
+    here = entry(notes, candidate.name)
+    compiled: list[str] = here.setdefault("compiled", [])
+    default = candidate.launches(candidate.default)
+    left = [name for name in space if name not in compiled and name not in here["out"]]
+    size = CHUNK * len(os.sched_getaffinity(0))
+    for at in range(0, len(left), size):
+        if over():
+            raise TimeIsUp
+        launches: dict[str, list[Launch]] = {}
+        for name in left[at : at + size]:
+            try:
+                launches[name] = candidate.launches(space[name])
+            except Exception as e:  # a launcher that refuses its configuration
+                out_of(notes, candidate.name, name, f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+        facts = compile_all([*default, *(x for found in launches.values() for x in found)], card.capability)
+        for name, found in launches.items():
+            why = next((r for x in found if (r := facts[x].refusal(card.shared_limit))), "")
+            if found and found == default:  # where descriptors do not serve, for one
+                why = "the same launches as the default's"
+            if why:
+                out_of(notes, candidate.name, name, why)
+            compiled.append(name)
+        notes.save()
+
+
+@contextlib.contextmanager
+def _unfit() -> Iterator[None]:
+    """What a launch raises is a reason against its configuration; what ends the device's context ends this process."""
+    try:
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Unfit:
+        raise
+    except Exception as e:
+        if torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+            except Exception:  # nothing can be launched any more; the one that was tried is noted
+                print(f"hotloop: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+                os._exit(1)
+        raise Unfit(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -223,24 +337,141 @@ def tuned(facts: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
         "date": datetime.date.today().isoformat(),
         "versions": {k: facts[k] for k in ("torch", "triton", "cuda", "driver") if k in facts},
     }  # fmt: skip
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
-def main(operators: list[str], say: Callable[[str], None] = print) -> int:
-    """Raises DeviceError without a GPU, UsageError for a kernel that does not exist."""
-    unknown = sorted(set(operators) - set(KERNELS))
-    if unknown:
-        raise UsageError(f"no kernel is called {unknown[0]}; those that can be tuned: {', '.join(KERNELS)}")
-    dev.require_gpu()
-    for name in operators or KERNELS:
-        found: dict[str, Config] = {}
-        for candidate in KERNELS[name]():
-            say(f"{name} {candidate.key}, default {candidate.default}")
-            config = search(candidate, say)
+def stamp(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a search depends on: the machine, and the kernels' sources but not what was tuned."""
+    sources = b"".join(p.read_bytes() for p in sorted((project_root() / "kernels").glob("*.py")))
+    return facts | {"kernels": hashlib.sha256(sources).hexdigest()}
+
+
+# ---- each kernel in a process of its own ------------------------------------------------------------------------
+
+
+def main(
+    operators: list[str], notes: Path, minutes: float = 60.0, say: Callable[[str], None] = print, table: str = TABLE,
+    hang_s: float = HANG_S,
+) -> int:  # fmt: skip
+    """Search, kernel by kernel, for so many minutes at most.
+
+    Args:
+        notes: the file that what was found is kept in.
+        table: `module:name` of the kernels' table.
+        hang_s: after which a candidate counts as hanging.
+
+    Returns:
+        0; UNFINISHED where the time was over; 1 where the search of a kernel failed.
+
+    Raises:
+        UsageError: a kernel that does not exist.
+    """
+    known = _table(table)
+    if unknown := sorted(set(operators) - set(known)):
+        raise UsageError(f"no kernel is called {unknown[0]}; those that can be tuned: {', '.join(known)}")
+    deadline = time.time() + minutes * 60
+    failed = []
+    for name in operators or list(known):
+        status = _supervised(name, notes, deadline, table, hang_s, say)
+        if status == UNFINISHED:
+            say("the time is over; run it again to go on")
+            return UNFINISHED
+        if status:
+            failed.append(name)
+    if failed:
+        say(f"failed: {', '.join(failed)}")
+    if table == TABLE:
+        say("what was found is in kernels/tuned; now: make gate-write && hotloop seal, and commit them together")
+    return 1 if failed else 0
+
+
+def _supervised(name: str, path: Path, deadline: float, table: str, hang_s: float, say: Callable[[str], None]) -> int:
+    """Tune one kernel, in one process after another while candidates end them."""
+    command = [sys.executable, "-c", _CHILD, name, str(path), str(deadline), table]
+    # Every kernel on, each by its name: attention too, whose candidates call ours.
+    env = os.environ | {"HOTLOOP_KERNELS": "triton", "HOTLOOP_ATTENTION": "triton"}
+    while True:
+        with tempfile.NamedTemporaryFile(suffix=".log") as log:
+            process = subprocess.Popen(
+                command, env=env, cwd=project_root(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+            hung = False
+            try:
+                while (code := _waited(process, min(2.0, hang_s / 4))) is None:
+                    hung = _trying_for(path) > hang_s
+                    if hung:
+                        break
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its compilers too
+                process.wait()
+            said = tail(Path(log.name), 200)
+        for line in said:
+            say(f"  {line}")
+        if code in (0, UNFINISHED) and not hung:
+            return int(code)
+        notes = Notes(path, _read_stamp(path))
+        reason = "it hangs" if hung else f"it ended the process ({(said or ['no words'])[-1][:160]})"
+        if not (out := blame(notes, reason)):
+            return 1
+        say(f"  {out}: {reason}")
+
+
+def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())["stamp"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return found
+
+
+def _trying_for(path: Path) -> float:
+    """For how many seconds a candidate is being tried; 0 for none."""
+    try:
+        trying = "trying" in json.loads(path.read_text())["body"]
+        return time.time() - path.stat().st_mtime if trying else 0.0
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def _table(where: str) -> dict[str, Callable[[], Iterator[Candidate]]]:
+    module, _, name = where.partition(":")
+    found: dict[str, Callable[[], Iterator[Candidate]]] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _tell(words: str) -> None:
+    print(words, flush=True)
+
+
+def child() -> None:
+    """The process that tunes one kernel."""
+    die_with_parent()
+    name, path, deadline, table = sys.argv[1:]
+    facts = dev.identity()
+    notes = Notes(Path(path), stamp(facts))
+    if notes.why:
+        _tell(f"begun anew: {notes.why}")
+    if notes.body.pop("trying", None):  # of a run that was ended from outside: no fault of the candidate's
+        notes.save()
+    found: dict[str, Config] = {}
+    card = Card.here()
+    try:
+        for candidate in _table(table)[name]():
+            config = search(candidate, card, notes, lambda: time.time() > float(deadline), _tell)
             if config:
                 found[candidate.key] = config
-        with tuned(dev.facts()) as (path, body):  # after each, so that a run that is cut short keeps what it found
-            body["configs"][name] = found
-    say(f"written: {path}; now: make gate-write && hotloop seal, and commit them together")
-    return 0
+            # After each, so that a run that is cut short keeps what it found.
+            if not facts["cpu_figures"]:
+                with tuned(facts) as (_, body):
+                    body["configs"][name] = body["configs"].get(name, {}) | found
+    except TimeIsUp:
+        sys.exit(UNFINISHED)

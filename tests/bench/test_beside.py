@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import prepare as prep
-from bench import beside, check, quality
+from bench import beside, quality
 from bench.beside import FREE, OURS, PLAIN, Side, page, source_of
 from bench.cli import main
 from harness.errors import UsageError
@@ -129,13 +129,6 @@ def test_train_py_in_8_bits_is_trained_scored_and_audited(data: Path, capsys: py
     eight, ours = (float(x) for x in re.findall(r"val_bpb at equal tokens \| ([\d.]+) \| ([\d.]+)", text)[0])
     assert eight != ours
     assert eight == pytest.approx(ours, rel=2e-2)
-
-
-def test_gpu_check_takes_it_last_and_the_rest_is_ten_minutes() -> None:
-    assert list(check.PARTS)[-1] == "baseline"
-    assert check.PARTS["baseline"] < 600 and sum(check.PARTS.values()) - check.PARTS["baseline"] < 600
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    assert "bench check $(if $(DATA),--data $(DATA)) $(foreach part,$(PART),--part $(part))" in makefile
 
 
 @pytest.fixture(scope="module")

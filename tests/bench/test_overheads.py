@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import prepare as prep
-from bench import check, overheads
+from bench import overheads
 from bench.cli import main
 from bench.overheads import figures, page, per_hour, read
+from bench.parts import PARTS
 from harness.record import Chain, Outcome
 from tests.harness.conftest import TINY
 
@@ -94,9 +95,13 @@ def test_a_missed_target_is_the_exit_status(
 
 
 def test_gpu_check_runs_it_only_where_it_is_named() -> None:
-    assert "overheads" in check.MORE_PARTS and "overheads" not in check.PARTS
-    with pytest.raises(SystemExit):
-        main(["check", "--part", "nothing"])
+    assert PARTS["overheads"].named and not PARTS["night"].named
+
+
+def test_the_longest_pause_of_a_night_counts() -> None:
+    runs = [run(i, warm=True) for i in range(3)]
+    told = figures(runs, {0: 0.2, 1: 3.5, 2: 0.1})[-1]
+    assert (told.found, told.aim, told.runs, told.good) == (3.5, 3.0, 3, False)
 
 
 def test_two_short_nights_for_real(
@@ -115,7 +120,7 @@ def test_two_short_nights_for_real(
     train.write_text("MATRIX_LR = 0.01\n" + TINY.replace("lr=0.01", "lr=MATRIX_LR"))
     assert main(["overheads", "--train", str(train), "--preset", "laptop", "--data", str(tmp_path / "data")]) == 0
     text = capsys.readouterr().out
-    assert "a night of three runs, --prewarm off\na night of three runs, --prewarm on --compile-cache\n" in text
+    assert "a night of a baseline and 2 experiments, --prewarm off\n" in text
     assert "| 6 |  |" in next(line for line in text.splitlines() if line.startswith("| submission"))
     counts = {line.split("|")[1].strip(): line.split("|")[4].strip() for line in text.splitlines() if "an hour" in line}
     assert counts == {

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bench import device as dev
 from bench import gate, peers, results
 from bench.cli import main
 from bench.operators import OPERATORS
@@ -94,6 +96,9 @@ def test_compare_exits_by_its_verdict_and_prints_a_table(tmp_path: Path, capsys:
         (["check"], "nvidia-smi shows none"),
         (["tune"], "nvidia-smi shows none"),
         (["tune", "--operator", "fast"], "no kernel is called fast"),
+        (["tune", "--minutes", "0"], "--minutes must be a positive number, not 0.0"),
+        (["check", "--part", "all"], "no part is called all; they are doctor, sandbox"),
+        (["check", "--data", "none"], "leave it out, or run: hotloop prepare"),
         (["attention"], "nvidia-smi shows none"),
         (["attention", "--shape", "wide"], "attention has no shape 'wide'; the table has baseline"),
         (["step", "--train", "none.py"], "none.py cannot be read"),
@@ -269,6 +274,17 @@ def test_a_peer_that_is_missing_or_broken_says_so(tmp_path: Path, monkeypatch: p
     assert loaded == {}
     assert missing["a"] == "not installed (no module not_there_at_all)"
     assert missing["b"] == "fails to import: ImportError: built for another torch"
+
+
+def test_what_is_compiled_for_timing_is_compiled_for_every_shape() -> None:
+    """torch's own limit is eight; past it eager code would be timed as the compiled reference."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    double = dev.compiled(lambda x: 2 * x, backend=counter, fullgraph=True)
+    for size in range(2, 22):
+        assert double(torch.ones(size)).sum() == 2 * size
+    assert counter.frame_count == 20
 
 
 def test_kernels_are_grouped_by_their_names() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kernels
+from bench import device as dev
 from bench.accuracy import bitwise_repeats, check
 from bench.operators import OPERATORS
 from harness.spec import PRESETS, Spec
@@ -68,7 +69,7 @@ def test_an_attention_backend_is_right_and_compiles(name: str) -> None:
     """Whole rows and packed documents, both windows and head dimensions, grouped heads, against fp64."""
     if why := attend.backends("cuda")[1].get(name):
         pytest.skip(why)
-    compiled = torch.compile(kernels.attention, fullgraph=True, dynamic=False)
+    compiled = dev.compiled(kernels.attention, fullgraph=True)
     torch.manual_seed(0)
     for head_dim, window, documents in itertools.product((64, 128), (100, 512), (False, True)):
         backend = BACKENDS[name]

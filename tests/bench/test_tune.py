@@ -1,0 +1,67 @@
+"""`hotloop bench tune` with its processes and times that are given: faults, hangs, kills, the end of its time."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import tune
+from bench.switches import UNFINISHED
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = "tests.bench.scripted:KERNELS"
+
+
+@pytest.fixture
+def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "trace"
+    monkeypatch.setenv("TRACE", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return path
+
+
+def best_of(notes: Path) -> dict[str, str | None]:
+    body = json.loads(notes.read_text())["body"]
+    return {key: here["best"] for key, here in body.items() if isinstance(here, dict)}
+
+
+def test_what_faults_hangs_or_is_wrong_is_out_and_the_rest_is_searched(tmp_path: Path, trace: Path) -> None:
+    notes, said = tmp_path / "notes.json", list[str]()
+    assert tune.main(["fatal"], notes, 10.0, said.append, TABLE, hang_s=3.0) == 0
+    assert best_of(notes) == {"fatal all": "SIZE=2"}
+    assert json.loads(notes.read_text())["body"]["fatal all"]["out"] == {
+        "SIZE=4": "it ended the process (CUDA error: an illegal memory access was encountered)",
+        "SIZE=5": "it hangs", "SIZE=6": "another answer than the default's",
+    }  # fmt: skip
+    assert trace.read_text().count("fatal all 4") == trace.read_text().count("fatal all 5") == 1
+    assert "  fatal all: SIZE=2 (4 timed, 3 were none)" in said
+
+
+def test_a_tuning_that_is_out_of_time_or_killed_goes_on(tmp_path: Path, trace: Path) -> None:
+    """What was in flight when it was killed is no candidate's fault."""
+    notes, chance = tmp_path / "notes.json", random.Random(1)
+    code = f"from pathlib import Path; from bench.tune import *; main(['tame'], Path({str(notes)!r}), table={TABLE!r})"
+    assert tune.main(["tame"], notes, 1e-6, lambda _: None, TABLE) == UNFINISHED
+    for _ in range(2):
+        env = os.environ | {"ROUND_S": "0.05"}
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        before = trace.read_text() if trace.exists() else ""
+        while time.monotonic() < deadline and (not trace.exists() or trace.read_text() == before):
+            time.sleep(0.05)
+        time.sleep(chance.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if notes.exists():
+            json.loads(notes.read_text())  # whole at any moment
+    assert tune.main(["tame"], notes, 10.0, lambda _: None, TABLE) == 0
+    assert best_of(notes) == {"tame small": "SIZE=2", "tame large": "SIZE=2"}
+    assert list(json.loads(notes.read_text())["body"]["tame small"]["out"]) == ["SIZE=6"]
