@@ -471,6 +471,33 @@ def test_on_a_hopper_that_was_never_measured_fa3_comes_before_fa4_and_that_befor
     assert chosen._describe("cuda").startswith(f"K=128 T=2048 W=1024: {first}")
 
 
+@pytest.mark.parametrize(
+    ("asked", "forced", "able"),
+    [
+        ("auto", "", True),
+        ("triton", "", True),  # all our kernels, and attention as it was ranked
+        ("attention", "triton", True),
+        ("embedding,attention", "triton", True),
+        ("embedding", "", False),
+        ("reference", "", False),
+    ],
+)
+def test_only_its_name_asks_for_our_attention(
+    monkeypatch: pytest.MonkeyPatch, asked: str, forced: str, able: bool
+) -> None:
+    """On a GPU; on a CPU `triton` asks for what the interpreter can run."""
+    monkeypatch.setattr(chosen.dispatch, "ASKED", asked)
+    monkeypatch.setattr(chosen, "ASKED", "")
+    monkeypatch.setattr(chosen, "_unable", lambda backend, device: "" if backend.name in ("torch", "triton") else "no")
+    monkeypatch.setattr(chosen.tuning, "measured", lambda _: {"K=128 T=2048 W=1024": ["torch", "triton"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    plan = chosen._make_plan("cuda")
+    assert (plan.forced, "triton" in plan.able) == (forced, able)
+    monkeypatch.setitem(chosen._plans, "cuda", plan)
+    assert chosen._choose("cuda", torch.bfloat16, 2048, 128, 1024, 0, None) == (forced or "torch")
+    assert chosen._make_plan("cpu").forced == ("triton" if "triton" in asked or forced else "")
+
+
 def test_the_record_names_no_backend_that_lacks_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     ranking = {"K=128 T=2048 W=1024": ["cudnn", "flash3"], "K=128 T=2048 W=2048": ["cudnn", "flash3"]}
     plan = chosen.Plan("", ("flash3", "cudnn"), {}, {"cudnn": "no front end"}, ranking, "cuda sm_90")
