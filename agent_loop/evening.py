@@ -57,11 +57,10 @@ class Evening:
 
     def try_cages(self) -> None:
         """Start the cage of each agent that has one, once, empty. Raises SandboxError where none can ever work."""
-        cages = [cage for a in self.agents if isinstance(cage := getattr(a, "cage", None), Cage)]
-        if cages:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        for cage in dict.fromkeys(cages):
-            try_cage(cage, self.folder)
+        for agent in self.agents:
+            if isinstance(cage := getattr(agent, "cage", None), Cage):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try_cage(cage, self.folder)
 
     def drive(self, console: Console) -> int:
         """Raises HotloopError."""

@@ -177,8 +177,9 @@ class Driver:
         deadline = time.monotonic() + 30.0
         for thread in (t for t in threading.enumerate() if t.name.startswith("hotloop-")):
             thread.join(max(0.0, deadline - time.monotonic()))
-        if best := self.night.incumbent():  # what the worktree shows in the morning
-            with contextlib.suppress(GitError, OSError):
+        if best := self.night.incumbent():  # what branch and worktree show in the morning, whatever an agent did there
+            with contextlib.suppress(GitError, OSError, HotloopError):
+                self._set_branch()
                 self.repo.prepare(best.commit)
         if self.reporter and (problem := self.reporter.finish()):
             self.view.note(f"no report was drawn ({problem}); later: hotloop report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import sys
@@ -13,6 +14,8 @@ import pytest
 from agent_loop.agents import CommandAgent
 from agent_loop.builtin import BuiltinAgent
 from agent_loop.cage import Cage, everything_but, outermost, text_of, try_cage
+from agent_loop.evening import Evening
+from agent_loop.loop import Options
 from harness.bounds import Bounds
 from harness.errors import SandboxError, UsageError
 from harness.process import Contained
@@ -228,3 +231,18 @@ def test_what_an_agent_prints_has_a_cap_while_it_runs(
     night = scripted.drive(repo, "t", 1, agent=[shout, BuiltinAgent(1)])
     assert night.turns()[0]["reason"] == "the agent printed more than 1 MiB"
     assert (night.folder / "turns" / "000001" / "agent.log").stat().st_size <= 300_000
+
+
+def test_the_cages_of_a_night_are_tried_before_it_begins(repo: Path, places: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+    def evening(*agents: object) -> Evening:
+        return Evening("t", repo / "runs" / "t", git.Repo(repo), list(agents), [], Options(), "")  # type: ignore[arg-type]
+
+    evening(BuiltinAgent(1)).try_cages()
+    assert not (repo / "runs" / "t").exists()
+    good = agent(1, "pass", places)
+    evening(good, good, BuiltinAgent(1)).try_cages()
+    assert not list((repo / "runs" / "t").iterdir())
+    bad = agent(1, "pass", places)
+    bad.cage = dataclasses.replace(bad.cage, hidden=(Path(sys.base_prefix).resolve(), Path("/usr"), Path("/bin")))
+    with pytest.raises(SandboxError, match="no agent can start in its cage"):
+        evening(bad).try_cages()
