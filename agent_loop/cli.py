@@ -131,7 +131,11 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="is a night what it says: chain, signatures, seals, commits, weights")
     verify.add_argument("--tag", help="default: the newest night")
-    verify.add_argument("--key", metavar="HEX", help="the public key that all of it must be signed with")
+    verify.add_argument(
+        "--key",
+        metavar="HEX",
+        help="the public key that all of it must be signed with (default: your own, where you have one)",
+    )
     verify.add_argument("--packages", action="store_true", help="compare torch and the others file by file")
     verify.set_defaults(run=_verify)
 

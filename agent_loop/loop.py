@@ -706,5 +706,5 @@ def kept_message(tag: str, row: Row, before: Row) -> str:
         f"{o.tokens:,} tokens in {o.training_s:.1f} s, {o.num_params / 1e6:.1f} M parameters, {o.peak_mb:,.0f} MB\n\n"
         f"Experiment {row.number} of {tag}, after {before.number}"
         + (f", by {row.agent}" if row.agent else "")
-        + f"; as it was run: {row.commit}"
+        + f"; as it was run: {row.commit}\nRecord: {row.record}"
     )

@@ -92,6 +92,7 @@ class Row:
             that other try.
         slot, idle_s: on which device (0 is the first), and for how long that one had waited before it.
         ended: when it was decided, UTC, ISO 8601.
+        record: the hash of the decision's entry, and so of all that was written before.
     """
 
     number: int
@@ -113,6 +114,7 @@ class Row:
     slot: int = 0
     idle_s: float = 0.0
     ended: str = ""
+    record: str = ""
 
     @property
     def val_bpb(self) -> float | None:
@@ -201,7 +203,7 @@ class Night:
             elif entry["kind"] == "experiment":
                 self._take_outcome(Outcome.from_dict(body))
             elif entry["kind"] == "decision":
-                self._take_decision(body, entry["time"])
+                self._take_decision(body, entry["time"], entry["hash"])
             elif entry["kind"] == "turn":
                 words = {key: one_line(str(body.get(key) or "")) for key in ("reason", "description")}
                 self._turns.append(body | words | {"time": entry["time"]})
@@ -227,7 +229,7 @@ class Night:
             if score is not None:
                 kept.setdefault(outcome.commit, {}).setdefault(outcome.seed, score)
 
-    def _take_decision(self, body: dict[str, Any], time: str) -> None:
+    def _take_decision(self, body: dict[str, Any], time: str, record: str) -> None:
         extra = {k: body[k] for k in _EXTRA if k in body}
         extra["why"] = one_line(extra.get("why", ""))
         outcome = self._outcomes.get(body["number"])
@@ -237,7 +239,7 @@ class Night:
             holdout = None if best is None else best - outcome.holdout_bpb
         row = Row(
             body["number"], body["kind"], body["commit"], one_line(body["description"]), body["decision"],
-            one_line(body["reason"]), outcome, body["gain"], holdout, ended=time, **extra,
+            one_line(body["reason"]), outcome, body["gain"], holdout, ended=time, record=record, **extra,
         )  # fmt: skip
         self._rows.append(row)
         self._spent(body)

@@ -1,9 +1,11 @@
 """`hotloop verify`: is a whole night what it says it is? And `hotloop audit`: does a stored model still score so?
 
 chain       every line continues the one before; signatures, where there are any
+end         nothing was cut off: the last line is that of which a file outside the folder tells
 seals       sealed code and data were the same for all experiments, and are those of this checkout
 commits     each candidate differs from its parent in train.py alone and holds the source that was run
 branch      it has one commit for each kept experiment, with the tree that was run, and no other
+numbers     refs, folders and the records that kept commits name are all on record
 decisions   each is what its records give when it is made again
 weights     the stored ones of kept experiments are those that were scored
 packages    torch, triton and the others are those of the night (with --packages: file by file)
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,17 +26,20 @@ from agent_loop.decide import judge
 from agent_loop.gitrepo import Repo
 from agent_loop.night import Night, Row
 from agent_loop.report import tsv_text
+from harness import heads
 from harness.errors import DataError, HotloopError, UsageError
 from harness.experiment import LOSSES, evaluated
 from harness.machine import changed_files, environment
 from harness.record import Chain, Outcome
 from harness.score import Noise
 from harness.seal import verify_seal
+from harness.signing import load_signer
 from harness.single import settings_from
 
 __all__ = ["audit_command", "checks", "verify_command"]
 
 Check = tuple[str, bool, str]
+_RECORD = re.compile(r"^Record: ([0-9a-f]{64})$", re.MULTILINE)
 _MISSING = (ValueError, KeyError, git.GitError, ODBError)  # a commit, a file of it, or a branch that is not there
 
 
@@ -57,6 +63,9 @@ def checks(folder: Path, repo: git.Repo | None, key: str | None, packages: bool 
         f"{len(chain.entries)} entries, head {chain.head[:16]}"
         + (f"; {chain.cut_bytes} bytes of a torn line follow" if chain.cut_bytes else ""),
     )
+    reason = chain.shortened()
+    found = "is what was written last" if heads.remembered(chain.path) else "nothing outside its folder tells of it"
+    yield "end", not reason, reason or found
     yield _signatures(chain, key)
     outcomes = [Outcome.from_dict(b) for b in chain.bodies("experiment")]
     yield from _seals(outcomes)
@@ -64,6 +73,7 @@ def checks(folder: Path, repo: git.Repo | None, key: str | None, packages: bool 
     if night.settings is not None:
         if repo is not None:
             yield from _commits(night, repo)
+            yield _numbers(night, repo)
             yield _decisions(night, repo)
         path = folder / "results.tsv"
         same = path.is_file() and path.read_bytes() == tsv_text(night).encode()
@@ -78,9 +88,37 @@ def _signatures(chain: Chain, key: str | None) -> Check:
         good = signers == {key}
         return "signatures", good, f"all by {key[:16]}" if good else f"not all entries are signed by {key[:16]}"
     if signers <= {None}:
-        return "signatures", True, "none (hotloop keygen, before a night, makes a key)"
+        return (
+            "signatures",
+            True,
+            (
+                "NONE: who can write the records can write all of them anew, so this proves that nothing was changed "
+                "by accident and no more (hotloop keygen, before a night, makes a key)"
+            ),
+        )
     names = ", ".join(str(s)[:16] if s else "nobody" for s in signers)
     return "signatures", len(signers) == 1, f"by {names}"
+
+
+def _numbers(night: Night, repo: git.Repo) -> Check:
+    """What else tells how far the night had come: its refs, its folders, the records that kept commits name."""
+    tag = night.folder.name
+    decided = {row.number for row in night.rows()} | {run.number for run in night.flight().runs}
+    refs = repo.git.for_each_ref("--format=%(refname:lstrip=3)", f"refs/hotloop/{tag}/").splitlines()
+    folders = [p.name for p in (night.folder / "experiments").glob("[0-9]*")]
+    others = sorted({int(n) for n in refs + folders if n.isdigit()} - decided)
+    if others:
+        return "numbers", False, f"experiment {others[0]} has a commit or a folder and no record"
+    have = {entry["hash"] for entry in night.chain.entries}
+    try:
+        messages = [str(c.message) for c in repo.iter_commits(f"autoresearch/{tag}")]
+    except _MISSING:
+        messages = []  # told above
+    for message in messages:
+        found = _RECORD.search(message)
+        if found and f" of {tag}, after" in message and found[1] not in have:
+            return "numbers", False, f"the branch names the record {found[1][:16]}, which is not there"
+    return "numbers", True, "commits, folders and records tell of the same experiments"
 
 
 def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
@@ -211,8 +249,10 @@ def verify_command(args: argparse.Namespace) -> int:
         repo = None if args.tag == "single" else Repo(Path.cwd(), search_parent_directories=True)
     except git.GitError:
         raise UsageError(f"{Path.cwd()} is not in the repository of that night") from None
+    signer = load_signer()
+    key = args.key or (signer.public if signer else None)
     bad = 0
-    for name, good, text in checks(folder, repo, args.key, args.packages):
+    for name, good, text in checks(folder, repo, key, args.packages):
         bad += not good
         print(f"{'ok ' if good else 'BAD'}  {name:<12} {text}")
     print(f"night {args.tag}: " + ("all holds" if not bad else f"{bad} of these do not hold"))

@@ -26,6 +26,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from harness import heads
 from harness.errors import DiskFullError, LockedError, RecordError
 from harness.signing import Signer, load_signer, verified
 
@@ -220,6 +221,11 @@ class Chain:
             UsageError: there is a key that cannot be used.
         """
         chain = cls.read(path)
+        if chain.entries and (reason := chain.shortened()):
+            raise RecordError(
+                f"{path}: {reason}. Restore the file, or start a new run tag; where it is as you want it, remove "
+                f"{heads.place(path)}"
+            )
         chain.signer = load_signer()
         have = {e.get("signer") for e in chain.entries}
         if have and have != {chain.signer.public if chain.signer else None}:
@@ -275,12 +281,28 @@ class Chain:
                 self._write(line)
             except OSError as again:
                 raise self._write_error(again) from None
-            self.entries.append(entry)
+            self._appended(entry)
             error = self._write_error(e)
             error.written = True  # type: ignore[attr-defined]
             raise error from None
-        self.entries.append(entry)
+        self._appended(entry)
         return entry
+
+    def _appended(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        heads.remember(self.path, len(self.entries), entry["hash"])
+
+    def shortened(self) -> str:
+        """Why this is not the end of what was written here; empty where it is, or where nothing is known of it."""
+        told = heads.remembered(self.path)
+        if told is None:
+            return ""
+        entries, head = told
+        if self.cut_bytes and entries == len(self.entries) + 1:
+            return ""  # the torn line was the last one
+        if entries <= len(self.entries) and (entries == 0 or self.entries[entries - 1]["hash"] == head):
+            return ""
+        return f"{entries} entries had been written and it has {len(self.entries)}, or others: it was cut or put back"
 
     def _write(self, line: bytes) -> None:
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)

@@ -1,7 +1,12 @@
-"""For all tests: what is skipped says why in one line at the end, and nothing hangs on how fast a machine is."""
+"""For all tests: what is skipped says why in one line at the end, and nothing hangs on how fast a machine is.
+
+Nothing is written to the user's home.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections import Counter
 
@@ -9,6 +14,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.needs import NEEDS
+
+_STATE = tempfile.TemporaryDirectory(prefix="hotloop-state-")
+os.environ["HOTLOOP_STATE"] = _STATE.name  # of this run of the tests, in the processes that they start too
 
 # How long one example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("hotloop", deadline=None, suppress_health_check=[HealthCheck.too_slow])

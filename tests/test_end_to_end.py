@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from agent_loop.live import View
 from agent_loop.loop import Driver, Options
 from agent_loop.night import Night
 from agent_loop.verify import checks
+from harness import heads
 from harness.errors import UsageError
 from harness.experiment import Settings
 from harness.record import Chain, Lock
@@ -216,6 +218,17 @@ def _is_verified(tmp_path: Path, night: Night, repo: git.Repo, data: Path) -> No
     path.write_bytes(raw.replace(b'"keep"', b'"lose"', 1))
     assert bad(night.folder) == {"chain"}
     path.write_bytes(raw)
+    # Its tail is cut: a file outside tells; where that is gone too, commits and folders without a record.
+    lines = raw.splitlines(keepends=True)
+    last_one = max(i for i, line in enumerate(lines) if json.loads(line)["kind"] == "experiment")
+    path.write_bytes(b"".join(lines[:last_one]))
+    told = heads.place(path).read_bytes()
+    assert {"end", "numbers"} <= bad(night.folder)
+    heads.place(path).unlink()
+    assert "numbers" in bad(night.folder) and "end" not in bad(night.folder)
+    path.write_bytes(raw)
+    heads.place(path).write_bytes(told)
+    assert bad(night.folder) == level
     # A chain that was written anew verifies as a chain; the decision in it does not, nor would a signature.
     forged = Chain(tmp_path / "forged" / "records.jsonl", [], 0, 0)
     forged.path.parent.mkdir()
