@@ -111,6 +111,8 @@ def prepare(
             temporary.mkdir(mode=0o700)
             try:
                 _write(text, temporary, wanted, report)
+                if text.identity() != wanted["text"]:
+                    raise DataError(f"the text of {text.name} changed while it was read; run the same command again")
                 _put_in_place(temporary, out)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

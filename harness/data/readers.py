@@ -113,6 +113,9 @@ def text_files(path: Path) -> tuple[list[Path], Counter[str]]:
     found: list[Path] = []
     passed: Counter[str] = Counter()
     for folder, folders, names in os.walk(path, onerror=_raise):
+        if {"manifest.json", "tokenizer.json", "train.bin"} <= set(names):  # prepared by us
+            folders.clear()
+            continue
         folders[:] = sorted(n for n in folders if not n.startswith("."))
         cards = _CARDS if any(n.lower().endswith(".parquet") for n in names) or _holds_shards(folder, folders) else ()
         for name in sorted(names):

@@ -89,6 +89,28 @@ def test_flags_that_shape_the_rows(texts: Path, flags: dict[str, Any], words: st
     assert made_at_once.manifest == after.manifest
 
 
+def test_a_folder_that_is_prepared_into_itself(texts: Path) -> None:
+    """What was prepared is no text, though it holds .json files."""
+    make(texts, out=texts / "data")
+    _, told = make(texts, out=texts / "data")
+    assert "is prepared already" in told[0]
+
+
+def test_text_that_changes_while_it_is_read(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = make(texts)
+    write(texts / "a.jsonl", 210)
+    written = harness.data.building._write
+
+    def slow(*args: Any) -> None:
+        written(*args)
+        write(texts / "a.jsonl", 220)
+
+    monkeypatch.setattr(harness.data.building, "_write", slow)
+    with pytest.raises(DataError, match="changed while it was read; run the same command again"):
+        make(texts)
+    assert load_dataset(before.path).digest == before.digest
+
+
 def test_another_version_of_the_packing(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(texts)
     monkeypatch.setattr(harness.data.building, "PACKING_VERSION", 99)
