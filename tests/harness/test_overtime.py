@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from harness import experiment
@@ -35,12 +37,13 @@ class Card:
         self.folder = folder
         monkeypatch.setattr(Session, "run", self._run())
         monkeypatch.setattr(experiment, "check_weights", lambda _: 1)
-        scored = Evaluation(1.0, 1.0, {}, {"evaluate": 1.0})
+        scored = Evaluation(1.0, 1.0, 1.0, nll=np.zeros((1, 1), np.float32))
         monkeypatch.setattr(experiment, "evaluated", lambda *_: scored)
 
     def _run(card) -> Any:
         def run(self: Session) -> None:
             budget, result = self.budget, self.result
+            self._child = SimpleNamespace(hidden_cpu_s=0.0)  # type: ignore[assignment]
             card.warmed.append(self._warm_s)
             budget.measured(SHAPE, [card.calibrates * STEP_S] * 3, 10**12)
             budget.charges = budget.charges or {SHAPE: float(SHAPE.tokens)}
