@@ -62,7 +62,7 @@ class Recorder(FakeTensorMode):
     launches: (stage, name, the operator of ours that it is part of, bytes) -> how often.
     kernels: name -> of each configuration: registers, stack, shared (bytes), warps.
     accumulated: stage and name of what adds into one place from many, in no order or one by one.
-    timed: what torch would decide by timing it on the device, so that two runs may differ.
+    timed: what torch would decide by timing it on the device, and another decision gives other bits.
     """
 
     def __init__(self) -> None:
@@ -116,10 +116,10 @@ class Recorder(FakeTensorMode):
         if func.namespace == "hotloop":
             return self._ours(name, func, args, kwargs)
         out = super().dispatch(func, types, args, kwargs)
-        if self.in_kernel_invocation or func.is_view or name.partition("::")[2] in _NOTHING:
+        if self.in_kernel_invocation or func.namespace == "prim" or func.is_view or name.partition("::")[2] in _NOTHING:
             return out
         if moved := _moved(func, args, kwargs, out):
-            self.note(name, moved)
+            self.note(f"{name} {_shapes(args)}", moved)
         if name.partition("::")[2] in _ACCUMULATE and _argument(func, args, kwargs, "accumulate"):
             self.accumulated.add(f"{self.stage}: {name}(accumulate=True)")
         return out
@@ -132,8 +132,24 @@ class Recorder(FakeTensorMode):
                 out = OPDEFS[name]._init_fn(*args, **kwargs)
         finally:
             self._inside = inside
-        self.note(name, _moved(func, args, kwargs, out))
+        self.note(f"{name} {_shapes(args)}", _moved(func, args, kwargs, out))
         return out
+
+
+def _shapes(args: Any) -> str:
+    """Of the first two tensors: 262144x512 512x1536"""
+    found = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)][:2]
+    return " ".join("x".join(map(str, x.shape)) or "scalar" for x in found)
+
+
+def _label(function: JITFunction[Any], kernel: Any) -> str:
+    """One of ours with its constants, and with the sizes that are no multiple of 16, by which its code differs."""
+    names = function.arg_names
+    constants = {names[i]: value for (i,), value in kernel.src.constants.items() if value is not None}
+    whole = {path[0] for path, facts in kernel.src.attrs.items() if facts}
+    odd = [n for n, kind in kernel.src.signature.items() if kind in ("i32", "i64") and names.index(n) not in whole]
+    words = [f"{n}={value}" for n, value in constants.items() if n.isupper()]
+    return " ".join([function.fn.__name__, *words, *(f"{n}%16" for n in odd)])
 
 
 def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
@@ -182,8 +198,8 @@ def _hook(seen: Recorder) -> None:
             tuner.compile_results = [tuner._precompile_config(c) for c in tuner.configs]
             name = seen.name_of(tuner)
             seen.compiled(name, made)
-            if len(made) > 1:
-                seen.timed.add(f"{name}: {len(made)} configurations")
+            if len(made) > 1 and tuner.inductor_meta.get("num_reduction"):
+                seen.timed.add(f"{name}: {len(made)} ways to sum")
             if tuner.inductor_meta.get("atomic_add_found"):
                 seen.accumulated.add(f"{name}: atomic additions")
 
@@ -192,7 +208,7 @@ def _hook(seen: Recorder) -> None:
 
     def launch_ours(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-        name = function.fn.__name__
+        name = _label(function, kernel)
         seen.compiled(name, [kernel])
         seen.note(name, 0)
         return kernel

@@ -252,4 +252,9 @@ def _settle(torch: Any, capability: int) -> None:
 
     joint_graph.constant_fold_uniform_value = fold_on_cpu
     real = torch.tensor
-    torch.tensor = lambda *args, pin_memory=False, **kwargs: real(*args, **kwargs)  # nothing is pinned here
+
+    def tensor(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
+        made = real(*args, **kwargs)  # of numbers, which are laid on the CPU first, and pinned by a CUDA build alone
+        return made if device is None else made.to(device)
+
+    torch.tensor = tensor
