@@ -4,9 +4,9 @@
     hotloop bench gate --step --write    and write bench/results/step.json and its tables in docs/performance.md
 
 Dynamo, AOTAutograd and Inductor run on fake tensors (`bench.offline`), and every Triton kernel of the step goes to a
-cubin. A fault is: a graph break, a spill that bench/results/spills.json does not name with its reason, more shared memory
-than a block gets, gradients that are added into one place from many (`index_put_` with accumulate, atomics), a decision by
-timing that changes bits, or other launches or bytes than the committed ones.
+cubin. A fault is: a graph break, a spill that bench/results/spills.json does not name with its reason, more shared
+memory than a block gets, gradients that are added into one place from many (`index_put_` with accumulate, atomics), a
+decision by timing that changes bits, or other launches or bytes than the committed ones.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def faults(facts: dict[str, Any], shared_limit: int, reasons: dict[str, str]) ->
     Args:
         reasons: kernels that may spill on this card -> why.
     """
-    wrong = [f"a graph break: {why}" for why in (*facts["breaks"], facts["broken"]) if why]
+    wrong = [f"a graph break: {why}" for why in facts["breaks"]]
     for name, configurations in facts["kernels"].items():
         stack = max(f["stack"] for f in configurations)
         shared = max(f["shared"] for f in configurations)
@@ -171,12 +171,19 @@ def page(committed: dict[str, dict[str, Any]], versions: str) -> str:
         f"| {total[3] / 1e9:.1f} GB, {total[4]:.0f} launches |",
     ]
     for side, words in ((off, KERNELS["reference"]), (on, KERNELS["triton"])):
-        lines += ["", f"What moves the most, {words}:", "", "| | | times | GB each | registers |", "|---|---|---:|---:|---:|"]
+        lines += [
+            "",
+            f"What moves the most, {words}:",
+            "",
+            "| | | times | GB each | registers |",
+            "|---|---|---:|---:|---:|",
+        ]
         for stage, name, times, size, registers in side["most"]:
             lines.append(f"| `{_short(name)}` | {stage} | {times} | {size / 1e9:.2f} | {registers} |")
     lines += [
         "", "By architecture (a step, and the evaluation's forward pass):", "",
-        "| | Triton kernels | most registers | most shared memory | spills | GB a step |", "|---|---:|---:|---:|---:|---:|",
+        "| | Triton kernels | most registers | most shared memory | spills | GB a step |",
+        "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, side in found.items():
         moved = _step_of(side)[1]

@@ -3,9 +3,9 @@
     with Recorder() as seen:
         step(batch)
 
-A fake tensor mode in which compiled code runs. Inductor's kernels are compiled when they would be launched; so are ours,
-through their operators' own code, with the launch configurations of this card; what the vendor's libraries compute is
-noted as the operation that torch calls.
+A fake tensor mode in which compiled code runs. Inductor's kernels are compiled when they would be launched; so are
+ours, through their operators' own code, with the launch configurations of this card; what the vendor's libraries
+compute is noted as the operation that torch calls.
 
 Bytes: of an Inductor kernel its own estimate (each buffer once, of a slice what is sliced). Of any other operation its
 tensors read once and written once, so of an operator of ours what goes in and comes out, not what it hands from one of
@@ -16,12 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Recorder", "resources"]
+from bench.cubin import resources
+
+__all__ = ["Recorder"]
 
 # They make or name memory, and launch nothing.
 _NOTHING = {
@@ -45,20 +43,9 @@ _NOTHING = {
 _ACCUMULATE = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack of a thread, from the compiler's own report."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True)
-    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
-    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
-
-
 class Recorder(FakeTensorMode):
-    """Attributes, all but `stage` for a report:
-    stage: what is going on, set by the caller; launches carry it.
+    """Attributes:
+    stage: what is going on, "" for what does not count; launches carry it.
     launches: (stage, name, the operator of ours that it is part of, bytes) -> how often.
     kernels: name -> of each configuration: registers, stack, shared (bytes), warps.
     accumulated: stage and name of what adds into one place from many, in no order or one by one.
@@ -85,10 +72,17 @@ class Recorder(FakeTensorMode):
         finally:
             self.stage = was
 
-    @property
-    def breaks(self) -> list[str]:
-        """Why graphs broke; they are compiled in parts then."""
-        return sorted(str(reason) for reason in counters["graph_break"])
+    def facts(self, broken: str = "") -> dict[str, Any]:
+        """For JSON: {"breaks": why graphs broke, `broken` among them, "accumulated", "timed", "kernels", "launches":
+        [[stage, name, the operator of ours that it is part of, bytes, times]]}.
+        """
+        return {
+            "breaks": sorted({*map(str, counters["graph_break"]), *([broken] if broken else [])}),
+            "accumulated": sorted(self.accumulated),
+            "timed": sorted(self.timed),
+            "kernels": self.kernels,
+            "launches": [[*key, times] for key, times in self.launches.items() if key[0]],
+        }
 
     def name_of(self, tuner: CachingAutotuner) -> str:
         """Of an Inductor kernel; each graph counts from 0, so equal names of other code get a number."""

@@ -1,13 +1,13 @@
 """A CUDA card played on a CPU build of torch, so that torch.compile makes the very code that the card would run.
 
 Tensors are torch's fakes: shapes and types on a device `cuda`, no memory, no arithmetic. `pretend` gives a process the
-words of one card for good, so it is for a process of its own; then what `launches.Recorder` watches runs as on the card, up to
-each launch: Dynamo, AOTAutograd and Inductor, their generated code called with fakes, every Triton kernel to a cubin.
+words of one card for good, so it is for a process of its own. Then what `bench.launches.Recorder` watches runs as on
+the card up to each launch: Dynamo, AOTAutograd and Inductor, their code called with fakes, each Triton kernel compiled.
 
-Everything of torch and Triton that is no public name is used here and in bench/launches.py alone and stands in PRIVATE, so that a release that
-moves one is told of in words. Two things differ from a run on the card. Attention patterns of Inductor's are not looked
-for (they are made of real tensors; train.py calls its attention by name). And what would be decided by timing on the
-device is not: it goes into `Recorder.timed`, and Inductor's first choice stands.
+What is no public name of torch or Triton stands in PRIVATE and is used here and in bench/launches.py alone, so that a
+release that moves one is told of in words. Two things differ from a run on the card: Inductor's own patterns of
+attention are not looked for (they are made of real tensors; train.py calls its attention by name), and what would be
+decided by timing on the device is noted instead, and Inductor's first choice stands.
 """
 
 from __future__ import annotations
@@ -75,14 +75,18 @@ def environment(kernels: str, caches: Path) -> dict[str, str]:
     """Of a process that will call `pretend`: a repeatable training's, with empty compiler caches of its own."""
     from harness.process import child_environment
 
-    return os.environ | child_environment(1) | {
-        "HOTLOOP_KERNELS": kernels,
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a worker would not know the card
-        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
-        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
-    }
+    return (
+        os.environ
+        | child_environment(1)
+        | {
+            "HOTLOOP_KERNELS": kernels,
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a worker would not know the card
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+            "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+        }
+    )
 
 
 def pretend(capability: int) -> None:
@@ -111,7 +115,9 @@ def pretend(capability: int) -> None:
     for word, answer in words.items():  # before torch._dynamo takes hold of them
         setattr(torch.cuda, word, _says(answer))
     if gone := missing():
-        raise HotloopError(f"torch {torch.__version__} has no {', '.join(gone)}, which bench/offline.py plays a card by")
+        raise HotloopError(
+            f"torch {torch.__version__} has no {', '.join(gone)}, which bench/offline.py plays a card by"
+        )
     from kernels.architectures import ARCHITECTURES
 
     known = ARCHITECTURES[capability]

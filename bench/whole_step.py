@@ -3,7 +3,7 @@
     python -m bench.whole_step CAPABILITY TRAIN.PY FACTS.JSON
 
 The step is the function that train.py hands to `run.warmup`, at the h100 preset: every micro-batch forward and
-backward, then the optimizer. The evaluation's forward pass is compiled beside it, though the harness runs it uncompiled.
+backward, then the optimizer. The evaluation's forward pass is compiled beside it, though the harness runs it as it is.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class _Run:
 
 
 def facts_of(capability: int, path: Path) -> dict[str, Any]:
-    """{"tokens", "versions", "broken", "breaks", "accumulated", "timed", "launches", "kernels"}: see `Recorder`; broken
-    is what ended it, "" for nothing; a launch is [stage, name, of which operator of ours, bytes, times].
-    """
+    """{"tokens", "versions"} and what `Recorder.facts` tells."""
     offline.pretend(capability)
     import torch
     import triton
@@ -63,12 +61,7 @@ def facts_of(capability: int, path: Path) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "versions": f"torch {torch.__version__.partition('+')[0]}, triton {triton.__version__}",
-        "broken": broken,
-        "breaks": seen.breaks,
-        "accumulated": sorted(seen.accumulated),
-        "timed": sorted(seen.timed),
-        "launches": [[*key, times] for key, times in seen.launches.items() if key[0]],
-        "kernels": seen.kernels,
+        **seen.facts(broken),
     }
 
 

@@ -1,7 +1,7 @@
-"""The GPU architectures that the project knows, in one table: what a block of threads can get, and an example card.
+"""The GPU architectures that the project knows, in one table: what is offered, compiled in the gate and tuned.
 
-Kernels are offered, compiled in the gate and tuned for these. Shared memory is the one limit by which a launch
-configuration fits one card and not another of the same kind (CUDA C++ programming guide, compute capabilities).
+Shared memory is the limit by which a launch configuration fits one card and not another (CUDA C++ programming guide,
+compute capabilities): two stages of what an H100 holds are all that an RTX 5090 has room for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ARCHITECTURES", "Architecture", "capability", "shared_limit"]
+__all__ = ["ARCHITECTURES", "BY_DESCRIPTORS", "BY_POINTERS", "MAJORS", "Architecture", "serves_descriptors"]
 
 
 class Architecture(NamedTuple):
@@ -41,3 +41,13 @@ ARCHITECTURES = {
     100: Architecture(232_448, 2048, "tcgen05.mma", "NVIDIA B200", 148, 180),
     120: Architecture(101_376, 1536, "mma.sync", "NVIDIA GeForce RTX 5090", 170, 32),
 }
+MAJORS = tuple(sorted({capability // 10 for capability in ARCHITECTURES}))
+# By default, large tiles by TMA descriptors where the accumulator is the tensor core's and shared memory has room for
+# them, smaller ones by pointers elsewhere: sm_120 has TMA, and neither of the two.
+BY_DESCRIPTORS = (90, 100)
+BY_POINTERS = tuple(c for c in ARCHITECTURES if c not in BY_DESCRIPTORS)
+
+
+def serves_descriptors() -> bool:
+    """Whether this process's GPU takes the default configurations by descriptors; its minor version does not matter."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] * 10 in BY_DESCRIPTORS

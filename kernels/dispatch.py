@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels import tuning
+from kernels.architectures import ARCHITECTURES
 
 __all__ = [
     "DEFAULTS",
@@ -76,7 +77,7 @@ class CompileCase(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
-    capabilities: tuple[int, ...] = (80, 90, 100)
+    capabilities: tuple[int, ...] = tuple(ARCHITECTURES)
     tensor_cores: bool = False
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import product, tuning
+from kernels.architectures import ARCHITECTURES, serves_descriptors
 from kernels.dispatch import HAVE_TRITON, CompileCase
 
 if HAVE_TRITON:
@@ -77,8 +78,9 @@ def kind_of(dtype: torch.dtype, t: int) -> str:
     """
     if dtype == torch.float32:
         return "fp32"
-    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    return {9: "hopper", 10: "blackwell"}.get(capability, "ampere") if t % 4 == 0 else "ampere"
+    if t % 4 or not serves_descriptors():
+        return "ampere"
+    return "hopper" if torch.cuda.get_device_capability()[0] == 9 else "blackwell"
 
 
 def default_config(kernel: str, head_dim: int, key: str, kind: str) -> dict[str, int]:
@@ -553,11 +555,11 @@ def compile_cases() -> list[CompileCase]:
             for grouped in (False, True):
                 full, band = (config_key(head_dim, banded, grouped) for banded in (False, True))
                 shipped = [
-                    (default_config(kernel, head_dim, full, "ampere"), (80, 90)),
+                    (default_config(kernel, head_dim, full, "ampere"), tuple(ARCHITECTURES)),
                     (default_config(kernel, head_dim, full, "hopper"), (90,)),
                     (default_config(kernel, head_dim, full, "blackwell"), (100,)),
                 ]
-                shipped += [(c, (90,)) for key in (full, band) for c in tuning.of_all_gpus(kernel, key)]
+                shipped += [found for key in (full, band) for found in tuning.of_all_gpus(kernel, key)]
                 for config, capabilities in shipped:
                     for documents in (False, True):
                         case = compile_case(kernel, head_dim, config, documents, grouped, capabilities)

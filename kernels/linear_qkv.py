@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, qkv, reference, tuning
+from kernels import product, qkv, reference
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.weight_gradient import weight_gradient
 
@@ -45,7 +45,7 @@ def launch_config(head_dim: int, dtype: torch.dtype, width: int) -> dict[str, in
 
 
 def default_config(head_dim: int, modern: bool = True) -> dict[str, int]:
-    """Two heads a tile by descriptors on Hopper and later; else one of 128, or two smaller ones, by pointers."""
+    """Two heads a tile by descriptors on sm_90 and sm_100; else one of 128, or two smaller ones, by pointers."""
     heads = 2 if modern or head_dim <= 64 else 1
     return {
         "ROWS": 128, "HEADS": heads, "DEPTH": 64 if modern else 32, "GROUP": 16, "TMA": int(modern),
@@ -141,9 +141,8 @@ def compile_cases() -> list[CompileCase]:
     """
     cases = []
     for head_dim in (64, 128):
-        shipped = [(default_config(head_dim, False), (80,)), (default_config(head_dim, True), (90, 100))]
-        shipped += [(config, (90,)) for config in tuning.of_all_gpus("linear_qkv", f"K={head_dim}")]
-        for config, capabilities in shipped:
+        default = functools.partial(default_config, head_dim)
+        for config, capabilities in product.shipped("linear_qkv", f"K={head_dim}", default):
             for ve, norm in ((True, False), (False, False), (True, True), (False, True)):
                 constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve, "NORM": norm} | config
                 options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, reference, tuning
+from kernels import product, reference
+from kernels.architectures import BY_DESCRIPTORS
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.fp8 import linear_fp8
 from kernels.weight_gradient import weight_gradient
@@ -46,7 +47,7 @@ def launch_config(dtype: torch.dtype, *widths: int) -> dict[str, int]:
 
 
 def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128. PROGRAMS
+    """128 x 256 by descriptors where the accumulator is the tensor core's (sm_90, sm_100), else 128 x 128. PROGRAMS
     for each multiprocessor, each walking over tiles, or 0 for one a tile.
     """
     columns, depth = (256, 64) if modern else (128, 32)
@@ -149,10 +150,9 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for backward, norm in ((False, False), (True, False), (False, True), (True, True)):
         key = f"{'backward' if backward else 'forward'}{' norm' if norm else ''} 16 bit"
-        tuned = tuning.of_all_gpus("mlp_product", "16 bit")
         persistent = default_config() | {"PROGRAMS": 1}
-        shipped = [(default_config(False), (80,)), (default_config(), (90, 100)), (persistent, (90,))]
-        for config, capabilities in [*shipped, *((c, (90,)) for c in tuned)]:
+        shipped = product.shipped("mlp_product", "16 bit", default_config)
+        for config, capabilities in [*shipped, (persistent, BY_DESCRIPTORS)]:
             constants = {"BACKWARD": backward, "NORM": norm} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
             signature = dict.fromkeys(("a", "w", "y_ptr", "out_ptr"), "*bf16")

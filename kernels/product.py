@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS, serves_descriptors
 from kernels.dispatch import HAVE_TRITON
 
 if HAVE_TRITON:
@@ -56,19 +57,26 @@ if HAVE_TRITON:
         return tile
 
 
-__all__ = ["grid", "launch_config", "operand", "tile_name"]
+__all__ = ["grid", "launch_config", "operand", "shipped", "tile_name"]
 
 
 def launch_config(
     kernel: str, key: str, default: Callable[[bool], dict[str, int]], dtype: torch.dtype, *widths: int
 ) -> dict[str, int]:
-    """As tuned on this GPU, else `default` of whether descriptors serve: 16-bit elements on Hopper or later, in rows of
-    a multiple of 16 bytes.
+    """As tuned on this GPU, else `default` of whether descriptors serve: 16-bit elements in rows of a multiple of 16
+    bytes, on a card of BY_DESCRIPTORS.
     """
-    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    modern = capability >= 9 and dtype != torch.float32 and not any(width % 8 for width in widths)
+    modern = serves_descriptors() and dtype != torch.float32 and not any(width % 8 for width in widths)
     tuned = tuning.config(kernel, key) if dtype != torch.float32 else None
     return tuned if tuned and (modern or not tuned["TMA"]) else default(modern)
+
+
+def shipped(
+    kernel: str, key: str | None, default: Callable[[bool], dict[str, int]]
+) -> list[tuple[dict[str, int], tuple[int, ...]]]:
+    """What `launch_config` can give, for the compile gate, with its architectures: [(configuration, capabilities)]."""
+    defaults = [(default(False), tuple(ARCHITECTURES)), (default(True), BY_DESCRIPTORS)]
+    return [*defaults, *tuning.of_all_gpus(kernel, key)]
 
 
 def operand(x: Tensor, rows: int, columns: int, tma: int) -> Any:

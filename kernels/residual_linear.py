@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, tuning
+from kernels import product
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.residual_norm import residual_rms_norm
 from kernels.residual_stream import DTYPES, Norm, Squares, check_mix, default_config, search_space
@@ -84,9 +84,7 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements, with and without a mix: default and tuned."""
     cases = []
-    shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
-    shipped += [(config, (90,)) for config in tuning.of_all_gpus("linear_residual", "16 bit")]
-    for config, capabilities in shipped:
+    for config, capabilities in product.shipped("linear_residual", "16 bit", default_config):
         for mix in (False, True):
             constants = {"MIX": mix} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

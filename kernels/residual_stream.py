@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, reference, tuning
+from kernels import product, reference
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError
 
 if HAVE_TRITON:
@@ -81,7 +81,7 @@ def launch_config(dtype: torch.dtype, *widths: int) -> dict[str, int]:
 
 
 def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128."""
+    """128 x 256 by descriptors where the accumulator is the tensor core's (sm_90, sm_100), else 128 x 128."""
     columns, depth = (256, 64) if modern else (128, 32)
     return {
         "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
@@ -194,9 +194,7 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements: plain, mixed, and with gates; default and tuned."""
     cases = []
-    shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
-    shipped += [(config, (90,)) for config in tuning.of_all_gpus("stream_gradient", "16 bit")]
-    for config, capabilities in shipped:
+    for config, capabilities in product.shipped("stream_gradient", "16 bit", default_config):
         for mix, gates in ((False, 0), (True, 0), (False, 4)):
             constants = {"MIX": mix, "GATES": gates} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
