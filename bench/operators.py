@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import kernels
+from harness.feed import zipf_tokens
 from kernels import reference
 
 __all__ = ["OPERATORS", "PASSES", "Operator", "Tolerance"]
@@ -118,9 +120,9 @@ def _randn(*shape: int, dtype: torch.dtype, device: torch.device, std: float = 1
 
 
 def _tokens(*shape: int, high: int, device: torch.device) -> Tensor:
-    """Token ids with the skew of text: low ids are frequent."""
-    u = torch.rand(*shape, device=device)
-    return (high * u.square() * u).long().clamp_max(high - 1)
+    """Token ids as frequent as those of text, low ids most; drawn by torch's seed."""
+    rng = np.random.default_rng(int(torch.randint(2**31, ())))
+    return torch.from_numpy(zipf_tokens(rng, shape, high).astype(np.int64)).to(device)
 
 
 def _targets(rows: int, vocab: int, device: torch.device) -> Tensor:
@@ -598,7 +600,7 @@ OPERATORS = {
             ),
             flops=NONE,
             module="kernels.token_embedding",
-            torch_ops=("embedding", "embedding_backward"),
+            torch_ops=("embedding", "embedding_backward", "sorted_embedding"),
         ),
         Operator(
             name="attention",

@@ -11,12 +11,16 @@ import numpy.typing as npt
 
 from harness.process import SharedMemory
 
-__all__ = ["SLOTS", "SLOT_BYTES", "Ring", "RowOrder", "synthetic_rows"]
+__all__ = ["SLOTS", "SLOT_BYTES", "Ring", "RowOrder", "synthetic_rows", "zipf_tokens"]
 
 Rows = npt.NDArray[np.uint16]
 
 SLOTS = 2
 SLOT_BYTES = 64 << 20  # sparse until used: 32 M tokens a batch at most
+# Of synthetic rows. Zipf's law as Mandelbrot (1953) has it: a token's share is as 1 / (rank + RANK_SHIFT). Figures of
+# text in general; nothing is counted.
+RANK_SHIFT = 2.7
+REPEATS = 0.3  # the share of tokens that come again from earlier in their row
 
 
 class RowOrder:
@@ -74,10 +78,21 @@ class RowOrder:
         return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._rows))
 
 
+def zipf_tokens(rng: np.random.Generator, shape: tuple[int, ...], vocab_size: int) -> Rows:
+    """Independent tokens by Zipf's law, a token's number being its rank."""
+    law = np.cumsum(1.0 / (np.arange(1, vocab_size + 1) + RANK_SHIFT))
+    found = np.searchsorted(law / law[-1], rng.random(shape), side="right")
+    return np.minimum(found, vocab_size - 1).astype(np.uint16)
+
+
 def synthetic_rows(count: int, seq_len: int, vocab_size: int, seed: int) -> Rows:
-    """Tokens [count, seq_len + 1] drawn with a skew like that of text and no information about any text."""
-    u = np.random.default_rng([seed, 0x5EED]).random((count, seq_len + 1))
-    return (vocab_size * u**3).astype(np.uint16)
+    """Tokens [count, seq_len + 1] that cost what text costs and carry no information about any: frequent ones are as
+    frequent as in text, and what a row has had comes again in it.
+    """
+    rng = np.random.default_rng([seed, 0x5EED])
+    rows = zipf_tokens(rng, (count, seq_len + 1), vocab_size)
+    earlier = (rng.random(rows.shape) * np.arange(seq_len + 1)).astype(np.int64)
+    return np.where(rng.random(rows.shape) < REPEATS, np.take_along_axis(rows, earlier, axis=1), rows)
 
 
 class Ring:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import dispatch, reference, tuning
+from kernels import cache_key, dispatch, reference, tuning
 from kernels.attention_backends import BACKENDS, Backend
 from kernels.dispatch import KernelError
 
@@ -60,6 +60,7 @@ _plans: dict[str, Plan] = {}
 def _plan(device: str) -> Plan:
     """Decided once a process."""
     if device not in _plans:
+        cache_key.mark()
         _plans[device] = _make_plan(device)
     return _plans[device]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels import tuning
+from kernels import cache_key, tuning
 from kernels.architectures import ARCHITECTURES
 
 __all__ = [
@@ -101,6 +101,7 @@ def wanted() -> frozenset[str]:
 def _decide(device: str) -> tuple[bool, str]:
     """(whether Triton kernels can run on tensors of this device type, why)."""
     if device not in _decided:
+        cache_key.mark()
         can, why = _capable(device)
         if wanted() and ASKED != "auto" and not can:
             raise KernelError(f"HOTLOOP_KERNELS={ASKED} was asked for and cannot run: {why}")

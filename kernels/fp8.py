@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import dispatch, reference
+from kernels import cache_key, dispatch, reference
 from kernels.dispatch import KernelError
 from kernels.reference import E4M3, E5M2, quantize
 from kernels.weight_gradient import weight_gradient
@@ -45,6 +45,7 @@ MULTIPLE = 16  # of both widths, which the row-wise product demands
 @functools.cache
 def _decide(device: str) -> tuple[bool, str]:
     """(whether products in 8 bits run on tensors of this device type, why)."""
+    cache_key.mark()
     if dispatch.ASKED == "reference":
         return False, "asked for"
     if device == "cuda":

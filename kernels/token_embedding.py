@@ -7,7 +7,12 @@ into pieces of PIECE rows, so that a frequent token does not keep one program bu
 of one token are summed in order by a second kernel. At most V + M / PIECE pieces exist, so every shape is known
 beforehand.
 
-Bytes, elements of b bytes: backward read M D b and 4 M, write V D b; tokens of several pieces add 8 D bytes a piece.
+Where the kernel is off, a GPU gets the same sums in plain PyTorch (`sorted_embedding`): what torch has for this adds in
+any order, or, asked for results that repeat, walks a frequent token's rows one after the other and keeps them all in
+fp32. On a CPU torch's own backward pass is in order already.
+
+Bytes, elements of b bytes: backward read M D b and 4 M, write V D b; tokens of several pieces add 8 D bytes a piece. In
+plain PyTorch (V + M / PLAIN_PIECE) D 8 bytes of pieces more.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from kernels import reference, tuning
 from kernels.architectures import ARCHITECTURES
@@ -28,7 +34,7 @@ if HAVE_TRITON:
 __all__ = ["TokenOrder", "compile_cases", "default_config", "embedding", "search_space", "token_order"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PIECE = 256
+PIECE, PLAIN_PIECE = 256, 64
 
 
 class TokenOrder(NamedTuple):
@@ -38,7 +44,7 @@ class TokenOrder(NamedTuple):
         order: int32 [M], positions of the tokens by token, then by position.
         offsets: int32 [V + 1], where each token's segment of `order` begins.
         pieces: int32 [V + 1], where each token's pieces begin.
-        piece_token: int32 [V + M // PIECE], the token of a piece; V past the last.
+        piece_token: int32 [V + M // piece], the token of a piece; V past the last.
     """
 
     order: Tensor
@@ -48,19 +54,25 @@ class TokenOrder(NamedTuple):
 
 
 def token_order(tokens: Tensor, vocab: int) -> TokenOrder | None:
-    """Sort a micro-batch once for all tables; None where the reference runs, which needs none.
+    """Sort a micro-batch once for all tables; None where that is not needed: without gradients, and on a CPU.
 
     Args:
         tokens: int64 [...], M in all, each in [0, vocab).
     """
-    if not choose("embedding", tokens.device.type):
+    kernel = choose("embedding", tokens.device.type)
+    if not torch.is_grad_enabled() or not (kernel or tokens.is_cuda):
         return None
+    return sort_tokens(tokens, vocab, PIECE if kernel else PLAIN_PIECE)
+
+
+def sort_tokens(tokens: Tensor, vocab: int, piece: int) -> TokenOrder:
+    """As `token_order`, with pieces of so many rows."""
     values, order = torch.sort(tokens.flatten(), stable=True)
     ids = torch.arange(vocab + 1, device=tokens.device)
     offsets = torch.searchsorted(values, ids)
     count = offsets.diff()
-    pieces = torch.cat((offsets.new_zeros(1), ((count + PIECE - 1) // PIECE).cumsum(0)))
-    most = vocab + tokens.numel() // PIECE
+    pieces = torch.cat((offsets.new_zeros(1), ((count + piece - 1) // piece).cumsum(0)))
+    most = vocab + tokens.numel() // piece
     piece_token = torch.searchsorted(pieces, torch.arange(most, device=tokens.device), right=True) - 1
     return TokenOrder(order.int(), offsets.int(), pieces.int(), piece_token.int())
 
@@ -209,6 +221,54 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("hotloop::sorted_embedding", mutates_args=())
+def sorted_embedding(tokens: Tensor, weight: Tensor, order: list[Tensor]) -> Tensor:
+    """Rows of a table; its gradient by `sum_rows`. `order` is of `sort_tokens(tokens, V, PLAIN_PIECE)`."""
+    return torch.nn.functional.embedding(tokens, weight)
+
+
+@sorted_embedding.register_fake
+def _(tokens: Tensor, weight: Tensor, order: list[Tensor]) -> Tensor:
+    return weight.new_empty(*tokens.shape, weight.shape[1])
+
+
+@sorted_embedding.register_torch_dispatch(FunctionalTensorMode)
+def _(mode: FunctionalTensorMode, op: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+    """In a graph that is compiled: torch's own, which Inductor fuses with what takes the rows."""
+    with mode:
+        return torch.nn.functional.embedding(args[0], args[1])
+
+
+def sum_rows(grad: Tensor, order: TokenOrder, vocab: int) -> Tensor:
+    """grad [M, D] -> [V, D]: each token's rows, in fp32 (fp64 for fp64).
+
+    Compiled, the first sum gathers rows as it adds them; nothing of M D elements is written. Its places past the end of
+    a piece look at the piece's last row, which is in the cache, and add nothing.
+    """
+    if not len(grad):
+        return grad.new_zeros(vocab, grad.shape[1])
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    at, offsets, pieces, piece_token = (t.long() for t in order)
+    token = piece_token.clamp_max(vocab - 1)
+    piece = torch.arange(len(token), device=grad.device)
+    place = (offsets[token] + (piece - pieces[token]) * PLAIN_PIECE)[:, None]
+    place = place + torch.arange(PLAIN_PIECE, device=grad.device)
+    end = torch.where(piece_token < vocab, offsets[token + 1], 0)[:, None]
+    row = at[torch.minimum(place, end - 1).clamp_min(0)]
+    parts = torch.where((place < end)[..., None], grad[row].to(wide), 0.0).sum(1)
+    # One thread adds the pieces of a token in a column, in order, on every device.
+    sums = torch.segment_reduce(parts, "sum", offsets=pieces, axis=0, unsafe=True, initial=0)
+    return sums.to(grad.dtype)
+
+
+def _sorted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    order = TokenOrder(*ctx.saved_tensors)
+    return None, sum_rows(grad.flatten(0, -2), order, ctx.vocab), [None] * len(order)
+
+
+sorted_embedding.register_autograd(_sorted_backward, setup_context=_setup_context)
+
+
 # ---- public function --------------------------------------------------------------------------------------------
 
 
@@ -226,19 +286,19 @@ def embedding(tokens: Tensor, weight: Tensor, order: TokenOrder | None = None) -
     Raises:
         KernelError: inputs that the kernel does not serve.
     """
-    if not choose("embedding", weight.device.type):
-        return reference.embedding(tokens, weight)
-    if weight.ndim != 2 or weight.dtype not in DTYPES or tokens.dtype != torch.int64:
+    kernel = choose("embedding", weight.device.type)
+    if kernel and (weight.ndim != 2 or weight.dtype not in DTYPES or tokens.dtype != torch.int64):
         raise KernelError(
             f"embedding serves int64 tokens and a bfloat16, float16 or float32 table [V, D], not {tokens.dtype} and "
             f"{weight.dtype} {list(weight.shape)}"
         )
     plan = order if order is not None else token_order(tokens, weight.shape[0])
-    assert plan is not None
+    if plan is None:
+        return reference.embedding(tokens, weight)
     if len(plan.order) != tokens.numel() or len(plan.offsets) != weight.shape[0] + 1:
         raise KernelError(
             f"the order is one of {len(plan.order)} tokens and {len(plan.offsets) - 1} rows, not of {tokens.numel()} "
             f"and {weight.shape[0]}"
         )
-    found: Tensor = _forward_op(tokens, weight, list(plan))
+    found: Tensor = (_forward_op if kernel else sorted_embedding)(tokens, weight, list(plan))
     return found

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows
+from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows, zipf_tokens
 from harness.process import SharedMemory
 
 
@@ -53,11 +53,28 @@ def test_the_ring_carries_two_batches_at_a_time() -> None:
     memory.close()
 
 
-def test_synthetic_tokens_are_in_the_vocabulary_and_skewed() -> None:
-    tokens = synthetic_rows(64, 256, 2048, 0)
-    assert tokens.shape == (64, 257)
-    assert tokens.max() < 2048
-    assert np.median(tokens) < 2048 * 0.2
+def test_synthetic_tokens_are_in_the_vocabulary_and_as_frequent_as_those_of_text() -> None:
+    vocab, seq_len = 8192, 2048
+    tokens = synthetic_rows(64, seq_len, vocab, 0)
+    assert tokens.shape == (64, seq_len + 1)
+    assert tokens.dtype == np.uint16 and tokens.max() < vocab
+    assert (tokens == synthetic_rows(64, seq_len, vocab, 0)).all()
+    assert (tokens != synthetic_rows(64, seq_len, vocab, 1)).any()
+    # Zipf's law: the share of rank r is as 1 / (r + 2.7), repeats or not.
+    law = 1.0 / (np.arange(1, vocab + 1) + 2.7)
+    share, want = np.bincount(tokens.ravel(), minlength=vocab) / tokens.size, law / law.sum()
+    for first, end in ((0, 1), (1, 4), (4, 32), (32, 256), (256, 2048), (2048, vocab)):
+        assert 0.9 < share[first:end].sum() / want[first:end].sum() < 1.1
+
+
+def test_what_a_row_has_had_comes_again_in_it() -> None:
+    """Rare tokens of one row, which would hardly ever meet if each were drawn for itself."""
+
+    def met(rows: np.ndarray) -> float:
+        rare = [row[row > 4096] for row in rows]
+        return float(np.mean([len(row) - len(np.unique(row)) for row in rare]))
+
+    assert met(synthetic_rows(64, 2048, 8192, 0)) > 3 * met(zipf_tokens(np.random.default_rng(0), (64, 2049), 8192))
 
 
 def test_no_rows_is_an_error() -> None:

@@ -1,0 +1,82 @@
+"""torch's compile caches know which kernels a backward pass was compiled for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import cache_key
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_fingerprint_knows_selection_sources_and_tuned_files(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    shutil.copytree(cache_key.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    chosen = {"HOTLOOP_KERNELS": "mlp_relu2"}
+    found = [cache_key.fingerprint(chosen, folder)]
+    assert found[0] == cache_key.fingerprint(dict(chosen), folder)
+    found.append(cache_key.fingerprint({"HOTLOOP_KERNELS": "mlp_relu2,linear"}, folder))
+    (folder / "tuned").mkdir(exist_ok=True)
+    for name in ("tuned/some-gpu.json", "mlp.py"):
+        with open(folder / name, "a") as f:
+            f.write("\n")
+        found.append(cache_key.fingerprint(chosen, folder))
+    assert len(set(found)) == len(found)
+
+
+CHOICES = {
+    "kernels": "kernels.token_order(torch.zeros(3, dtype=torch.int64), 9)",
+    "attention": "kernels.attention(*[torch.randn(1, 2, 1, 8)] * 3, 2)",
+    "8 bits": "kernels.linear_fp8(torch.randn(2, 16), torch.randn(16, 16))",
+    "record": "kernels.implementations()",
+}
+
+
+def test_whatever_chooses_marks_what_is_compiled_and_keeps_a_tag_that_is_there() -> None:
+    script = (
+        "import torch, kernels\n"
+        "from torch.compiler import config\n"
+        "from kernels import attend, cache_key, dispatch, fp8\n"
+        "assert config.cache_key_tag == 'mine'\n"  # importing does nothing
+        f"for name, choice in {CHOICES}.items():\n"
+        "    config.cache_key_tag = 'mine'\n"
+        "    for known in (dispatch._decided.clear, attend._plans.clear, fp8._decide.cache_clear,\n"
+        "                  cache_key.mark.cache_clear):\n"
+        "        known()\n"
+        "    exec(choice)\n"
+        "    assert config.cache_key_tag == f'mine hotloop-{cache_key.fingerprint()}', name\n"
+    )
+    env = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": "mine"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True)
+
+
+SCRIPT = """
+import torch, kernels
+from torch._dynamo.utils import counters
+from kernels import weight_gradient
+launched, parts = [], weight_gradient.parts
+weight_gradient.parts = lambda *a: launched.append(a) or parts(*a)
+torch.manual_seed(0)
+x, a, b = (torch.randn(s, requires_grad=True) for s in ((8, 16), (32, 16), (16, 32)))
+torch.compile(lambda *args: kernels.mlp_relu2(*args).sum(), fullgraph=True)(x, a, b).backward()
+print(len(launched), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_two_selections_in_one_cache_run_their_own_backward_pass(tmp_path: Path) -> None:
+    """The forward graph of both is the same; launches of the weight gradients' kernel are counted."""
+    pytest.importorskip("triton")
+    found = []
+    for chosen in ("mlp_relu2", "mlp_relu2,linear", "mlp_relu2"):
+        env = os.environ | {"HOTLOOP_KERNELS": chosen, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(done.stdout.split())
+    assert found == [["0", "0"], ["2", "0"], ["0", "1"]]  # the third is the first again, from the cache
