@@ -5,6 +5,7 @@
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make soak   300 experiments under faults of every kind, driver killed again and again (no GPU, minutes)
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
+# make gate-step   train.py's whole step compiled without a GPU, for every architecture; make gate-step-write  accept it
 # make gpu-check   everything that needs a GPU, in twenty minutes (DATA=folder of rows of 2048 tokens, else stdlib's text);
 #   half of them are PART=baseline, train.py beside plain PyTorch; PART="tests kernels step sandbox experiment" the rest;
 #   PART=overheads, two short nights against the targets of start, compile, evaluation and experiments an hour, is extra
@@ -16,7 +17,7 @@ TAG         ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
-.PHONY: run install test lint types bench gate gate-write gpu-check soak seal clients sandbox browser doctor clean
+.PHONY: run install test lint types bench gate gate-write gate-step gate-step-write gpu-check soak seal clients sandbox browser doctor clean
 
 run: $(VENV)/.installed
 	$(BIN)/hotloop prepare
@@ -54,10 +55,16 @@ soak: $(VENV)/.installed-test
 	SOAK=300 $(BIN)/python -m pytest -q -s tests/agent_loop/test_soak.py
 
 gate: $(VENV)/.installed
-	$(BIN)/hotloop bench gate
+	$(BIN)/hotloop bench gate --all
 
 gate-write: $(VENV)/.installed
 	$(BIN)/hotloop bench gate --write
+
+gate-step: $(VENV)/.installed
+	$(BIN)/hotloop bench gate --step --all
+
+gate-step-write: $(VENV)/.installed
+	$(BIN)/hotloop bench gate --step --all --write
 
 gpu-check: $(VENV)/.installed-test
 	$(BIN)/hotloop bench check $(if $(DATA),--data $(DATA)) $(foreach part,$(PART),--part $(part))
