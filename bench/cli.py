@@ -187,7 +187,7 @@ def _plot(args: argparse.Namespace) -> int:
 def _gate(args: argparse.Namespace) -> int:
     from bench import gate, gate_step
 
-    return (gate_step if args.step else gate).main(args.all, args.write)
+    return gate_step.main(args.all, args.write) if args.step else gate.main(args.all, args.write)
 
 
 def _tune(args: argparse.Namespace) -> int:

@@ -178,7 +178,7 @@ def _bytes(x: torch.Tensor) -> int:
 
 
 def _hook(seen: Recorder) -> None:
-    """Puts the recorder in the place of launches and of timings on the device; for the rest of the process."""
+    """Put the recorder in the place of launches and of timings on the device; for the rest of the process."""
     made: list[Any] = []
     compile_source, run = triton.compile, JITFunction.run
 
@@ -211,6 +211,9 @@ def _hook(seen: Recorder) -> None:
         seen.timed.add(f"{op} of {list(left.shape)} and {list(right.shape)}: whether padded")
         return False
 
-    triton.compile = compile_and_keep
-    CachingAutotuner.precompile, CachingAutotuner.run = precompile, launch
-    JITFunction.run, pad_mm._should_pad = launch_ours, should_pad
+    places: list[tuple[Any, str, Any]] = [
+        (triton, "compile", compile_and_keep), (CachingAutotuner, "precompile", precompile),
+        (CachingAutotuner, "run", launch), (JITFunction, "run", launch_ours), (pad_mm, "_should_pad", should_pad),
+    ]  # fmt: skip
+    for owner, name, replacement in places:
+        setattr(owner, name, replacement)

@@ -238,10 +238,10 @@ def _settle(torch: Any, capability: int) -> None:
     guards._reinterpret_tensor = lambda x, size, stride, offset=0: torch.as_strided(
         x, size, stride, x.storage_offset() + offset
     )
-    fake.init_gpu_context = _says(None)
     triton.runtime.driver.set_active(_Driver(capability))  # type: ignore[arg-type]
-    triton_helpers.set_driver_to_gpu = _says(None)
-    fuse_attention._sfdp_init = _says(None)
+    setattr(fake, "init_gpu_context", _says(None))  # noqa: B010  # these three are cached functions
+    setattr(triton_helpers, "set_driver_to_gpu", _says(None))  # noqa: B010
+    setattr(fuse_attention, "_sfdp_init", _says(None))  # noqa: B010
 
     class OnCpu(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

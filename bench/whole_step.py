@@ -71,8 +71,6 @@ def _step(seen: Any, step: Any, rows: int, spec: Any) -> None:
     import kernels
     from harness.client import Batch
 
-    backward = torch.Tensor.backward
-
     def at(stage: str, function: Any) -> Any:
         def staged(*args: Any, **kwargs: Any) -> Any:
             with seen.at(stage):
@@ -80,8 +78,9 @@ def _step(seen: Any, step: Any, rows: int, spec: Any) -> None:
 
         return staged
 
-    torch.Tensor.backward = at("backward", backward)
-    kernels.adamw_, kernels.muon_ = at("adamw", kernels.adamw_), at("muon", kernels.muon_)
+    places = ((torch.Tensor, "backward", "backward"), (kernels, "adamw_", "adamw"), (kernels, "muon_", "muon"))
+    for owner, name, stage in places:
+        setattr(owner, name, at(stage, getattr(owner, name)))
     tokens = torch.zeros(rows, spec.seq_len, dtype=torch.int64, device="cuda")
     targets = torch.zeros_like(tokens)
     with seen.at("forward"):
@@ -91,8 +90,7 @@ def _step(seen: Any, step: Any, rows: int, spec: Any) -> None:
 def _evaluation(seen: Any, module: Any, spec: Any, rows: int) -> None:
     import torch
 
-    model = module.build_model(spec)
-    forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
+    forward: Any = torch.compile(module.build_model(spec).forward, dynamic=False, fullgraph=True)
     tokens = torch.zeros(rows, spec.seq_len, dtype=torch.int64, device="cuda")
     with torch.no_grad(), seen.at("evaluation"):
         forward(tokens)
