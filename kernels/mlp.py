@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, reference
+from kernels.architectures import BY_DESCRIPTORS
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.fp8 import linear_fp8
 from kernels.weight_gradient import weight_gradient
@@ -50,7 +51,7 @@ def launch_config(dtype: torch.dtype, dim: int, width: int) -> dict[str, int]:
 
 
 def default_config(dim: int, modern: bool = True) -> dict[str, int]:
-    """By descriptors where the accumulator is the tensor core's (Hopper and later), there 128 x 256 for long sums, else
+    """By descriptors where the accumulator is the tensor core's (sm_90, sm_100), there 128 x 256 for long sums, else
     128 x 128. PROGRAMS for each multiprocessor, each walking over tiles, or 0 for one a tile.
     """
     return {
@@ -158,8 +159,8 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for backward, norm in ((False, False), (True, False), (False, True), (True, True)):
         key = f"{'backward' if backward else 'forward'}{' norm' if norm else ''} 16 bit"
-        shipped = product.shipped("mlp_product", default_config)
-        shipped += [(persistent(config), (90,)) for config, capabilities in shipped if capabilities == (90, 100)]
+        shipped = product.shipped_by_depth("mlp_product", default_config)
+        shipped += [(persistent(config), BY_DESCRIPTORS) for config, cards in shipped if cards == BY_DESCRIPTORS]
         for config, capabilities in shipped:
             constants = {"BACKWARD": backward, "NORM": norm} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS, serves_descriptors
 from kernels.dispatch import HAVE_TRITON
 
 if HAVE_TRITON:
@@ -56,7 +58,19 @@ if HAVE_TRITON:
         return tile
 
 
-__all__ = ["SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "tile_name", "tiles"]
+__all__ = [
+    "SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "shipped_by_depth", "tile_name", "tiles",
+]  # fmt: skip
+    "SHORT",
+    "config_key",
+    "grid",
+    "launch_config",
+    "operand",
+    "shipped",
+    "shipped_by_depth",
+    "tile_name",
+    "tiles",
+]
 
 # A tile of 128 x 256 has a multiprocessor for itself. A sum of so few terms ends soon, and the tensor cores then idle
 # beside its epilogue: 128 x 128 takes half the registers, so another program's sum runs meanwhile.
@@ -69,13 +83,20 @@ def config_key(depth: int) -> str:
 
 
 def shipped(
+    kernel: str, key: str | None, default: Callable[[bool], dict[str, int]]
+) -> list[tuple[dict[str, int], tuple[int, ...]]]:
+    """What `launch_config` can give, for the compile gate, with its architectures: [(configuration, capabilities)]."""
+    defaults = [(default(False), tuple(ARCHITECTURES)), (default(True), BY_DESCRIPTORS)]
+    return [*defaults, *tuning.of_all_gpus(kernel, key)]
+
+
+def shipped_by_depth(
     kernel: str, default: Callable[[int, bool], dict[str, int]], key: Callable[[int], str] = config_key
 ) -> list[tuple[dict[str, int], tuple[int, ...]]]:
-    """(default or tuned configuration, architectures that it is for) of a product, for the compile gate."""
-    found: list[tuple[dict[str, int], tuple[int, ...]]] = [(default(SHORT, False), (80,))]
-    for depth in (SHORT, 2 * SHORT):
-        found.append((default(depth, True), (90, 100)))
-        found += [(config, (90,)) for config in tuning.of_all_gpus(kernel, key(depth))]
+    """The same of products that are tuned apart for short and for long sums, each configuration once."""
+    found = [
+        pair for depth in (SHORT, 2 * SHORT) for pair in shipped(kernel, key(depth), functools.partial(default, depth))
+    ]
     return [pair for i, pair in enumerate(found) if pair not in found[:i]]
 
 
@@ -88,11 +109,10 @@ def tiles(depth: int) -> tuple[tuple[int, int, int], ...]:
 def launch_config(
     kernel: str, key: str, default: Callable[[bool], dict[str, int]], dtype: torch.dtype, *widths: int
 ) -> dict[str, int]:
-    """As tuned on this GPU, else `default` of whether descriptors serve: 16-bit elements on Hopper or later, in rows of
-    a multiple of 16 bytes.
+    """As tuned on this GPU, else `default` of whether descriptors serve: 16-bit elements in rows of a multiple of 16
+    bytes, on a card of BY_DESCRIPTORS.
     """
-    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    modern = capability >= 9 and dtype != torch.float32 and not any(width % 8 for width in widths)
+    modern = serves_descriptors() and dtype != torch.float32 and not any(width % 8 for width in widths)
     tuned = tuning.config(kernel, key) if dtype != torch.float32 else None
     return tuned if tuned and (modern or not tuned["TMA"]) else default(modern)
 
