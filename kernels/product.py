@@ -61,16 +61,6 @@ if HAVE_TRITON:
 __all__ = [
     "SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "shipped_by_depth", "tile_name", "tiles",
 ]  # fmt: skip
-    "SHORT",
-    "config_key",
-    "grid",
-    "launch_config",
-    "operand",
-    "shipped",
-    "shipped_by_depth",
-    "tile_name",
-    "tiles",
-]
 
 # A tile of 128 x 256 has a multiprocessor for itself. A sum of so few terms ends soon, and the tensor cores then idle
 # beside its epilogue: 128 x 128 takes half the registers, so another program's sum runs meanwhile.
