@@ -270,9 +270,8 @@ def test_what_a_card_is_offered_is_what_the_gate_compiles_for_it(
     assert taken["TMA"] == descriptors
     shipped = product.shipped("mlp_product", "16 bit", mlp.default_config)
     assert [taken] == [c for c, architectures in shipped if capability in architectures][-1:]
-    assert flash.kind_of(torch.bfloat16, 2048) == {90: "hopper", 100: "blackwell", 120: "pointers"}.get(
-        capability, "ampere"
-    )
+    kinds = {90: "hopper", 100: "blackwell", 120: "pointers"}
+    assert flash.kind_of(torch.bfloat16, 2048) == kinds.get(capability, "ampere")
     assert capability // 10 in attention_backends.BACKENDS["triton"].capabilities
 
 
