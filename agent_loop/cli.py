@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     seal = commands.add_parser("seal", help="seal kernels/, harness/ and prepare.py as they are now")
     seal.set_defaults(run=_seal)
 
+    extra = commands.add_parser("install", help="FlashAttention 3, prebuilt, by a lock of hashes")
+    extra.add_argument("what", choices=["flash3"])
+    extra.add_argument("--lock", type=Path, required=True, help="JSON: repository, revision, folder, SHA-256 of files")
+    extra.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="take the files from here")
+    extra.set_defaults(run=_install)
+
     doctor = commands.add_parser("doctor", help="what this machine has, and what is wrong with it")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -217,6 +223,14 @@ def _keygen(args: argparse.Namespace) -> int:
     signer = make_key()
     print(f"key:     {key_path()}\npublic:  {signer.public}")
     print("Records are signed from now on. Keep the public half: hotloop verify --key", signer.public[:8] + "...")
+    return 0
+
+
+def _install(args: argparse.Namespace) -> int:
+    from agent_loop import flash3
+
+    version = flash3.install(flash3.read_lock(args.lock), args.source)
+    print(f"installed: {flash3.DISTRIBUTION} {version}, each file as the lock has it; hotloop bench attention tries it")
     return 0
 
 

@@ -600,7 +600,7 @@ OPERATORS = {
             ),
             flops=NONE,
             module="kernels.token_embedding",
-            torch_ops=("embedding", "embedding_backward", "sorted_embedding"),
+            torch_ops=("embedding", "embedding_backward", "sorted_embedding", "token_rows"),
         ),
         Operator(
             name="attention",

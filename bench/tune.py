@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from kernels import (
     linear_qkv,
     mlp,
     muon,
+    product,
     qkv,
     residual_linear,
     residual_norm,
@@ -154,14 +156,21 @@ KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
     ),
     "qkv_rope_norm": lambda: _operator("qkv_rope_norm", "qkv_rope_norm", qkv, "", lambda s: (f"K={s['K']}", s["K"])),
     "linear_qkv": lambda: _operator(
-        "linear_qkv_rope_norm", "linear_qkv", linear_qkv, "", lambda s: (f"K={s['K']}", s["K"])
+        "linear_qkv_rope_norm",
+        "linear_qkv",
+        linear_qkv,
+        "",
+        lambda s: (linear_qkv.config_key(s["K"], s["D"]), s["K"], s["D"]),
     ),
-    "mlp_product": lambda: _operator("mlp_relu2", "mlp_product", mlp, "", lambda s: ("16 bit",)),
-    "linear_residual": lambda: _operator(
-        "linear_residual", "linear_residual", residual_linear, "", lambda s: ("16 bit",)
+    "mlp_product": lambda: _operator(
+        "mlp_relu2", "mlp_product", mlp, "", lambda s: (product.config_key(s["D"]), s["D"])
+    ),
+    "linear_residual": lambda: itertools.chain.from_iterable(  # attention's projection is short, the MLP's long
+        _operator(name, "linear_residual", residual_linear, "", lambda s: (product.config_key(s["N"]), s["N"]))
+        for name in ("linear_residual", "norm_mlp_relu2")
     ),
     "stream_gradient": lambda: _operator(
-        "norm_mlp_relu2", "stream_gradient", residual_stream, "", lambda s: ("16 bit",)
+        "norm_mlp_relu2", "stream_gradient", residual_stream, "", lambda s: (product.config_key(s["N"]), s["N"])
     ),
     "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
     "weight_gradient": _weight_gradient,

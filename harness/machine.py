@@ -159,8 +159,8 @@ def changed_files(package: str) -> list[str]:
     return wrong
 
 
-# By the names of their distributions: FlashAttention 2, 4 and 3, and cuDNN's front end.
-ATTENTION_PACKAGES = ("flash-attn", "flash-attn-4", "flash_attn_3", "nvidia-cudnn-frontend")
+# By the names of their distributions: FlashAttention 2, 4 and 3 (built, and prebuilt), and cuDNN's front end.
+ATTENTION_PACKAGES = ("flash-attn", "flash-attn-4", "flash_attn_3", "hotloop-flash3", "nvidia-cudnn-frontend")
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

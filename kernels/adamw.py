@@ -12,6 +12,8 @@ Bytes, elements of b bytes, N elements in all: read p, g, m, v, write p, m, v: 7
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +35,24 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 if HAVE_TRITON:
 
     @triton.jit
-    def _update(p_at, g_at, m_at, v_at, place, inside, lr, b1, b2, eps, c1, c2, TYPE: tl.constexpr):
-        """One block of one tensor; the addresses are numbers, TYPE their element."""
-        p_ptr = p_at.to(tl.pointer_type(TYPE)) + place
-        g_ptr = g_at.to(tl.pointer_type(TYPE)) + place
-        m_ptr = m_at.to(tl.pointer_type(TYPE)) + place
-        v_ptr = v_at.to(tl.pointer_type(TYPE)) + place
+    def _pointer(at, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+        """An address that is read says nothing of itself: loads are as wide as one is known to be aligned."""
+        p = at.to(tl.pointer_type(TYPE))
+        return tl.multiple_of(p, 16) if ALIGNED else p
+
+    @triton.jit
+    def _update(
+        p_at, g_at, m_at, v_at, size_ptr, place, lr, b1, b2, eps, c1, c2, TYPE: tl.constexpr, ALIGNED: tl.constexpr
+    ):  # fmt: skip
+        """One block of one tensor; the addresses are numbers, TYPE their element. ALIGNED: they and size are multiples
+        of 16.
+        """
+        size = tl.load(size_ptr)
+        inside = place < (tl.multiple_of(size, 16) if ALIGNED else size)
+        p_ptr = _pointer(p_at, TYPE, ALIGNED) + place
+        g_ptr = _pointer(g_at, TYPE, ALIGNED) + place
+        m_ptr = _pointer(m_at, TYPE, ALIGNED) + place
+        v_ptr = _pointer(v_at, TYPE, ALIGNED) + place
         p = tl.load(p_ptr, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(g_ptr, mask=inside, other=0.0).to(tl.float32)
         m = tl.load(m_ptr, mask=inside, other=0.0).to(tl.float32)
@@ -52,13 +66,14 @@ if HAVE_TRITON:
 
     @triton.jit
     def _adamw_kernel(address_ptr, size_ptr, kind_ptr, chunk_ptr, hyper_ptr, BLOCK: tl.constexpr):
-        """address int64 [n, 4] of p, g, m, v; size int64 [n]; kind int32 [n]; chunk int32 [programs, 2]: tensor,
-        block.
+        """address int64 [n, 4] of p, g, m, v; size int64 [n]; kind int32 [n], of DTYPES, and 2 more where all of it is
+        aligned; chunk int32 [programs, 2]: tensor, block.
         """
         i = tl.load(chunk_ptr + tl.program_id(0) * 2).to(tl.int64)
         block = tl.load(chunk_ptr + tl.program_id(0) * 2 + 1).to(tl.int64)
         place = block * BLOCK + tl.arange(0, BLOCK)
-        inside = place < tl.load(size_ptr + i)
+        size_ptr += i
+        kind = tl.load(kind_ptr + i)
         lr = tl.load(hyper_ptr + i * 6)
         b1 = tl.load(hyper_ptr + i * 6 + 1)
         b2 = tl.load(hyper_ptr + i * 6 + 2)
@@ -69,10 +84,14 @@ if HAVE_TRITON:
         g_at = tl.load(address_ptr + i * 4 + 1)
         m_at = tl.load(address_ptr + i * 4 + 2)
         v_at = tl.load(address_ptr + i * 4 + 3)
-        if tl.load(kind_ptr + i) == 0:
-            _update(p_at, g_at, m_at, v_at, place, inside, lr, b1, b2, eps, c1, c2, tl.float32)
+        if kind == 3:
+            _update(p_at, g_at, m_at, v_at, size_ptr, place, lr, b1, b2, eps, c1, c2, tl.bfloat16, True)
+        elif kind == 2:
+            _update(p_at, g_at, m_at, v_at, size_ptr, place, lr, b1, b2, eps, c1, c2, tl.float32, True)
+        elif kind == 1:
+            _update(p_at, g_at, m_at, v_at, size_ptr, place, lr, b1, b2, eps, c1, c2, tl.bfloat16, False)
         else:
-            _update(p_at, g_at, m_at, v_at, place, inside, lr, b1, b2, eps, c1, c2, tl.bfloat16)
+            _update(p_at, g_at, m_at, v_at, size_ptr, place, lr, b1, b2, eps, c1, c2, tl.float32, False)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -87,17 +106,19 @@ def compile_cases() -> list[CompileCase]:
 # ---- operator ---------------------------------------------------------------------------------------------------
 
 
+def table(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, which is not waited for: a copy from pinned memory, which torch gives out again only after it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 @functools.lru_cache(maxsize=64)
-def _layout(
-    sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def _layout(sizes: tuple[int, ...], kinds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(size, kind, chunk) tables of a set of tensors."""
     chunks = [(i, b) for i, n in enumerate(sizes) for b in range(-(-n // BLOCK))]
-    kinds = [DTYPES[d] for d in dtypes]
     return (
-        torch.tensor(sizes, dtype=torch.int64, device=device),
-        torch.tensor(kinds, dtype=torch.int32, device=device),
-        torch.tensor(chunks, dtype=torch.int32, device=device),
+        table(sizes, torch.int64, device),
+        table(kinds, torch.int32, device),
+        table(chunks, torch.int32, device),
     )
 
 
@@ -106,16 +127,22 @@ def addresses(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> Ten
     """The table of addresses. The allocator gives most steps the same, and a captured graph always has the same: then
     nothing is copied.
     """
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    return table(numbers, torch.int64, device)
+
+
+def kind_of(dtype: torch.dtype, size: int, numbers: tuple[int, ...]) -> int:
+    """How the kernel takes tensors of so many elements at these addresses."""
+    return DTYPES[dtype] + (0 if size % 16 or any(n % 16 for n in numbers) else 2)
 
 
 @torch.library.custom_op("hotloop::adamw_", mutates_args=("params", "ms", "vs"))
 def _op(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor], hyper: Tensor) -> None:
-    device = params[0].device
-    size, kind, chunk = _layout(tuple(p.numel() for p in params), tuple(p.dtype for p in params), device)
-    fours = zip(params, grads, ms, vs, strict=True)
-    address = addresses(tuple(tuple(t.data_ptr() for t in four) for four in fours), device)
+    device, sizes = params[0].device, tuple(p.numel() for p in params)
+    numbers = tuple(tuple(t.data_ptr() for t in four) for four in zip(params, grads, ms, vs, strict=True))
+    kinds = tuple(kind_of(p.dtype, n, four) for p, n, four in zip(params, sizes, numbers, strict=True))
+    size, kind, chunk = _layout(sizes, kinds, device)
     if len(chunk):
+        address = addresses(numbers, device)
         _adamw_kernel[(len(chunk),)](address, size, kind, chunk, hyper, BLOCK=BLOCK, num_warps=WARPS)
 
 

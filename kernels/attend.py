@@ -131,9 +131,11 @@ def _wrong(name: str, device: str = "cuda") -> str:
         wide = [x.float().requires_grad_() for x in (q, k, v)]
         try:
             mine, _lse = _op(inputs[0], inputs[1], inputs[2], window, name, None, None, None)
-            found = [mine, *torch.autograd.grad(mine, inputs, do)]
+            found, again = ([mine, *torch.autograd.grad(mine, inputs, do, retain_graph=True)] for _ in range(2))
         except Exception as e:  # whatever somebody else's package raises
             return f"it fails here: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        if not all(map(torch.equal, found, again)):
+            return f"its gradients do not repeat to the bit at a window of {window}"
         true = reference.attention(wide[0], wide[1], wide[2], window)
         for ours, theirs in zip(found, [true.detach(), *torch.autograd.grad(true, wide, do.float())], strict=True):
             error = float((ours.detach().float() - theirs).norm() / theirs.norm())

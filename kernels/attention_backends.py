@@ -479,15 +479,16 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend(
-            "flash3", "flash_attn_interface", "build it from the hopper folder of github.com/Dao-AILab/flash-attention",
+            "flash3", "flash_attn_interface",
+            "hotloop install flash3, or build it from the hopper folder of github.com/Dao-AILab/flash-attention",
             (9,), forward=_flash3_forward, backward=_flash3_backward,
-        ),
-        Backend(
-            "torch", "", "", (8, 9, 10, 12), forward=_torch_forward, backward=_torch_backward, trusted=True,
         ),
         Backend(
             "flash4", "flash_attn.cute", "pip install 'hotloop[flash]'", (9, 10), head_dims=(64, 128),
             forward=_flash4_forward, backward=_flash4_backward,
+        ),
+        Backend(
+            "torch", "", "", (8, 9, 10, 12), forward=_torch_forward, backward=_torch_backward, trusted=True,
         ),
         Backend(
             "flash2", "flash_attn.flash_attn_interface", "pip install flash-attn (it builds for an hour)",

@@ -40,27 +40,36 @@ HEAD_DIMS = (16, 32, 64, 128)
 
 def launch_config(head_dim: int, dtype: torch.dtype, width: int) -> dict[str, int]:
     """As tuned on this GPU, else by architecture."""
-    default = functools.partial(default_config, head_dim)
-    return product.launch_config("linear_qkv", f"K={head_dim}", default, dtype, width)
+    default = functools.partial(default_config, head_dim, width)
+    return product.launch_config("linear_qkv", config_key(head_dim, width), default, dtype, width)
 
 
-def default_config(head_dim: int, modern: bool = True) -> dict[str, int]:
-    """Two heads a tile by descriptors on sm_90 and sm_100; else one of 128, or two smaller ones, by pointers."""
-    heads = 2 if modern or head_dim <= 64 else 1
+def config_key(head_dim: int, width: int) -> str:
+    """What is tuned apart: sizes of heads, sums over few and over many."""
+    return f"K={head_dim} {product.config_key(width)}"
+
+
+def default_config(head_dim: int, width: int, modern: bool = True) -> dict[str, int]:
+    """By descriptors on Hopper and later, there two heads a tile for long sums; else as many, up to two, as 128 columns
+    hold.
+    """
+    columns = 256 if modern and width > product.SHORT else 128
+    heads = 2 if 2 * head_dim <= columns else 1
     return {
         "ROWS": 128, "HEADS": heads, "DEPTH": 64 if modern else 32, "GROUP": 16, "TMA": int(modern),
         "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
 
 
-def search_space(head_dim: int) -> list[dict[str, int]]:
+def search_space(head_dim: int, width: int) -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
     return [
         {
             "ROWS": rows, "HEADS": heads, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
             "num_stages": stages,
         }
-        for rows, heads, warps in ((128, 2, 8), (128, 1, 8), (128, 1, 4), (64, 2, 4), (256, 1, 8))
+        for rows, columns, warps in product.tiles(width)
+        for heads in {1, 2} & {columns // head_dim}
         for depth, stages in ((64, 3), (64, 4), (32, 4), (128, 2))
         for group in (8, 16)
         for tma in (1, 0)
@@ -142,7 +151,8 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for head_dim in (64, 128):
         default = functools.partial(default_config, head_dim)
-        for config, capabilities in product.shipped("linear_qkv", f"K={head_dim}", default):
+        shipped = product.shipped("linear_qkv", default, functools.partial(config_key, head_dim))
+        for config, capabilities in shipped:
             for ve, norm in ((True, False), (False, False), (True, True), (False, True)):
                 constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve, "NORM": norm} | config
                 options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

@@ -16,6 +16,7 @@ fuse with the scales and the rounding of the second product's input.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -41,34 +42,42 @@ __all__ = ["compile_cases", "default_config", "empty_share", "launch", "launch_c
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def launch_config(dtype: torch.dtype, *widths: int) -> dict[str, int]:
-    """Tile, warps and stages of both directions, which are tuned as one: on this GPU, else by architecture."""
-    return product.launch_config("mlp_product", "16 bit", default_config, dtype, *widths)
-
-
-def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 256 by descriptors where the accumulator is the tensor core's (sm_90, sm_100), else 128 x 128. PROGRAMS
-    for each multiprocessor, each walking over tiles, or 0 for one a tile.
+def launch_config(dtype: torch.dtype, dim: int, width: int) -> dict[str, int]:
+    """Tile, warps and stages of both directions, which are tuned as one: on this GPU, else by architecture. Both sum
+    over `dim`.
     """
-    columns, depth = (256, 64) if modern else (128, 32)
+    default = functools.partial(default_config, dim)
+    return product.launch_config("mlp_product", product.config_key(dim), default, dtype, dim, width)
+
+
+def default_config(dim: int, modern: bool = True) -> dict[str, int]:
+    """By descriptors where the accumulator is the tensor core's (Hopper and later), there 128 x 256 for long sums, else
+    128 x 128. PROGRAMS for each multiprocessor, each walking over tiles, or 0 for one a tile.
+    """
     return {
-        "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "PROGRAMS": 0,
-        "num_warps": 8, "num_stages": 3,
+        "ROWS": 128, "COLUMNS": 256 if modern and dim > product.SHORT else 128, "DEPTH": 64 if modern else 32,
+        "GROUP": 16, "TMA": int(modern), "PROGRAMS": 0, "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
 
 
-def search_space() -> list[dict[str, int]]:
+def persistent(config: dict[str, int]) -> dict[str, int]:
+    """The same tile with as many programs as a multiprocessor has room for."""
+    return config | {"PROGRAMS": 2 if config["ROWS"] * config["COLUMNS"] <= 128 * 128 else 1}
+
+
+def search_space(dim: int) -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
-    return [
+    plain = [
         {
-            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "PROGRAMS": programs,
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "PROGRAMS": 0,
             "num_warps": warps, "num_stages": stages,
         }
-        for rows, columns, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (256, 128, 8))
+        for rows, columns, warps in product.tiles(dim)
         for depth, stages in ((64, 3), (64, 4), (32, 4))
         for group in (8, 16)
-        for tma, programs in ((1, 0), (1, 1), (0, 0))
+        for tma in (1, 0)
     ]  # fmt: skip
+    return [*plain, *(persistent(config) for config in plain if config["TMA"])]
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------
@@ -150,9 +159,9 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for backward, norm in ((False, False), (True, False), (False, True), (True, True)):
         key = f"{'backward' if backward else 'forward'}{' norm' if norm else ''} 16 bit"
-        persistent = default_config() | {"PROGRAMS": 1}
-        shipped = product.shipped("mlp_product", "16 bit", default_config)
-        for config, capabilities in [*shipped, (persistent, BY_DESCRIPTORS)]:
+        shipped = product.shipped("mlp_product", default_config)
+        shipped += [(persistent(config), given) for config, given in shipped if given == BY_DESCRIPTORS]
+        for config, capabilities in shipped:
             constants = {"BACKWARD": backward, "NORM": norm} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
             signature = dict.fromkeys(("a", "w", "y_ptr", "out_ptr"), "*bf16")

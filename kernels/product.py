@@ -57,7 +57,32 @@ if HAVE_TRITON:
         return tile
 
 
-__all__ = ["grid", "launch_config", "operand", "shipped", "tile_name"]
+__all__ = ["SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "tile_name", "tiles"]
+
+# A tile of 128 x 256 has a multiprocessor for itself. A sum of so few terms ends soon, and the tensor cores then idle
+# beside its epilogue: 128 x 128 takes half the registers, so another program's sum runs meanwhile.
+SHORT = 1024
+
+
+def config_key(depth: int) -> str:
+    """What products of 16-bit elements are tuned by: whether they sum over few terms."""
+    return f"16 bit {'short' if depth <= SHORT else 'long'}"
+
+
+def shipped(
+    kernel: str, default: Callable[[int, bool], dict[str, int]], key: Callable[[int], str] = config_key
+) -> list[tuple[dict[str, int], tuple[int, ...]]]:
+    """(default or tuned configuration, architectures that it is for) of a product, for the compile gate."""
+    found: list[tuple[dict[str, int], tuple[int, ...]]] = [(default(SHORT, False), tuple(ARCHITECTURES))]
+    for depth in (SHORT, 2 * SHORT):
+        found += [(default(depth, True), BY_DESCRIPTORS), *tuning.of_all_gpus(kernel, key(depth))]
+    return [pair for i, pair in enumerate(found) if pair not in found[:i]]
+
+
+def tiles(depth: int) -> tuple[tuple[int, int, int], ...]:
+    """(rows, columns, warps) worth timing on Hopper for a sum over `depth` terms."""
+    small = ((128, 128, 8), (128, 128, 4), (64, 256, 4), (128, 256, 8))
+    return small if depth <= SHORT else (*small, (256, 128, 8))
 
 
 def launch_config(
@@ -69,14 +94,6 @@ def launch_config(
     modern = serves_descriptors() and dtype != torch.float32 and not any(width % 8 for width in widths)
     tuned = tuning.config(kernel, key) if dtype != torch.float32 else None
     return tuned if tuned and (modern or not tuned["TMA"]) else default(modern)
-
-
-def shipped(
-    kernel: str, key: str | None, default: Callable[[bool], dict[str, int]]
-) -> list[tuple[dict[str, int], tuple[int, ...]]]:
-    """What `launch_config` can give, for the compile gate, with its architectures: [(configuration, capabilities)]."""
-    defaults = [(default(False), tuple(ARCHITECTURES)), (default(True), BY_DESCRIPTORS)]
-    return [*defaults, *tuning.of_all_gpus(kernel, key)]
 
 
 def operand(x: Tensor, rows: int, columns: int, tma: int) -> Any:

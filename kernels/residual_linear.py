@@ -13,6 +13,7 @@ Operations: 2 M N D forward, twice that backward.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ __all__ = ["compile_cases", "default_config", "launch", "linear_residual", "sear
 
 
 def launch_config(dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Tile, warps and stages: as tuned on this GPU, else by architecture."""
-    return product.launch_config("linear_residual", "16 bit", default_config, dtype, width)
+    """Tile, warps and stages for a sum over `width`: as tuned on this GPU, else by architecture."""
+    default = functools.partial(default_config, width)
+    return product.launch_config("linear_residual", product.config_key(width), default, dtype, width)
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements, with and without a mix: default and tuned."""
     cases = []
-    for config, capabilities in product.shipped("linear_residual", "16 bit", default_config):
+    for config, capabilities in product.shipped("linear_residual", default_config):
         for mix in (False, True):
             constants = {"MIX": mix} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

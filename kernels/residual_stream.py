@@ -16,6 +16,7 @@ x0, write dx0 where mixed. Operations: 2 M N D.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -75,28 +76,30 @@ def reciprocal_root(partial: Tensor, dim: int) -> Tensor:
     return (partial.sum(0) / dim + reference.NORM_EPS).rsqrt()
 
 
-def launch_config(dtype: torch.dtype, *widths: int) -> dict[str, int]:
-    """Tile, warps and stages: as tuned on this GPU, else by architecture."""
-    return product.launch_config("stream_gradient", "16 bit", default_config, dtype, *widths)
+def launch_config(dtype: torch.dtype, width: int, dim: int) -> dict[str, int]:
+    """Tile, warps and stages for a sum over `width`: as tuned on this GPU, else by architecture."""
+    default = functools.partial(default_config, width)
+    return product.launch_config("stream_gradient", product.config_key(width), default, dtype, width, dim)
 
 
-def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 256 by descriptors where the accumulator is the tensor core's (sm_90, sm_100), else 128 x 128."""
-    columns, depth = (256, 64) if modern else (128, 32)
+def default_config(width: int, modern: bool = True) -> dict[str, int]:
+    """By descriptors where the accumulator is the tensor core's (Hopper and later), there 128 x 256 for long sums, else
+    128 x 128.
+    """
     return {
-        "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
-        "num_stages": 3,
+        "ROWS": 128, "COLUMNS": 256 if modern and width > product.SHORT else 128, "DEPTH": 64 if modern else 32,
+        "GROUP": 16, "TMA": int(modern), "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
 
 
-def search_space() -> list[dict[str, int]]:
+def search_space(width: int) -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
     return [
         {
             "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": tma, "num_warps": warps,
             "num_stages": stages,
         }
-        for rows, columns, warps in ((128, 256, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4), (256, 128, 8))
+        for rows, columns, warps in product.tiles(width)
         for depth, stages in ((64, 3), (64, 4), (32, 4))
         for tma in (1, 0)
     ]  # fmt: skip
@@ -194,7 +197,7 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements: plain, mixed, and with gates; default and tuned."""
     cases = []
-    for config, capabilities in product.shipped("stream_gradient", "16 bit", default_config):
+    for config, capabilities in product.shipped("stream_gradient", default_config):
         for mix, gates in ((False, 0), (True, 0), (False, 4)):
             constants = {"MIX": mix, "GATES": gates} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

@@ -31,7 +31,7 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-__all__ = ["TokenOrder", "compile_cases", "default_config", "embedding", "search_space", "token_order"]
+__all__ = ["TokenOrder", "TokenRows", "compile_cases", "default_config", "embedding", "search_space", "token_order"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PIECE, PLAIN_PIECE = 256, 64
@@ -53,20 +53,33 @@ class TokenOrder(NamedTuple):
     piece_token: Tensor
 
 
-def token_order(tokens: Tensor, vocab: int) -> TokenOrder | None:
+class TokenRows(NamedTuple):
+    """The same for plain PyTorch.
+
+    Attributes:
+        rows: int32 [PLAIN_PIECE, V + M // PLAIN_PIECE], the positions of each piece, in order; -1 past its end.
+        pieces: int64 [V + 1], where each token's pieces begin.
+    """
+
+    rows: Tensor
+    pieces: Tensor
+
+
+def token_order(tokens: Tensor, vocab: int) -> TokenOrder | TokenRows | None:
     """Sort a micro-batch once for all tables; None where that is not needed: without gradients, and on a CPU.
 
     Args:
         tokens: int64 [...], M in all, each in [0, vocab).
     """
-    kernel = choose("embedding", tokens.device.type)
-    if not torch.is_grad_enabled() or not (kernel or tokens.is_cuda):
+    if not torch.is_grad_enabled():
         return None
-    return sort_tokens(tokens, vocab, PIECE if kernel else PLAIN_PIECE)
+    if choose("embedding", tokens.device.type):
+        return _sort(tokens, vocab, PIECE)
+    return TokenRows(*token_rows(tokens, vocab)) if tokens.is_cuda else None
 
 
-def sort_tokens(tokens: Tensor, vocab: int, piece: int) -> TokenOrder:
-    """As `token_order`, with pieces of so many rows."""
+def _sort(tokens: Tensor, vocab: int, piece: int) -> TokenOrder:
+    """Pieces of so many rows."""
     values, order = torch.sort(tokens.flatten(), stable=True)
     ids = torch.arange(vocab + 1, device=tokens.device)
     offsets = torch.searchsorted(values, ids)
@@ -221,14 +234,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("hotloop::token_rows", mutates_args=())
+def token_rows(tokens: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """See `TokenRows`. An operator, so that it is done once, and not anew in every sum that reads it."""
+    order, offsets, pieces, piece_token = (t.long() for t in _sort(tokens, vocab, PLAIN_PIECE))
+    token = piece_token.clamp_max(vocab - 1)
+    begin = offsets[token] + (torch.arange(len(token), device=tokens.device) - pieces[token]) * PLAIN_PIECE
+    end = torch.where(piece_token < vocab, offsets[token + 1], 0)
+    place = begin + torch.arange(PLAIN_PIECE, device=tokens.device)[:, None]
+    rows = torch.nn.functional.pad(order, (0, 1))[place.clamp_max(len(order))]
+    return torch.where(place < end, rows, -1).int(), pieces
+
+
+@token_rows.register_fake
+def _(tokens: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    rows = tokens.new_empty(PLAIN_PIECE, vocab + tokens.numel() // PLAIN_PIECE, dtype=torch.int32)
+    return rows, tokens.new_empty(vocab + 1, dtype=torch.int64)
+
+
 @torch.library.custom_op("hotloop::sorted_embedding", mutates_args=())
-def sorted_embedding(tokens: Tensor, weight: Tensor, order: list[Tensor]) -> Tensor:
-    """Rows of a table; its gradient by `sum_rows`. `order` is of `sort_tokens(tokens, V, PLAIN_PIECE)`."""
+def sorted_embedding(tokens: Tensor, weight: Tensor, rows: Tensor, pieces: Tensor) -> Tensor:
+    """Rows of a table; its gradient by `sum_rows`. rows and pieces: see `TokenRows`."""
     return torch.nn.functional.embedding(tokens, weight)
 
 
 @sorted_embedding.register_fake
-def _(tokens: Tensor, weight: Tensor, order: list[Tensor]) -> Tensor:
+def _(tokens: Tensor, weight: Tensor, rows: Tensor, pieces: Tensor) -> Tensor:
     return weight.new_empty(*tokens.shape, weight.shape[1])
 
 
@@ -239,40 +270,36 @@ def _(mode: FunctionalTensorMode, op: Any, types: Any, args: tuple[Any, ...], kw
         return torch.nn.functional.embedding(args[0], args[1])
 
 
-def sum_rows(grad: Tensor, order: TokenOrder, vocab: int) -> Tensor:
+def sum_rows(grad: Tensor, rows: Tensor, pieces: Tensor) -> Tensor:
     """grad [M, D] -> [V, D]: each token's rows, in fp32 (fp64 for fp64).
 
-    Compiled, the first sum gathers rows as it adds them; nothing of M D elements is written. Its places past the end of
-    a piece look at the piece's last row, which is in the cache, and add nothing.
+    Compiled, the first sum gathers rows as it adds them: nothing of M D elements is written.
     """
     if not len(grad):
-        return grad.new_zeros(vocab, grad.shape[1])
+        return grad.new_zeros(len(pieces) - 1, grad.shape[1])
     wide = torch.promote_types(grad.dtype, torch.float32)
-    at, offsets, pieces, piece_token = (t.long() for t in order)
-    token = piece_token.clamp_max(vocab - 1)
-    piece = torch.arange(len(token), device=grad.device)
-    place = (offsets[token] + (piece - pieces[token]) * PLAIN_PIECE)[:, None]
-    place = place + torch.arange(PLAIN_PIECE, device=grad.device)
-    end = torch.where(piece_token < vocab, offsets[token + 1], 0)[:, None]
-    row = at[torch.minimum(place, end - 1).clamp_min(0)]
-    parts = torch.where((place < end)[..., None], grad[row].to(wide), 0.0).sum(1)
+    found = grad[rows.clamp_min(0).long()].to(wide)
+    parts = torch.where((rows >= 0)[..., None], found, 0.0).sum(0)
     # One thread adds the pieces of a token in a column, in order, on every device.
     sums = torch.segment_reduce(parts, "sum", offsets=pieces, axis=0, unsafe=True, initial=0)
     return sums.to(grad.dtype)
 
 
+def _setup_sorted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
 def _sorted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    order = TokenOrder(*ctx.saved_tensors)
-    return None, sum_rows(grad.flatten(0, -2), order, ctx.vocab), [None] * len(order)
+    return None, sum_rows(grad.flatten(0, -2), *ctx.saved_tensors), None, None
 
 
-sorted_embedding.register_autograd(_sorted_backward, setup_context=_setup_context)
+sorted_embedding.register_autograd(_sorted_backward, setup_context=_setup_sorted)
 
 
 # ---- public function --------------------------------------------------------------------------------------------
 
 
-def embedding(tokens: Tensor, weight: Tensor, order: TokenOrder | None = None) -> Tensor:
+def embedding(tokens: Tensor, weight: Tensor, order: TokenOrder | TokenRows | None = None) -> Tensor:
     """Rows of a table; see `reference`.
 
     Args:
@@ -295,10 +322,16 @@ def embedding(tokens: Tensor, weight: Tensor, order: TokenOrder | None = None) -
     plan = order if order is not None else token_order(tokens, weight.shape[0])
     if plan is None:
         return reference.embedding(tokens, weight)
-    if len(plan.order) != tokens.numel() or len(plan.offsets) != weight.shape[0] + 1:
+    vocab = weight.shape[0]
+    if isinstance(plan, TokenRows):
+        if plan.rows.shape[1] != vocab + tokens.numel() // PLAIN_PIECE or len(plan.pieces) != vocab + 1:
+            raise KernelError(f"the order is one of other tokens than {tokens.numel()} of {vocab}")
+        rows: Tensor = sorted_embedding(tokens, weight, *plan)
+        return rows
+    if len(plan.order) != tokens.numel() or len(plan.offsets) != vocab + 1:
         raise KernelError(
             f"the order is one of {len(plan.order)} tokens and {len(plan.offsets) - 1} rows, not of {tokens.numel()} "
-            f"and {weight.shape[0]}"
+            f"and {vocab}"
         )
-    found: Tensor = (_forward_op if kernel else sorted_embedding)(tokens, weight, list(plan))
+    found: Tensor = _forward_op(tokens, weight, list(plan))
     return found

@@ -167,10 +167,10 @@ for config in (SMALL, PLAIN):
 def test_what_is_named_and_cannot_run_says_why() -> None:
     q = torch.randn(1, 8, 2, 16)
     for name, words in (
-        ("flash3", "flash_attn_interface is not installed; build it from"),
+        ("flash3", "flash_attn_interface is not installed; hotloop install flash3"),
         ("flash4", "pip install 'hotloop\\[flash\\]'"),
         ("torch", "it needs CUDA, and the tensors are on cpu"),
-        ("nonsense", "no backend 'nonsense'; they are flash3, torch"),
+        ("nonsense", "no backend 'nonsense'; they are flash3, flash4, torch"),
     ):
         with pytest.raises(kernels.KernelError, match=words):
             kernels.attention(q, q, q, 8, backend=name)
@@ -408,11 +408,21 @@ assert load(2048, 2048, 128, 4, flash.heads_together(0)) > 1.15
 def test_a_package_is_tried_whatever_mode_asks_first(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation asks under inference_mode. A right package passes, one that computes something else does not."""
     monkeypatch.setattr(others, "_importable", lambda module: True)
-    for stand_in, wanted in ((Flash2(), ""), (Wrong(), "its answers are wrong here")):
+    cases = ((Flash2(), ""), (Wrong(), "its answers are wrong here"), (Drifting(), "its gradients do not repeat"))
+    for stand_in, wanted in cases:
         monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", stand_in)
         with mode():
             found = chosen._wrong.__wrapped__("flash2", "cpu")
         assert found.startswith(wanted) and bool(found) == bool(wanted), found
+
+
+class Drifting(Flash2):
+    """Of one whose deterministic flag does not keep its word: right, and another last bit each time."""
+
+    def _flash_attn_backward(self, dout, q, k, v, out, lse, dq, dk, dv, **rest: Any) -> None:
+        super()._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, **rest)
+        self.calls = getattr(self, "calls", 0) + 1
+        dq.mul_(1 + self.calls * 2.0**-7)
 
 
 class Wrong(Flash2):
@@ -436,6 +446,29 @@ def test_the_first_right_package_of_a_measured_order_is_taken(monkeypatch: pytes
     monkeypatch.setitem(chosen._plans, "cuda", plan)
     monkeypatch.setattr(chosen, "_ran", {})
     assert chosen._describe("cuda").startswith("K=128 T=2048 W=1024: flash2")
+
+
+@pytest.mark.parametrize(
+    ("installed", "first"),
+    [(("flash3", "flash4"), "flash3"), (("flash4",), "flash4"), ((), "torch")],
+)
+def test_on_a_hopper_that_was_never_measured_fa3_comes_before_fa4_and_that_before_torchs(
+    installed: tuple[str, ...], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(backend: others.Backend, device: str) -> str:
+        there = backend.name in (*installed, "torch", "flex", "triton")
+        return "" if there and 9 in backend.capabilities else "not here"
+
+    monkeypatch.setattr(others, "_importable", lambda module: True)
+    monkeypatch.setattr(chosen, "_unable", unable)
+    monkeypatch.setattr(chosen, "_wrong", lambda name: "")
+    monkeypatch.setattr(chosen.tuning, "measured", lambda _: {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(chosen._plans, "cuda", chosen._make_plan("cuda"))
+    monkeypatch.setattr(chosen, "_ran", {})
+    for window in (1024, 2048):
+        assert chosen._choose("cuda", torch.bfloat16, 2048, 128, window, 0, None) == first
+    assert chosen._describe("cuda").startswith(f"K=128 T=2048 W=1024: {first}")
 
 
 def test_the_record_names_no_backend_that_lacks_the_window(monkeypatch: pytest.MonkeyPatch) -> None:

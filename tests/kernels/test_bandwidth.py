@@ -251,7 +251,7 @@ for (name, module, variant, tiles), shapes in cases:
                     assert errors.fine, (sizes, config, tma, errors)
                     tried += 1
 assert tried == 2 * (3 * 4 * 7 + 2 * 3 * 3) + 3 * (2 * 3 * 4), tried
-op, config = OPERATORS["linear_qkv_rope_norm"], linear_qkv.default_config(64, False)
+op, config = OPERATORS["linear_qkv_rope_norm"], linear_qkv.default_config(64, 128, False)
 linear_qkv.launch_config = lambda *args: config  # and without value embeddings
 plain = dataclasses.replace(op, gradients=(0, 1), rows=(0,))
 args = [*op.make(sized[0], torch.float32, torch.device("cpu"))[:5], None, None]

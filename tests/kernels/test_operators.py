@@ -148,7 +148,7 @@ qkv, cos, sin, ve, gate = randn(2, 5, 8, 16), torch.randn(5, 8), torch.randn(5, 
 dq, dkv = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16)
 lam, mu = torch.tensor(0.9, requires_grad=True), torch.tensor(0.2, requires_grad=True)
 aq, ak, do = randn(2, 6, 4, 16), randn(2, 6, 2, 16), torch.randn(2, 6, 4, 16)
-from kernels.token_embedding import PLAIN_PIECE, sort_tokens
+from kernels.token_embedding import token_rows
 from kernels.attend import _bounds
 cuts = _bounds(torch.tensor([0, 2, 12]), 2, 6)
 none, rows, h = (None, None, None), torch.rand(2, 12), torch.randn(12, 16)
@@ -165,7 +165,8 @@ samples = {
     "softcap_cross_entropy_": [(torch.randn(12, 33), t, 15.0, torch.ones(1))],
     "embedding": [(t, w, order)],
     "embedding_backward": [(torch.randn(12, 16), order, 33)],
-    "sorted_embedding": [(t, w, list(sort_tokens(t, 33, PLAIN_PIECE)))],
+    "token_rows": [(t, 33)],
+    "sorted_embedding": [(t, w, *token_rows(t, 33))],
     "residual_rms_norm": [(hidden, g, g, lam, mu), (hidden, None, *none), (hidden, g, *none)],
     "residual_rms_norm_backward": [
         tuple(None if v is None else v.detach() for v in s)
