@@ -25,8 +25,9 @@ from harness.errors import HotloopError, UsageError
 __all__ = ["COMMITTED", "compile_all", "faults", "main"]
 
 COMMITTED = Path(__file__).with_name("results") / "compile.json"
-# sm_86 and sm_89 run what sm_120 and sm_80 run, by the same instructions.
-IN_CI = (80, 90, 100, 120)
+# Loads by pointers with the most and with the least shared memory, and by descriptors for an H100: what CI has
+# time for. The committed table has all architectures.
+IN_CI = (80, 90, 120)
 
 
 def modules() -> list[str]:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, reference
+from kernels import product, reference, tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.fp8 import check_fp8, input_gradient, linear_fp8, scaled_product
 from kernels.softcap_cross_entropy import check, launch
@@ -145,7 +146,8 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """The product for 16-bit inputs, default and tuned, and the finish."""
     cases = []
-    for given, capabilities in product.shipped("exp_product", "16 bit", default_config):
+    defaults = [(default_config(False), tuple(ARCHITECTURES)), (default_config(), BY_DESCRIPTORS)]
+    for given, capabilities in [*defaults, *tuning.of_all_gpus("exp_product", "16 bit")]:
         config = dict(given)
         options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
         signature = {

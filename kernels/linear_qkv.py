@@ -50,7 +50,7 @@ def config_key(head_dim: int, width: int) -> str:
 
 
 def default_config(head_dim: int, width: int, modern: bool = True) -> dict[str, int]:
-    """By descriptors on sm_90 and sm_100, there two heads a tile for long sums; else as many, up to two, as 128 columns
+    """By descriptors on Hopper and later, there two heads a tile for long sums; else as many, up to two, as 128 columns
     hold.
     """
     columns = 256 if modern and width > product.SHORT else 128
@@ -151,7 +151,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for head_dim in (64, 128):
         default = functools.partial(default_config, head_dim)
-        shipped = product.shipped_by_depth("linear_qkv", default, functools.partial(config_key, head_dim))
+        shipped = product.shipped("linear_qkv", default, functools.partial(config_key, head_dim))
         for config, capabilities in shipped:
             for ve, norm in ((True, False), (False, False), (True, True), (False, True)):
                 constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve, "NORM": norm} | config

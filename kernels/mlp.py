@@ -51,7 +51,7 @@ def launch_config(dtype: torch.dtype, dim: int, width: int) -> dict[str, int]:
 
 
 def default_config(dim: int, modern: bool = True) -> dict[str, int]:
-    """By descriptors where the accumulator is the tensor core's (sm_90, sm_100), there 128 x 256 for long sums, else
+    """By descriptors where the accumulator is the tensor core's (Hopper and later), there 128 x 256 for long sums, else
     128 x 128. PROGRAMS for each multiprocessor, each walking over tiles, or 0 for one a tile.
     """
     return {
@@ -159,8 +159,8 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for backward, norm in ((False, False), (True, False), (False, True), (True, True)):
         key = f"{'backward' if backward else 'forward'}{' norm' if norm else ''} 16 bit"
-        shipped = product.shipped_by_depth("mlp_product", default_config)
-        shipped += [(persistent(config), BY_DESCRIPTORS) for config, cards in shipped if cards == BY_DESCRIPTORS]
+        shipped = product.shipped("mlp_product", default_config)
+        shipped += [(persistent(config), given) for config, given in shipped if given == BY_DESCRIPTORS]
         for config, capabilities in shipped:
             constants = {"BACKWARD": backward, "NORM": norm} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

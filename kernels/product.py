@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -58,9 +57,7 @@ if HAVE_TRITON:
         return tile
 
 
-__all__ = [
-    "SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "shipped_by_depth", "tile_name", "tiles",
-]  # fmt: skip
+__all__ = ["SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "tile_name", "tiles"]
 
 # A tile of 128 x 256 has a multiprocessor for itself. A sum of so few terms ends soon, and the tensor cores then idle
 # beside its epilogue: 128 x 128 takes half the registers, so another program's sum runs meanwhile.
@@ -73,20 +70,12 @@ def config_key(depth: int) -> str:
 
 
 def shipped(
-    kernel: str, key: str | None, default: Callable[[bool], dict[str, int]]
-) -> list[tuple[dict[str, int], tuple[int, ...]]]:
-    """What `launch_config` can give, for the compile gate, with its architectures: [(configuration, capabilities)]."""
-    defaults = [(default(False), tuple(ARCHITECTURES)), (default(True), BY_DESCRIPTORS)]
-    return [*defaults, *tuning.of_all_gpus(kernel, key)]
-
-
-def shipped_by_depth(
     kernel: str, default: Callable[[int, bool], dict[str, int]], key: Callable[[int], str] = config_key
 ) -> list[tuple[dict[str, int], tuple[int, ...]]]:
-    """The same of products that are tuned apart for short and for long sums, each configuration once."""
-    found = [
-        pair for depth in (SHORT, 2 * SHORT) for pair in shipped(kernel, key(depth), functools.partial(default, depth))
-    ]
+    """(default or tuned configuration, architectures that it is for) of a product, for the compile gate."""
+    found: list[tuple[dict[str, int], tuple[int, ...]]] = [(default(SHORT, False), tuple(ARCHITECTURES))]
+    for depth in (SHORT, 2 * SHORT):
+        found += [(default(depth, True), BY_DESCRIPTORS), *tuning.of_all_gpus(kernel, key(depth))]
     return [pair for i, pair in enumerate(found) if pair not in found[:i]]
 
 

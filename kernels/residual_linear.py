@@ -86,7 +86,7 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements, with and without a mix: default and tuned."""
     cases = []
-    for config, capabilities in product.shipped_by_depth("linear_residual", default_config):
+    for config, capabilities in product.shipped("linear_residual", default_config):
         for mix in (False, True):
             constants = {"MIX": mix} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

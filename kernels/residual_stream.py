@@ -83,7 +83,7 @@ def launch_config(dtype: torch.dtype, width: int, dim: int) -> dict[str, int]:
 
 
 def default_config(width: int, modern: bool = True) -> dict[str, int]:
-    """By descriptors where the accumulator is the tensor core's (sm_90, sm_100), there 128 x 256 for long sums, else
+    """By descriptors where the accumulator is the tensor core's (Hopper and later), there 128 x 256 for long sums, else
     128 x 128.
     """
     return {
@@ -197,7 +197,7 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements: plain, mixed, and with gates; default and tuned."""
     cases = []
-    for config, capabilities in product.shipped_by_depth("stream_gradient", default_config):
+    for config, capabilities in product.shipped("stream_gradient", default_config):
         for mix, gates in ((False, 0), (True, 0), (False, 4)):
             constants = {"MIX": mix, "GATES": gates} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

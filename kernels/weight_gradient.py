@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, reference
+from kernels import product, reference, tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
@@ -118,7 +119,8 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """The product for 16-bit elements, of one part and of several, default and tuned; and the sum."""
     cases = []
-    for given, capabilities in product.shipped("weight_gradient", None, default_config):
+    defaults = [(default_config(False), tuple(ARCHITECTURES)), (default_config(), BY_DESCRIPTORS)]
+    for given, capabilities in [*defaults, *tuning.of_all_gpus("weight_gradient")]:
         if given["VENDOR"]:
             continue
         config = {k: v for k, v in given.items() if k != "VENDOR"}
