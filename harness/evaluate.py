@@ -227,7 +227,7 @@ class Evaluator:
         answers = SharedMemory(_SLOTS * batch * width_out * 4)
         memories = (weights_in, asked, answers)
         policy = Policy.of("harness.evaluator", self.folder, self.source, self.spec.device, limits)
-        since = residency.mark()
+        knew, since = False, None
         try:
             weights_in.map[: len(weights)] = weights
             log = self.folder / "evaluate.txt"
@@ -238,7 +238,9 @@ class Evaluator:
                         width=width, width_out=width_out, batch_rows=batch,
                     )  # fmt: skip
                     if self.sandbox.level in (1, 2):
-                        residency.settle_times()  # while it makes its imports; it has no row yet
+                        residency.settle_times()  # while it makes its imports
+                    self._expect(child, "ready", time.monotonic() + limits.evaluate_s)
+                    knew, since = True, residency.mark()  # from here on it has rows
                     given = np.frombuffer(asked.map, dtype=np.uint16, count=_SLOTS * batch * width)
                     answered = np.frombuffer(answers.map, dtype=np.float32, count=_SLOTS * batch * width_out)
                     self._converse(
@@ -255,7 +257,7 @@ class Evaluator:
         finally:
             for m in memories:
                 m.close()
-            if self.sandbox.level:
+            if self.sandbox.level and knew:
                 residency.begin(since)  # what starts next finds nothing of what this one knew
 
     def _converse(

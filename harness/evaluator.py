@@ -3,6 +3,8 @@
     nll     evaluator A: rows [B, T + 1] in, per-token NLL float32 [B, T] out (nats)
     logits  evaluator B: rows [B, T] and one cut each in, logits float32 [B, V] at the cuts out
 
+It says `ready` when the weights are loaded; until then it gets no row.
+
 Rows come in batches, a few ahead of the answers and never all at once, so what is answered first was answered without
 the rest. It runs the agent's code, so the parent believes nothing of it; see `harness.evaluate`.
 """
@@ -62,6 +64,7 @@ def _evaluate(wire: Wire, memories: list[int]) -> None:
         to[:] = out.numpy().reshape(-1)
         wire.send("answer", slot=slot)
 
+    wire.send("ready")
     with torch.inference_mode():
         while True:
             message = wire.recv()
