@@ -48,7 +48,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py --benchmark-only -o addopts=--import-mode=importlib
+	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py bench/bench_night.py --benchmark-only -o addopts=--import-mode=importlib
 
 soak: $(VENV)/.installed-test
 	SOAK=300 $(BIN)/python -m pytest -q -s tests/agent_loop/test_soak.py
