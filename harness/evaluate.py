@@ -305,7 +305,7 @@ class Evaluator:
 
         self._bound = Bound(child, self.spec.device, self.preset.limits, self._token_s)
         self._expect(child, "ready", deadline)
-        self._bound.begin()
+        self._bound.begin(min(len(rows), _SLOTS * batch) * self.spec.seq_len)
         child.wire.send("begin")
         self._expect(child, "loaded", deadline)
 
