@@ -7,6 +7,7 @@
 # make sandbox, browser, clients   one of these programs alone
 # make lint   ruff; make types  mypy; make bench  CPU benchmarks; make seal  after a change of sealed files
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
+# make gate-step   train.py's whole step compiled without a GPU, for every architecture; make gate-step-write  accept it
 # make gpu-check   everything that needs a GPU, part by part; the same command goes on where it was ended (MINUTES=9.5: begin
 #   nothing that takes longer; PART="switches step": only these; AGAIN=1: though they were done; DATA=folder of rows of
 #   2048 tokens, else the built-in text; TRIAL=1: all of it on a CPU at a minute size, which measures nothing)
@@ -19,7 +20,8 @@ DEVICE      ?=
 JOBS        ?= 2
 BIN         := $(VENV)/bin
 
-.PHONY: run install quick test slow lint types bench gate gate-write gpu-check seal clients sandbox browser doctor clean
+.PHONY: run install quick test slow lint types bench gate gate-write gate-step gate-step-write gpu-check seal clients sandbox \
+  browser doctor clean
 
 run: $(VENV)/.installed
 	$(BIN)/hotloop prepare $(if $(DEVICE),--device $(DEVICE))
@@ -43,7 +45,7 @@ test: $(VENV)/.installed-test
 quick: lint types
 	@$(BIN)/python tools/touched.py | xargs -r $(BIN)/python -m pytest -q -x -n $(JOBS) --seconds 60
 
-slow: $(VENV)/.installed-test gate
+slow: $(VENV)/.installed-test gate gate-step
 	@$(BIN)/python tools/programs.py
 	$(BIN)/python -m pytest -q -m slow
 
@@ -55,13 +57,19 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py --benchmark-only -o addopts=--import-mode=importlib
+	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py bench/bench_night.py --benchmark-only -o addopts=--import-mode=importlib
 
 gate: $(VENV)/.installed
-	$(BIN)/hotloop bench gate
+	$(BIN)/hotloop bench gate --all
 
 gate-write: $(VENV)/.installed
 	$(BIN)/hotloop bench gate --write
+
+gate-step: $(VENV)/.installed
+	$(BIN)/hotloop bench gate --step --all
+
+gate-step-write: $(VENV)/.installed
+	$(BIN)/hotloop bench gate --step --all --write
 
 gpu-check: $(VENV)/.installed-test
 	$(BIN)/hotloop bench check $(if $(DATA),--data $(DATA)) $(foreach part,$(PART),--part $(part)) \

@@ -43,7 +43,8 @@ class Context:
 
     Attributes:
         worktree: holds the incumbent, with program.md; train.py in it is what the agent edits.
-        number: of the proposal: that of the run that it would be, and one more for each edit that was refused.
+        number: of the proposal: that of the run that it would be, and one more each time that a refused
+            edit was made again.
         preset: which of train.py's values are in force.
         source: train.py as it stands in the worktree.
         seen: syntax hashes of everything that was tried.

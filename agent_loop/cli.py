@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from agent_loop.watchdog import CRASHED, UNDER_WATCH, say, watch
 from harness.errors import HotloopError, UsageError
-from harness.text import flushed, forgiving, printable
+from harness.text import flushed, forgiving, one_line, printable
 from harness.walls import project_root
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def _ablate(args: argparse.Namespace) -> int:
     with Lock(folder / "lock"):
         night = Night(folder)
         for body in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
-            print(f"#{body['number']:<4} {body['verdict']:<10} {body['reason']}", flush=True)
+            print(f"#{body['number']:<4} {body['verdict']:<10} {one_line(body['reason'])}", flush=True)
     draw(str(folder), str(Path.cwd()))
     print(f"all: {folder / 'report.html'}")
     return 0

@@ -357,7 +357,7 @@ class Driver:
         free = [s for s in self.slots if s.run is None and time.monotonic() >= s.not_before]
         if not agent.ahead and (not free or self.flight.proposals):
             return
-        number = self._next_number() + self.night.refused  # so that whoever goes by it proposes another edit
+        number = self._next_number() + self.night.insisted  # so that whoever goes by it makes another edit at last
         source = self.repo.source(incumbent.commit)
         task = Task(
             number, incumbent.commit, source, self.settings.preset.name, self.night.history(),
@@ -389,7 +389,8 @@ class Driver:
             self.night.set_flight(self.flight)
         elif isinstance(made, Refused):
             self.rota.refused(agent)
-            self._note_turn(agent.name, "refused", str(made), made.proposal, made.status)
+            syntax = syntax_hash(made.proposal.source) if made.proposal.source != task.source else ""
+            self._note_turn(agent.name, "refused", str(made), made.proposal, made.status, syntax)
             self.view.note(f"an edit of {agent.name} was refused ({made.status}): {made}")
         elif isinstance(made, AgentError):
             wait = self.rota.failed(agent, made)
@@ -400,15 +401,17 @@ class Driver:
             if agent.ahead and (words := [w for w in self.night.unheard() if w.startswith(f"the agent {agent.name} ")]):
                 self.view.warn(words[0])
 
-    def _note_turn(self, agent: str, result: str, reason: str, spent: Proposal, status: str = "") -> None:
-        """An edit that may be made again, on top of another incumbent, has no status."""
+    def _note_turn(
+        self, agent: str, result: str, reason: str, spent: Proposal, status: str = "", syntax: str = ""
+    ) -> None:
+        """`syntax`: of an edit that cannot run, whatever the incumbent is."""
         self.night.chain.append(
             "turn",
             {
                 "agent": agent, "result": result, "status": status, "reason": reason,
                 "description": spent.description, "seconds": spent.agent_s, "cost_usd": spent.cost_usd,
                 "tokens": spent.tokens, "why": spent.why, "again_of": spent.again_of,
-                "syntax": syntax_hash(spent.source) if status else "",
+                "syntax": syntax,
             },
         )  # fmt: skip
 

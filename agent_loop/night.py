@@ -182,7 +182,9 @@ class Night:
         self._turns: list[dict[str, Any]] = []
         self._asked: list[str] = []
         self._worked: set[str] = set()
-        self._cost_usd, self._tokens, self._refused = 0.0, 0, 0
+        self._cost_usd, self._tokens = 0.0, 0
+        self._refused: set[str] = set()  # syntax hashes
+        self._insisted = 0
         self._last_turn = 0
         self._retried: set[int | None] = set()
 
@@ -210,8 +212,10 @@ class Night:
                 self._retried.add(body.get("again_of"))
                 if body.get("result") == "refused":  # an edit, if not one that could be run
                     self._worked.add(str(body.get("agent")))
-                    self._refused += 1
-                    self._seen.update(filter(None, [body.get("syntax")]))
+                    if syntax := body.get("syntax"):
+                        self._insisted += syntax in self._refused
+                        self._refused.add(syntax)
+                        self._seen.add(syntax)
                 self._spent(body)
             elif entry["kind"] == "agents":
                 self._asked = [str(name) for name in body["agents"]]
@@ -291,10 +295,10 @@ class Night:
         return self._seen
 
     @property
-    def refused(self) -> int:
-        """How many edits were refused."""
+    def insisted(self) -> int:
+        """How often an edit was made again that had been refused because it cannot run."""
         self._sync()
-        return self._refused
+        return self._insisted
 
     def undecided(self) -> list[Outcome]:
         """Runs that were recorded before the driver died and that wait for their decision, in order."""

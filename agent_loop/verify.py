@@ -35,6 +35,7 @@ from harness.score import Noise
 from harness.seal import verify_seal
 from harness.signing import load_signer
 from harness.single import settings_from
+from harness.text import one_line
 
 __all__ = ["audit_command", "checks", "verify_command"]
 
@@ -254,7 +255,7 @@ def verify_command(args: argparse.Namespace) -> int:
     bad = 0
     for name, good, text in checks(folder, repo, key, args.packages):
         bad += not good
-        print(f"{'ok ' if good else 'BAD'}  {name:<12} {text}")
+        print(f"{'ok ' if good else 'BAD'}  {name:<12} {one_line(text)}")
     print(f"night {args.tag}: " + ("all holds" if not bad else f"{bad} of these do not hold"))
     return 1 if bad else 0
 

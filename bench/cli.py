@@ -63,7 +63,9 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     plot.set_defaults(run=_plot)
 
     gate = parts.add_parser("gate", help="compile every shipped configuration without a GPU: spills, shared memory")
-    gate.add_argument("--write", action="store_true", help="write bench/results/compile.json")
+    gate.add_argument("--step", action="store_true", help="instead, train.py's whole step as torch compiles it")
+    gate.add_argument("--all", action="store_true", help="for every architecture, not only those of CI")
+    gate.add_argument("--write", action="store_true", help="write what was found to bench/results, and into the docs")
     gate.set_defaults(run=_gate)
 
     tune = parts.add_parser("tune", help="search launch configurations; writes kernels/tuned/<gpu>.json")
@@ -218,9 +220,9 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _gate(args: argparse.Namespace) -> int:
-    from bench.gate import main as gate
+    from bench import gate, gate_step
 
-    return gate(args.write)
+    return gate_step.main(args.all, args.write) if args.step else gate.main(args.all, args.write)
 
 
 def _tune(args: argparse.Namespace) -> int:

@@ -112,11 +112,19 @@ def _group_of(pid: int) -> Path | None:
         mount = next(left.split() for left, right in (m.split(" - ") for m in mounts) if right.startswith("cgroup2 "))
         inside = os.path.relpath(own, mount[3])  # the mount may show a part only
         folder = Path(mount[4]) / inside / f"hotloop-{os.getpid()}-{pid}"
+        for old in folder.parent.glob("hotloop-*-*"):  # of drivers that were killed
+            if not Path("/proc", old.name.split("-")[1]).exists():
+                old.rmdir()
         folder.mkdir()
-        while outside := {pid, *descendants(pid)} - {int(p) for p in (folder / "cgroup.procs").read_text().split()}:
+        for _ in range(20):  # what is forked meanwhile is found the next time
+            outside = {pid, *descendants(pid)} - {int(p) for p in (folder / "cgroup.procs").read_text().split()}
             for one in outside:
                 with contextlib.suppress(ProcessLookupError):
                     (folder / "cgroup.procs").write_text(str(one))
+            if not outside:
+                break
+        else:  # its first process has ended, or it forks without end
+            raise OSError("not all of it can be moved")
         if "usage_usec" not in (folder / "cpu.stat").read_text():
             raise OSError("it counts no processor time")
     except (OSError, StopIteration, ValueError):

@@ -196,6 +196,7 @@ class Evaluator:
         self._token_s, self.reference = token_s, reference
         self._cost: dict[str, float] = {}
         self._served = False  # whether the evaluator at work has got a row
+        self._since: tuple[int, int] | None = None  # what had been read when it got the first
 
     def run(self, weights: bytearray) -> Evaluation:
         """Raises TrialError: `invalid`, `nan`, `crash`, `oom` or `timeout`."""
@@ -255,7 +256,7 @@ class Evaluator:
         answers = SharedMemory(_SLOTS * batch * width_out * 4)
         memories = (weights_in, asked, answers)
         policy = Policy.of("harness.evaluator", self.folder, self.source, self.spec.device, limits)
-        since = residency.mark()
+        self._since, self._served = None, False
         try:
             weights_in.map[: len(weights)] = weights
             log = self.folder / "evaluate.txt"
@@ -266,7 +267,7 @@ class Evaluator:
                         width=width, width_out=width_out, batch_rows=batch,
                     )  # fmt: skip
                     if self.sandbox.level in (1, 2):
-                        residency.settle_times()  # while it makes its imports; it has no row yet
+                        residency.settle_times()  # while it makes its imports
                     given = np.frombuffer(asked.map, dtype=np.uint16, count=_SLOTS * batch * width)
                     answered = np.frombuffer(answers.map, dtype=np.float32, count=_SLOTS * batch * width_out)
                     self._converse(
@@ -284,8 +285,8 @@ class Evaluator:
         finally:
             for m in memories:
                 m.close()
-            if self.sandbox.level:
-                residency.begin(since)  # what starts next finds nothing of what this one knew
+            if self.sandbox.level and self._served:
+                residency.begin(self._since)  # what starts next finds nothing of what this one knew
 
     def _converse(
         self,
@@ -302,10 +303,9 @@ class Evaluator:
         batch = rows_in.shape[1]
         starts = range(0, len(rows), batch)
 
-        self._served = False
         self._bound = Bound(child, self.spec.device, self.preset.limits, self._token_s)
         self._expect(child, "ready", deadline)
-        self._bound.begin()
+        self._bound.begin(min(len(rows), _SLOTS * batch) * self.spec.seq_len)
         child.wire.send("begin")
         self._expect(child, "loaded", deadline)
 
@@ -320,9 +320,9 @@ class Evaluator:
             answers[slot] = np.nan  # poisoned, so that what the evaluator does not write is no number
             child.wire.send("rows", slot=slot, rows=count, cuts=None if cuts is None else cuts[here])
 
+        self._since, self._served = residency.mark(), True  # from here on it has rows
         for index in range(_SLOTS):
             give(index)
-        self._served = True
         for index, start in enumerate(starts):
             self._expect(child, "answer", deadline)
             self._bound.answered(min(len(rows), start + (1 + _SLOTS) * batch) * self.spec.seq_len)

@@ -29,8 +29,9 @@ class Bound:
         self._first_s: float | None = None
         self._tokens, self._spent_s = 0, 0.0
 
-    def begin(self) -> None:
-        """Before the evaluator runs any code of train.py."""
+    def begin(self, tokens: int) -> None:
+        """Before the evaluator runs any code of train.py; so many tokens will lie ready for its first batches."""
+        self._tokens = tokens
         if self._on_cpu:
             self._child.count_cpu()
         self._began = self._now()
@@ -48,14 +49,15 @@ class Bound:
             return
         self._spent_s = self._now() - self._began
         unit = "processor seconds" if self._on_cpu else "seconds"
-        first_s = self._limits.evaluate_first_s
+        due_s = self._limits.evaluate_step * (self._token_s or 0.0) * self._tokens
         if self._first_s is None:
+            first_s = self._limits.evaluate_first_s + due_s
             if self._spent_s > first_s:
                 raise TrialError(
-                    "overtime", f"an evaluator had no first batch after {first_s:g} {unit} of train.py's code"
+                    "overtime", f"an evaluator had no first batch after {first_s:.1f} {unit} of train.py's code"
                 )
         elif self._token_s is not None:
-            allowed_s = self._limits.evaluate_step * self._token_s * self._tokens + SLACK_S
+            allowed_s = due_s + SLACK_S
             if self._spent_s - self._first_s > allowed_s:
                 raise TrialError(
                     "overtime", f"an evaluator took more than {allowed_s:.1f} {unit} after its first batch; each token "

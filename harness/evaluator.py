@@ -3,6 +3,8 @@
     nll     evaluator A: rows [B, T + 1] in, per-token NLL float32 [B, T] out (nats)
     logits  evaluator B: rows [B, T] and one cut each in, logits float32 [B, V] at the cuts out
 
+It says `ready` before any code of train.py has run, and `loaded` when the weights are; until then it gets no row.
+
 Rows come in batches, a few ahead of the answers and never all at once, so what is answered first was answered without
 the rest. It runs the agent's code, so the parent believes nothing of it; see `harness.evaluate`.
 """

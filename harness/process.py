@@ -296,6 +296,9 @@ def child_environment(threads: int, repeatable: bool = True) -> dict[str, str]:
     env = {k: os.environ[k] for k in _PASSED if k in os.environ}
     if repeatable:
         env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
+        # Also then the compiler times whether to pad a product whose width is no multiple of 8, and each answer is
+        # another kernel of cuBLAS's with other bits.
+        env["TORCHINDUCTOR_SHAPE_PADDING"] = "0"
     return env | {
         "PATH": os.environ.get("PATH", os.defpath),
         "LANG": "C.UTF-8",

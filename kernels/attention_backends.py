@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import flash
+from kernels.architectures import MAJORS
 
 __all__ = ["BACKENDS", "Backend"]
 
@@ -502,7 +503,7 @@ BACKENDS = {
             documents=2**31,
         ),
         Backend(
-            "triton", "triton", "make install", (8, 9, 10), dtypes=(*HALVES, torch.float32),
+            "triton", "triton", "make install", MAJORS, dtypes=(*HALVES, torch.float32),
             head_dims=flash.HEAD_DIMS, forward=_triton_forward, backward=_triton_backward, trusted=True, unasked=False,
             documents=2**31,
         ),

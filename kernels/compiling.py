@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 __all__ = ["Facts", "Launch", "compile_all", "recorded", "resources", "without_driver"]
 
+MOST_WORKERS = 32  # each takes most of a gigabyte
+
 
 class Launch(NamedTuple):
     """A kernel and all that its machine code depends on.
@@ -93,26 +95,29 @@ def recorded() -> Iterator[list[Launch]]:
         knobs.runtime.jit_cache_hook, JITFunction.run = was_hook, was_run
 
 
-def compile_all(launches: Iterable[Launch], capability: int, workers: int | None = None) -> dict[Launch, Facts]:
+def compile_all(
+    launches: Iterable[Launch], capability: int, workers: int | None = None, limit_s: int = 300
+) -> dict[Launch, Facts]:
     """Compile each once, for 10 * major + minor of an architecture, in `workers` processes (None: one a core).
 
-    A compiler that takes its process with it is that launch's error, and the others are compiled all the same.
+    A compiler that takes its process with it, or longer than `limit_s`, is that launch's error; the others are compiled
+    all the same.
     """
     wanted = list(dict.fromkeys(launches))
     found: dict[Launch, Facts] = {}
-    most = max(1, min(workers or len(os.sched_getaffinity(0)), len(wanted)))
+    most = max(1, min(workers or len(os.sched_getaffinity(0)), MOST_WORKERS, len(wanted)))
     while left := [x for x in wanted if x not in found]:
         with _pool(most, capability) as pool:
-            jobs = [(x, pool.submit(_compile, x)) for x in left]
+            jobs = [(x, pool.submit(_compile, x, limit_s)) for x in left]
             for launch, job in jobs:
                 with contextlib.suppress(BrokenProcessPool):
                     found[launch] = job.result()
         if len(left := [x for x in left if x not in found]) == len(jobs):  # the pool broke before any was done
             with _pool(1, capability) as pool:
                 try:
-                    found[left[0]] = pool.submit(_compile, left[0]).result()
+                    found[left[0]] = pool.submit(_compile, left[0], limit_s).result()
                 except BrokenProcessPool:
-                    found[left[0]] = Facts(error="the compiler ended its process")
+                    found[left[0]] = Facts(error="the compiler ended its process, or did not end")
     return found
 
 
@@ -153,7 +158,8 @@ def without_driver(capability: int) -> None:
     driver.set_active(_NoDriver(capability))
 
 
-def _compile(launch: Launch) -> Facts:
+def _compile(launch: Launch, limit_s: int) -> Facts:
+    signal.alarm(limit_s)  # ends this process, wherever the compiler is
     try:
         function: Any = importlib.import_module(launch.module)
         for name in launch.function.split("."):
@@ -162,6 +168,8 @@ def _compile(launch: Launch) -> Facts:
         taken = resources(kernel.asm["cubin"])
     except Exception as e:  # whatever the compiler raises is this configuration's fault
         return Facts(error=f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+    finally:
+        signal.alarm(0)
     return Facts(taken["registers"], taken["stack"], int(kernel.metadata.shared))
 
 

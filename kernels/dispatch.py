@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels import cache_key, tuning
+from kernels.architectures import ARCHITECTURES
 
 __all__ = [
     "DEFAULTS",
@@ -80,7 +81,7 @@ class CompileCase(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
-    capabilities: tuple[int, ...] = (80, 90, 100)
+    capabilities: tuple[int, ...] = tuple(ARCHITECTURES)
     tensor_cores: bool = False
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import product, tuning
+from kernels.architectures import ARCHITECTURES, serves_descriptors
 from kernels.dispatch import HAVE_TRITON, CompileCase
 
 if HAVE_TRITON:
@@ -67,7 +68,7 @@ def config_key(head_dim: int, banded: bool, grouped: bool) -> str:
 def launch_config(kernel: str, head_dim: int, key: str, dtype: torch.dtype, t: int) -> dict[str, int]:
     """As tuned on this GPU, else by architecture."""
     kind, tuned = kind_of(dtype, t), tuning.config(kernel, key)
-    fits = tuned and kind != "fp32" and (kind != "ampere" or not tuned["TMA"])
+    fits = tuned and kind != "fp32" and (kind not in ("ampere", "pointers") or not tuned["TMA"])
     return tuned if tuned and fits else default_config(kernel, head_dim, key, kind)
 
 
@@ -78,11 +79,14 @@ def kind_of(dtype: torch.dtype, t: int) -> str:
     if dtype == torch.float32:
         return "fp32"
     capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    return {9: "hopper", 10: "blackwell"}.get(capability, "ampere") if t % 4 == 0 else "ampere"
+    if t % 4 or not serves_descriptors():
+        return "ampere" if capability < 10 else "pointers"
+    return "hopper" if capability == 9 else "blackwell"
 
 
 def default_config(kernel: str, head_dim: int, key: str, kind: str) -> dict[str, int]:
-    """Of a `kind`: fp32, ampere (loads by pointers), hopper and blackwell (by descriptors).
+    """Of a `kind`: fp32, ampere and pointers (loads by pointers, up to sm_90 and from sm_100 on), hopper and blackwell
+    (by descriptors).
 
     ROWS queries by COLUMNS keys a tile; SPLIT: boundary blocks in loops of their own, so that the others need no
     mask; PROGRAMS for each multiprocessor, each walking over tiles, or 0 for one a tile.
@@ -91,7 +95,7 @@ def default_config(kernel: str, head_dim: int, key: str, kind: str) -> dict[str,
         return {"ROWS": 32, "COLUMNS": 32, "TMA": 0, "SPLIT": 1, "PROGRAMS": 0, "num_warps": 4, "num_stages": 1}
     rows, columns, warps, split = SHIPPED[kind][kernel][head_dim > 64]
     split &= not (kernel == "attention_dkdv" and "grouped" in key)  # the loop over heads takes the registers
-    tma = int(kind != "ampere")
+    tma = int(kind in ("hopper", "blackwell"))
     return {
         "ROWS": rows, "COLUMNS": columns, "TMA": tma, "SPLIT": int(split), "PROGRAMS": 0,
         "num_warps": warps, "num_stages": 2,
@@ -104,6 +108,11 @@ SHIPPED = {
         "attention_forward": ((128, 64, 8, True), (64, 64, 4, True)),
         "attention_dq": ((64, 64, 8, True), (64, 64, 8, True)),
         "attention_dkdv": ((32, 64, 8, True), (32, 64, 8, True)),
+    },
+    "pointers": {
+        "attention_forward": ((128, 64, 8, True), (64, 64, 8, True)),
+        "attention_dq": ((64, 64, 8, True), (64, 64, 8, True)),
+        "attention_dkdv": ((32, 32, 4, True), (32, 64, 8, True)),
     },
     "hopper": {
         "attention_forward": ((128, 128, 8, True), (128, 128, 8, True)),
@@ -553,11 +562,12 @@ def compile_cases() -> list[CompileCase]:
             for grouped in (False, True):
                 full, band = (config_key(head_dim, banded, grouped) for banded in (False, True))
                 shipped = [
-                    (default_config(kernel, head_dim, full, "ampere"), (80, 90)),
+                    (default_config(kernel, head_dim, full, "ampere"), tuple(c for c in ARCHITECTURES if c < 100)),
+                    (default_config(kernel, head_dim, full, "pointers"), tuple(c for c in ARCHITECTURES if c >= 100)),
                     (default_config(kernel, head_dim, full, "hopper"), (90,)),
                     (default_config(kernel, head_dim, full, "blackwell"), (100,)),
                 ]
-                shipped += [(c, (90,)) for key in (full, band) for c in tuning.of_all_gpus(kernel, key)]
+                shipped += [found for key in (full, band) for found in tuning.of_all_gpus(kernel, key)]
                 for config, capabilities in shipped:
                     for documents in (False, True):
                         case = compile_case(kernel, head_dim, config, documents, grouped, capabilities)

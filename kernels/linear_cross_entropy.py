@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, reference, tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.fp8 import check_fp8, input_gradient, linear_fp8, scaled_product
 from kernels.softcap_cross_entropy import check, launch
@@ -57,7 +58,7 @@ def launch_config(dtype: torch.dtype, width: int) -> dict[str, int]:
 
 
 def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 128, by descriptors on Hopper and later: small enough for one tile's epilogue beside another's products."""
+    """128 x 128, by descriptors on sm_90 and sm_100: small enough for one tile's epilogue beside another's products."""
     return {
         "ROWS": 128, "COLUMNS": 128, "DEPTH": 64 if modern else 32, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
         "num_stages": 3,
@@ -144,10 +145,9 @@ if HAVE_TRITON:
 
 def compile_cases() -> list[CompileCase]:
     """The product for 16-bit inputs, default and tuned, and the finish."""
-    tuned = tuning.of_all_gpus("exp_product", "16 bit")
     cases = []
-    shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
-    for given, capabilities in [*shipped, *((c, (90,)) for c in tuned)]:
+    defaults = [(default_config(False), tuple(ARCHITECTURES)), (default_config(), BY_DESCRIPTORS)]
+    for given, capabilities in [*defaults, *tuning.of_all_gpus("exp_product", "16 bit")]:
         config = dict(given)
         options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
         signature = {

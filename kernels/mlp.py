@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, reference
+from kernels.architectures import BY_DESCRIPTORS
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 from kernels.fp8 import linear_fp8
 from kernels.weight_gradient import weight_gradient
@@ -159,7 +160,7 @@ def compile_cases() -> list[CompileCase]:
     for backward, norm in ((False, False), (True, False), (False, True), (True, True)):
         key = f"{'backward' if backward else 'forward'}{' norm' if norm else ''} 16 bit"
         shipped = product.shipped("mlp_product", default_config)
-        shipped += [(persistent(config), (90,)) for config, capabilities in shipped if capabilities == (90, 100)]
+        shipped += [(persistent(config), given) for config, given in shipped if given == BY_DESCRIPTORS]
         for config, capabilities in shipped:
             constants = {"BACKWARD": backward, "NORM": norm} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference, tuning
 from kernels.adamw import addresses
+from kernels.architectures import ARCHITECTURES
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
@@ -250,8 +251,10 @@ def compile_cases() -> list[CompileCase]:
             constants = constants | {"PROGRAMS": 256, "ALIGNED": aligned}
             cases.append(CompileCase(f"step {name}", _muon_step_kernel, table | signature, constants, options))
     for key in ("16 bit many", "16 bit few"):
-        tuned = [(c, (90, 100)) for c in tuning.of_all_gpus("muon_product", key)]
-        for config, capabilities in [(default_config(key), (80, 90, 100)), *tuned]:
+        for config, capabilities in [
+            (default_config(key), tuple(ARCHITECTURES)),
+            *tuning.of_all_gpus("muon_product", key),
+        ]:
             for poly, tall in ((False, False), (False, True), (True, False)):
                 signature = {"x_ptr": "*bf16", "partial_ptr": "*fp32", "out_ptr": "*bf16", "b": "fp32", "c": "fp32"}
                 signature |= {"S": "i32", "K": "i32"}

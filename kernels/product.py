@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS, serves_descriptors
 from kernels.dispatch import HAVE_TRITON
 
 if HAVE_TRITON:
@@ -72,10 +73,9 @@ def shipped(
     kernel: str, default: Callable[[int, bool], dict[str, int]], key: Callable[[int], str] = config_key
 ) -> list[tuple[dict[str, int], tuple[int, ...]]]:
     """(default or tuned configuration, architectures that it is for) of a product, for the compile gate."""
-    found: list[tuple[dict[str, int], tuple[int, ...]]] = [(default(SHORT, False), (80,))]
+    found: list[tuple[dict[str, int], tuple[int, ...]]] = [(default(SHORT, False), tuple(ARCHITECTURES))]
     for depth in (SHORT, 2 * SHORT):
-        found.append((default(depth, True), (90, 100)))
-        found += [(config, (90,)) for config in tuning.of_all_gpus(kernel, key(depth))]
+        found += [(default(depth, True), BY_DESCRIPTORS), *tuning.of_all_gpus(kernel, key(depth))]
     return [pair for i, pair in enumerate(found) if pair not in found[:i]]
 
 
@@ -88,11 +88,10 @@ def tiles(depth: int) -> tuple[tuple[int, int, int], ...]:
 def launch_config(
     kernel: str, key: str, default: Callable[[bool], dict[str, int]], dtype: torch.dtype, *widths: int
 ) -> dict[str, int]:
-    """As tuned on this GPU, else `default` of whether descriptors serve: 16-bit elements on Hopper or later, in rows of
-    a multiple of 16 bytes.
+    """As tuned on this GPU, else `default` of whether descriptors serve: 16-bit elements in rows of a multiple of 16
+    bytes, on a card of BY_DESCRIPTORS.
     """
-    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    modern = capability >= 9 and dtype != torch.float32 and not any(width % 8 for width in widths)
+    modern = serves_descriptors() and dtype != torch.float32 and not any(width % 8 for width in widths)
     tuned = tuning.config(kernel, key) if dtype != torch.float32 else None
     return tuned if tuned and (modern or not tuned["TMA"]) else default(modern)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, tuning
+from kernels.architectures import ARCHITECTURES
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
@@ -179,7 +180,7 @@ def compile_cases() -> list[CompileCase]:
     gradients = ("dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr", "dve_ptr", "dgate_ptr")
     for head_dim in (64, 128):
         tuned = tuning.of_all_gpus("qkv_rope_norm", f"K={head_dim}")
-        for config in [default_config(head_dim), *tuned]:
+        for config, capabilities in [(default_config(head_dim), tuple(ARCHITECTURES)), *tuned]:
             for ve in (True, False):
                 for way, function, more in (
                     ("forward", _qkv_forward_kernel, ("q_ptr", "k_ptr", "v_ptr")),
@@ -196,7 +197,7 @@ def compile_cases() -> list[CompileCase]:
                         constants |= {"SAVED": way != "backward", "NORM": way == "backward norm"}
                     options = {"num_warps": config["num_warps"]}
                     key = f"{way} K={head_dim}{' ve' if ve else ''} ROWS={config['ROWS']} warps={config['num_warps']}"
-                    cases.append(CompileCase(key, function, signature, constants, options))
+                    cases.append(CompileCase(key, function, signature, constants, options, capabilities))
     return cases
 
 

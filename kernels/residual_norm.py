@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, tuning
+from kernels.architectures import ARCHITECTURES
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
@@ -129,7 +130,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for dim in (512, 768, 2048, 8192):
         tuned = tuning.of_all_gpus("residual_norm", f"D={dim}")
-        for config in [default_config(dim), *tuned]:
+        for config, capabilities in [(default_config(dim), tuple(ARCHITECTURES)), *tuned]:
             for full in (True, False):
                 for way, function, more in (
                     ("forward", _residual_norm_forward_kernel, ("mixed_ptr", "normed_ptr")),
@@ -144,7 +145,7 @@ def compile_cases() -> list[CompileCase]:
                     what = f"{way} D={dim} {'mixed' if full else 'plain'}"
                     key = f"{what} ROWS={config['ROWS']} warps={config['num_warps']}"
                     options = {"num_warps": config["num_warps"]}
-                    cases.append(CompileCase(key, function, signature, constants, options))
+                    cases.append(CompileCase(key, function, signature, constants, options, capabilities))
     return cases
 
 

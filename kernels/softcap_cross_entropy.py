@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, tuning
+from kernels.architectures import ARCHITECTURES
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
@@ -77,11 +78,12 @@ def compile_cases() -> list[CompileCase]:
         for capped in (True, False):
             key = config_key(vocab, capped)
             tuned = tuning.of_all_gpus("softcap_cross_entropy", key)
-            for config in [default_config(vocab), *tuned]:
+            for config, capabilities in [(default_config(vocab), tuple(ARCHITECTURES)), *tuned]:
                 options = {"num_warps": config["num_warps"]}
                 constants = {"CAPPED": capped, "BLOCK": config["BLOCK"], "ONE_BLOCK": vocab <= config["BLOCK"]}
                 name = f"{key} BLOCK={config['BLOCK']} warps={config['num_warps']}"
-                cases[name] = CompileCase(name, _softcap_cross_entropy_kernel, _SIGNATURE, constants, options)
+                function = _softcap_cross_entropy_kernel
+                cases[name] = CompileCase(name, function, _SIGNATURE, constants, options, capabilities)
     return list(cases.values())
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from kernels import reference, tuning
+from kernels.architectures import ARCHITECTURES
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
@@ -165,7 +166,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for dim in (512, 768, 2048):
         tuned = tuning.of_all_gpus("embedding", f"D={dim}")
-        for config in [default_config(dim), *tuned]:
+        for config, capabilities in [(default_config(dim), tuple(ARCHITECTURES)), *tuned]:
             tables = dict.fromkeys(("order_ptr", "offsets_ptr", "pieces_ptr", "piece_token_ptr"), "*i32")
             outs = {"dweight_ptr": "*bf16", "partial_ptr": "*fp32"}
             options = {"num_warps": config["num_warps"]}
@@ -175,11 +176,12 @@ def compile_cases() -> list[CompileCase]:
                 CompileCase(
                     f"pieces {key}", _embedding_pieces_kernel,
                     {"grad_ptr": "*bf16", **tables, **outs, "D": "i32", "V": "i32"},
-                    {"PIECE": PIECE, "ROWS": config["ROWS"], **block}, options,
+                    {"PIECE": PIECE, "ROWS": config["ROWS"], **block}, options, capabilities,
                 )
             )  # fmt: skip
             signature = {"pieces_ptr": "*i32", **outs, "D": "i32"}
-            cases.append(CompileCase(f"tokens {key}", _embedding_tokens_kernel, signature, block, options))
+            tokens = CompileCase(f"tokens {key}", _embedding_tokens_kernel, signature, block, options, capabilities)
+            cases.append(tokens)
     return cases
 
 

@@ -1,8 +1,8 @@
 """Launch configurations found by measurement, as data: `kernels/tuned/<gpu>.json`, written by `bench/tune.py`.
 
 Nothing is tuned while a model trains: start-up stays short and two runs launch the same kernels. A GPU without a file
-gets the file of the nearest one (same architecture, then the nearest number of multiprocessors), which `notice()`
-says; with no file of its architecture, each kernel's own default stands.
+gets the file of the nearest one (the same compute capability, then the nearest number of multiprocessors), which
+`notice()` says; with no file of its capability, each kernel's own default stands.
 """
 
 from __future__ import annotations
@@ -33,14 +33,23 @@ def shipped() -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json")))
 
 
-def of_all_gpus(kernel: str, key: str) -> list[dict[str, int]]:
-    """Every shipped configuration of a kernel at a key, for the compile gate."""
-    return [f["configs"][kernel][key] for f in shipped() if key in f["configs"].get(kernel, {})]
+def of_all_gpus(kernel: str, key: str | None = None) -> list[tuple[dict[str, int], tuple[int, ...]]]:
+    """Every shipped configuration of a kernel at a key (None: at any), for the compile gate, with the architecture that
+    it was tuned on: [(configuration, (10 * major + minor,))].
+    """
+    return [
+        (config, (10 * f["capability"][0] + f["capability"][1],))
+        for f in shipped()
+        for at, config in f["configs"].get(kernel, {}).items()
+        if key in (None, at)
+    ]
 
 
 def nearest(gpu: str, capability: tuple[int, int], multiprocessors: int) -> dict[str, Any] | None:
-    """The file for a GPU: its own, or the nearest of its architecture."""
-    same = [f for f in shipped() if f["capability"][0] == capability[0]]
+    """The file for a GPU: its own, or the nearest of its compute capability. Of another minor version it would not
+    do: a block of an RTX 4090 (8.9) gets 99 KiB of shared memory, one of an A100 (8.0) 163.
+    """
+    same = [f for f in shipped() if tuple(f["capability"]) == capability]
     return min(same, key=lambda f: (f["gpu"] != gpu, abs(f["multiprocessors"] - multiprocessors)), default=None)
 
 
@@ -51,7 +60,7 @@ def _here() -> tuple[dict[str, Any] | None, str]:
     p = torch.cuda.get_device_properties()
     found = nearest(p.name, (p.major, p.minor), p.multi_processor_count)
     if found is None:
-        return None, f"{p.name} and its architecture were never tuned; defaults"
+        return None, f"{p.name} and its compute capability were never tuned; defaults"
     return found, "" if found["gpu"] == p.name else f"{p.name} was never tuned; the values of {found['gpu']}"
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import product, reference, tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
@@ -44,7 +45,7 @@ def config_key(n: int, d: int) -> str:
 
 
 def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 256 by descriptors where the accumulator is the tensor core's (Hopper and later), else 128 x 128."""
+    """128 x 256 by descriptors where the accumulator is the tensor core's (sm_90, sm_100), else 128 x 128."""
     columns, depth = (256, 64) if modern else (128, 32)
     return {
         "VENDOR": 0, "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8, "TMA": int(modern), "num_warps": 8,
@@ -117,11 +118,11 @@ if HAVE_TRITON:
 
 def compile_cases() -> list[CompileCase]:
     """The product for 16-bit elements, of one part and of several, default and tuned; and the sum."""
-    shipped = [(default_config(False), (80,)), (default_config(), (90, 100))]
-    found = [c for f in tuning.shipped() for c in f["configs"].get("weight_gradient", {}).values()]
-    shipped += [(c, (90,)) for c in found if not c["VENDOR"]]
     cases = []
-    for given, capabilities in shipped:
+    defaults = [(default_config(False), tuple(ARCHITECTURES)), (default_config(), BY_DESCRIPTORS)]
+    for given, capabilities in [*defaults, *tuning.of_all_gpus("weight_gradient")]:
+        if given["VENDOR"]:
+            continue
         config = {k: v for k, v in given.items() if k != "VENDOR"}
         options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
         rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]

@@ -22,7 +22,8 @@ from bench import gate, peers, results
 from bench.cli import main
 from bench.operators import OPERATORS
 from bench.step import group_of
-from kernels import tuning
+from kernels import attention_backends, flash, mlp, product, tuning
+from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -202,12 +203,12 @@ def test_a_configuration_that_nobody_committed_fails_the_gate() -> None:
 
 
 def test_everything_that_ships_compiles_as_committed(capsys: pytest.CaptureFixture[str]) -> None:
-    """For sm_80, sm_90 and sm_100, with this Triton: no spill, shared memory within the limit."""
+    """For the architectures of CI, with this Triton: no spill, shared memory within the limit."""
     triton = pytest.importorskip("triton")
     assert triton.__version__ in gate.read_committed(), "run: make gate-write"
     assert gate.main() == 0, capsys.readouterr().out
     found = gate.read_committed()[triton.__version__]
-    assert {f"sm_{c}" for c in (80, 90, 100)} <= {name.rsplit(" ", 1)[1] for name in found}
+    assert {f"sm_{c}" for c in ARCHITECTURES} == {name.rsplit(" ", 1)[1] for name in found}
     for op in OPERATORS.values():
         if op.module:
             assert any(name.startswith(op.module.removeprefix("kernels.")) for name in found)
@@ -232,7 +233,7 @@ print(json.dumps(gate._compile(("kernels.softcap_cross_entropy", 0, 90))[1]))
 # ---- tuned configurations
 
 
-def test_an_unknown_gpu_gets_the_nearest_of_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_gpu_gets_the_nearest_of_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     files = (
         {"gpu": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "multiprocessors": 132, "configs": {}},
         {"gpu": "NVIDIA H100 PCIe", "capability": [9, 0], "multiprocessors": 114, "configs": {}},
@@ -243,18 +244,40 @@ def test_an_unknown_gpu_gets_the_nearest_of_its_architecture(monkeypatch: pytest
         ("NVIDIA H100 PCIe", (9, 0), 114, 1),
         ("NVIDIA H200", (9, 0), 132, 0),
         ("NVIDIA H800 PCIe", (9, 0), 114, 1),
-        ("NVIDIA L4", (8, 9), 58, 2),
+        ("NVIDIA A30", (8, 0), 56, 2),
     ):
         assert tuning.nearest(gpu, capability, count) == files[want]
-    assert tuning.nearest("NVIDIA B200", (10, 0), 148) is None
+    for gpu, capability in (("NVIDIA B200", (10, 0)), ("NVIDIA GeForce RTX 4090", (8, 9)), ("RTX 3090", (8, 6))):
+        assert tuning.nearest(gpu, capability, 128) is None  # a block has less shared memory than an A100's, or other
 
 
 def test_the_gate_compiles_what_any_gpu_was_tuned_to(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"ROWS": 64, "num_warps": 2}
-    files = ({"configs": {"qkv_rope_norm": {"K=128": config}}}, {"configs": {"qkv_rope_norm": {}}}, {"configs": {}})
+    configs: tuple[dict[str, Any], ...] = ({"qkv_rope_norm": {"K=128": config}}, {"qkv_rope_norm": {}}, {})
+    files = tuple({"capability": [8, 9], "configs": c} for c in configs)
     monkeypatch.setattr(tuning, "shipped", lambda: files)
-    assert tuning.of_all_gpus("qkv_rope_norm", "K=128") == [config]
+    assert tuning.of_all_gpus("qkv_rope_norm", "K=128") == tuning.of_all_gpus("qkv_rope_norm") == [(config, (89,))]
+    found = product.shipped("qkv_rope_norm", lambda depth, modern: {"TMA": int(modern)}, lambda depth: "K=128")
+    assert found.count((config, (89,))) == 1
     assert tuning.of_all_gpus("qkv_rope_norm", "K=64") == tuning.of_all_gpus("embedding", "K=128") == []
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_what_a_card_is_offered_is_what_the_gate_compiles_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: int
+) -> None:
+    """Which is where its shared memory is checked: large tiles by descriptors are for sm_90 and sm_100 alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(capability, 10))
+    monkeypatch.setattr(tuning, "config", lambda kernel, key: None)
+    descriptors = capability in BY_DESCRIPTORS
+    taken = mlp.launch_config(torch.bfloat16, 512, 2048)
+    assert taken["TMA"] == descriptors
+    shipped = product.shipped("mlp_product", mlp.default_config)
+    assert taken in [c for c, architectures in shipped if capability in architectures]
+    kinds = {90: "hopper", 100: "blackwell", 120: "pointers"}
+    assert flash.kind_of(torch.bfloat16, 2048) == kinds.get(capability, "ampere")
+    assert capability // 10 in attention_backends.BACKENDS["triton"].capabilities
 
 
 def test_shipped_files_are_named_after_their_gpu() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def test_a_real_pool_compiles_what_would_be_launched_and_a_launch_finds_it(tmp_p
     compile, and a compiler that takes its process with it; the keys of the cache are those of a real launch.
     """
     (tmp_path / "fatal.py").write_text("import os\nclass K:\n    def preload(self, data): os._exit(9)\nkernel = K()\n")
+    (tmp_path / "endless.py").write_text(
+        "class K:\n    def preload(self, data):\n        while True: pass\nkernel = K()\n"
+    )
     found = run(tmp_path, """
 sets = {
     "fine": launches(), "same": launches(), "spills": launches(ROWS=64, COLUMNS=128, num_warps=1),
@@ -65,7 +69,10 @@ was = JITFunction.run
 JITFunction.run = lambda self, *args, warmup=False, **kwargs: was(self, *args, warmup=True, **kwargs)  # not launched
 with tuning.trial("weight_gradient", FINE):
     torch.ops.hotloop.weight_gradient(*inputs)
+if not (pid := os.fork()):  # one that does not end
+    compiling._compile(Launch("endless", "kernel", ""), 1)
 print(json.dumps({
+    "ended": os.WTERMSIG(os.waitpid(pid, 0)[1]),
     "names": [x.function for x in sets["fine"]], "same": sets["fine"] == sets["same"], "hits": hits,
     "count": len(facts),
     "facts": {name: [facts[x].refusal(232_448) for x in found] for name, found in sets.items()},
@@ -78,8 +85,9 @@ print(json.dumps({
     assert found["facts"]["fine"] == found["facts"]["same"] == ["", ""]
     assert found["facts"]["spills"][0].startswith("spills: ")
     assert found["facts"]["shared"][0].endswith("bytes of shared memory; a block gets 232,448")
-    assert found["errors"][0] and found["errors"][1] == "the compiler ended its process"
+    assert found["errors"][0] and found["errors"][1] == "the compiler ended its process, or did not end"
     assert found["hits"] == [True, True]
+    assert found["ended"] == signal.SIGALRM
 
 
 def test_what_is_not_worth_a_launch() -> None:
