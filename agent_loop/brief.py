@@ -223,12 +223,15 @@ def _budget(facts: Facts, best: Outcome) -> Iterator[str]:
     yield f"T = {facts.seq_len} tokens a row, V = {facts.vocab_size}, data: {facts.data}, on {facts.device}."
 
 
-def _changes(baseline: bytes, incumbent: bytes) -> Iterator[str]:
+@functools.lru_cache(maxsize=8)
+def _changes(baseline: bytes, incumbent: bytes) -> tuple[str, ...]:
     """The unified diff, as a block of code that nothing in it can end."""
+    rows = []
     old, new = (text.decode("utf-8", "replace").splitlines() for text in (baseline, incumbent))
     for line in [*difflib.unified_diff(old, new, n=1, lineterm="")][2:]:
         shown = printable(line.expandtabs(4)).replace("`", "'")
-        yield f"    {shown if len(shown) <= 140 else shown[:137] + '...'}"
+        rows.append(f"    {shown if len(shown) <= 140 else shown[:137] + '...'}")
+    return tuple(rows)
 
 
 def quoted(text: str, most: int = 120) -> str:

@@ -35,6 +35,7 @@ __all__ = ["Cage", "everything_but", "outermost", "text_of", "try_cage"]
 _SCRATCH_BYTES = 4 << 30
 _FILE_BYTES = 1 << 30
 TRY_S = 60.0
+_ELSE = "see: hotloop doctor; another level is --sandbox L1"
 # Services that do things in the user's name for whoever can reach their socket.
 _SERVICES = ("/run/user", "/run/dbus", "/run/docker.sock", "/run/containerd", "/run/podman", "/run/systemd/private")
 
@@ -181,11 +182,11 @@ def try_cage(cage: Cage, folder: Path) -> None:
             with Contained(cage.launch(["true"], worktree, handover, dict(os.environ)), log) as process:
                 code = process.wait(TRY_S)
         except (HotloopError, OSError) as e:
-            raise SandboxError(f"no agent can start in its cage: {one_line(str(e), 300)}") from None
+            raise SandboxError(f"no agent can start in its cage: {one_line(str(e), 300)}; {_ELSE}") from None
         if code != 0:
             words = one_line(" ".join(tail(log, 3)), 200) or "it said nothing"
             how = f"did not start in {TRY_S:.0f} s" if code is None else f"ended with {code}"
-            raise SandboxError(f"no agent can start in its cage: a program that does nothing {how} ({words})")
+            raise SandboxError(f"no agent can start in its cage: a program that does nothing {how} ({words}); {_ELSE}")
 
 
 def everything_but(hidden: set[Path]) -> list[str]:

@@ -17,14 +17,16 @@ __all__ = ["in_force", "signatures"]
 _VALUE = 40  # characters; what is longer is code, not a setting
 
 
-def in_force(source: bytes, preset: str) -> Iterator[str]:
+@functools.lru_cache(maxsize=8)
+def in_force(source: bytes, preset: str) -> tuple[str, ...]:
     """Lines that name train.py's constants with the values that this preset uses, and where each has to be changed."""
     plain: dict[str, str] = {}
     table: dict[str, str] = {}
     try:
         body = ast.parse(source).body
     except Exception:  # an older record may hold anything
-        return
+        return ()
+    lines = []
     for statement in body:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             continue
@@ -35,15 +37,16 @@ def in_force(source: bytes, preset: str) -> Iterator[str]:
             plain[name] = ast.unparse(value)
     over = table if preset == "laptop" else {}
     if over:
-        yield (
+        lines.append(
             "LAPTOP's entries stand instead of the constants of the same name: change them there, for an edit of the "
             "constant above does nothing in this preset."
         )
-        yield f"- in LAPTOP: {_listed(over)}"
+        lines.append(f"- in LAPTOP: {_listed(over)}")
     elif table:
-        yield "The LAPTOP table is not in force in this preset."
+        lines.append("The LAPTOP table is not in force in this preset.")
     if rest := {name: text for name, text in plain.items() if name not in over}:
-        yield f"- constants: {_listed(rest)}"
+        lines.append(f"- constants: {_listed(rest)}")
+    return tuple(lines)
 
 
 def _entries(value: ast.expr) -> Iterator[tuple[str, str]]:

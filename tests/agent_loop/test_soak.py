@@ -97,7 +97,7 @@ def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path, exp
     cost = f"{facts['driver_s']:.3f} s an experiment, {facts['memory_mb']:.0f} MB, {facts['descriptors']} descriptors"
     turns = len(night.turns())
     print(f"\n{experiments} experiments, {kills} kills, {turns} turns that failed; driver {cost} (CPU figures)")
-    assert facts["driver_s"] < 0.6
+    assert facts["driver_s"] < 0.6  # of a processor, git's among them
     assert facts["descriptors"] < 20
     assert facts["memory_mb"] < 200
     brief = write_brief(night, "laptop")
