@@ -140,7 +140,9 @@ def _ideal() -> dict[str, float]:
     from bench.step import FLOOR
 
     adamw, muon = OPERATORS["adamw_"], OPERATORS["muon_"]
-    optimizer = adamw.bytes["forward"](adamw.shapes["baseline"]) + muon.bytes["forward"](muon.shapes["baseline"])
+    banks = ((32, 512, 512), (8, 512, 2048), (8, 2048, 512))  # the blocks' matrices
+    optimizer = adamw.bytes["forward"](adamw.shapes["baseline"])
+    optimizer += sum(muon.bytes["forward"](dict(zip("LRC", bank, strict=True))) for bank in banks)
     return {group: kilobytes * 1e3 for group, (_, kilobytes) in FLOOR.items()} | {"optimizer": optimizer}
 
 
