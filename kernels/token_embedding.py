@@ -34,7 +34,7 @@ if HAVE_TRITON:
 __all__ = ["TokenOrder", "TokenRows", "compile_cases", "default_config", "embedding", "search_space", "token_order"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PIECE, PLAIN_PIECE = 256, 64
+PIECE, PLAIN_PIECE = 256, 32
 
 
 class TokenOrder(NamedTuple):

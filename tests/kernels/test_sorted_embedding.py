@@ -15,7 +15,7 @@ from kernels import reference
 from kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNTS = [0, 1, PLAIN_PIECE, PLAIN_PIECE + 1, 5 * PLAIN_PIECE + 3, 0]  # of each token
+COUNTS = [0, 1, PLAIN_PIECE, PLAIN_PIECE + 1, 5 * PLAIN_PIECE + 5, 0]  # of each token
 
 
 def tokens_of(counts: list[int]) -> torch.Tensor:
