@@ -136,6 +136,7 @@ class Answering(Evaluator):
         self.spec = Spec("laptop", "cpu", 1, 5, nll.shape[1])
         self.val, self.holdout = (np.zeros((len(nll) // 2, nll.shape[1] + 1), np.uint16) for _ in range(2))
         self.token_bytes, self.nll, self._cost = np.ones(5, np.int32), nll, {}
+        self.reference_bytes = None
 
     def _answer(self, phase: str, weights: bytearray, rows: np.ndarray, cuts: object, width: int, take: Any) -> None:
         assert len(rows) == len(self.nll)
