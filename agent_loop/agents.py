@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from agent_loop.cage import Cage
+from agent_loop.cage import FILE_BYTES, Cage
 from harness.bounds import Bounds
 from harness.errors import HotloopError, UsageError
 from harness.files import read_ordinary
@@ -22,8 +22,6 @@ from harness.process import Contained
 from harness.text import one_line
 
 __all__ = ["Agent", "AgentError", "CommandAgent", "Context", "Tried", "Turn", "described", "hypothesis"]
-
-PRINTED_BYTES = 64 << 20  # of what an agent prints in a turn
 
 
 @dataclass(frozen=True)
@@ -143,16 +141,23 @@ class CommandAgent:
         env = os.environ | {"HOTLOOP_BRIEF": str(brief), "HOTLOOP_DESCRIPTION": str(description)}
         log = context.folder / "agent.log"
         launch = self.cage.launch(self.argv, context.worktree.resolve(), handover, env)
-        with Contained(launch, log, Bounds(log=PRINTED_BYTES)) as process:
+        with Contained(launch, log, Bounds(log=FILE_BYTES)) as process:
             code = process.wait(self.timeout_s)
         if code is None:
             raise AgentError(f"the agent took longer than {self.timeout_s:.0f} s")
-        if process.fault:
-            raise AgentError(f"the agent was ended: {process.fault}")
+        if why := overstepped(process, log):
+            raise AgentError(f"the agent {why}")
         if code:
             raise AgentError(f"the agent ended with exit status {code}; see {log}")
         words = (read_ordinary(description, 4000) or b"").decode("utf-8", "replace")
         return Turn(described(words, first=True), why=hypothesis(words))
+
+
+def overstepped(process: Contained, log: Path) -> str:
+    """What an agent took too much of, and was ended for; empty where it did not."""
+    if log.stat().st_size >= FILE_BYTES:
+        return f"printed more than {FILE_BYTES >> 20} MiB"
+    return f"was ended: {process.fault}" if process.fault else ""
 
 
 def fresh_handover(folder: Path) -> Path:

@@ -33,7 +33,7 @@ from harness.walls import Launch, around, first_to_go, has_size, info_pipe, proj
 __all__ = ["Cage", "everything_but", "outermost", "text_of", "try_cage"]
 
 _SCRATCH_BYTES = 4 << 30
-_FILE_BYTES = 1 << 30
+FILE_BYTES = 64 << 20  # of any file that an agent writes, what it prints among them
 TRY_S = 60.0
 _ELSE = "see: hotloop doctor; another level is --sandbox L1"
 # Services that do things in the user's name for whoever can reach their socket.
@@ -138,7 +138,7 @@ class Cage:
         whole: dict[str, Any] = {
             "module": None, "exec": None, "fds": [], "parent": os.getpid(), "uid": None, "reads_all": False,
             "supervise": self.sandbox.level < 3, "landlock": False, "seccomp": False, "network": True,
-            "metadata": False, "cuda": False, "model": False, "settings": [], "file_bytes": _FILE_BYTES,
+            "metadata": False, "cuda": False, "model": False, "settings": [], "file_bytes": FILE_BYTES,
             "memory_bytes": None, "processes": None, "score": score(os.getpid()),
         }  # fmt: skip
         return [sys.executable, "-I", "-B", "-c", BOOT, str(project_root()), json.dumps(whole | config)]

@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agent_loop.agents import PRINTED_BYTES, AgentError, Context, Turn, described, fresh_handover, hypothesis
-from agent_loop.cage import Cage
+from agent_loop.agents import AgentError, Context, Turn, described, fresh_handover, hypothesis, overstepped
+from agent_loop.cage import FILE_BYTES, Cage
 from agent_loop.faults import WORDS, service_error
 from agent_loop.source import MAX_BYTES
 from agent_loop.transcript import Said, from_claude, from_codex
@@ -145,14 +145,14 @@ class _Client:
         log = context.folder / "agent.log"
         before = log.stat().st_size if log.exists() else 0
         with Contained(
-            cage.launch(argv, context.worktree.resolve(), handover, env), log, Bounds(log=PRINTED_BYTES)
+            cage.launch(argv, context.worktree.resolve(), handover, env), log, Bounds(log=FILE_BYTES)
         ) as process:
             code = process.wait(self.timeout_s)
         output = _end_of(log, before)
         said = self._read(output)
         spent: dict[str, Any] = {"cost_usd": said.cost_usd, "tokens": said.tokens}
-        if process.fault:
-            raise AgentError(f"{self.name} was ended: {process.fault}", **spent)
+        if why := overstepped(process, log):
+            raise AgentError(f"{self.name} {why}", **spent)
         if code is None:
             words = f"took longer than {self.timeout_s:.0f} s"
             if not said.trouble:

@@ -190,7 +190,7 @@ def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: 
         raise UsageError(f"--agent {args.agent!r}: each agent once, separated by commas")
     if "builtin" not in names and not args.no_fallback:
         names.append("builtin")
-    text = text_of(settings.dataset.path, str(settings.dataset.manifest["source"]))
+    text = text_of(settings.dataset.path, settings.dataset.source)
     hidden = (settings.dataset.path, *text, *hidden_from_agents(runs, repo))
     cage = Cage(settings.sandbox, hidden, tuple(map(Path, args.agent_write)), args.agent_network)
     networked = dataclasses.replace(cage, network=True)

@@ -32,7 +32,8 @@ from harness.experiment import Event, Job, Settings
 from harness.record import Chain, Lock, Outcome
 from harness.spec import PRESETS
 
-SETTINGS = Settings(PRESETS["laptop"], "cpu", SimpleNamespace(digest="d", path=Path("nowhere")), 1)  # type: ignore[arg-type]
+DATA: Any = SimpleNamespace(digest="d", path=Path("nowhere"), source="packages")
+SETTINGS = Settings(PRESETS["laptop"], "cpu", DATA, 1)
 
 
 def outcome_of(job: Job, **changes: Any) -> Outcome:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from agent_loop.agents import PRINTED_BYTES, AgentError, Context, Turn
+from agent_loop.agents import AgentError, Context, Turn
 from agent_loop.builtin import BuiltinAgent
-from agent_loop.cage import Cage
+from agent_loop.cage import FILE_BYTES, Cage
 from agent_loop.clients import ClaudeAgent, CodexAgent, described
 from agent_loop.faults import retry_after_s, service_error
 from agent_loop.roster import AGENTS, make_agent
@@ -159,7 +159,7 @@ def test_a_huge_output_is_read_at_its_end(installed: Path, context: Context, nam
 @both
 def test_an_endless_output_is_stopped(installed: Path, context: Context, name: str) -> None:
     error = failure(installed, context, name, "endless")
-    assert f"was ended: its log grew beyond {PRINTED_BYTES >> 20} MiB" in str(error)
+    assert f"printed more than {FILE_BYTES >> 20} MiB" in str(error)
 
 
 @both
