@@ -112,7 +112,7 @@ SHIPPED = {
     "pointers": {
         "attention_forward": ((128, 64, 8, True), (64, 64, 8, True)),
         "attention_dq": ((64, 64, 8, True), (64, 64, 8, True)),
-        "attention_dkdv": ((32, 32, 4, True), (32, 64, 8, True)),
+        "attention_dkdv": ((64, 64, 8, True), (32, 64, 8, True)),
     },
     "hopper": {
         "attention_forward": ((128, 128, 8, True), (128, 128, 8, True)),

@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 
+from harness import residency
 from tests.needs import NEEDS
 
 _STATE = tempfile.TemporaryDirectory(prefix="hotloop-state-")
@@ -21,6 +22,15 @@ os.environ["HOTLOOP_STATE"] = _STATE.name  # of this run of the tests, in the pr
 # How long one example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("hotloop", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("hotloop")
+
+
+@pytest.fixture(autouse=True)
+def _pages_stay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What evaluators read is dropped from the machine's memory for those tests alone that are about it: each test
+    after it would read the packages from the disk again.
+    """
+    if request.path.name != "test_read_only_stores.py":
+        monkeypatch.setattr(residency, "begin", lambda since: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
