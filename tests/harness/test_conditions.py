@@ -388,18 +388,17 @@ def test_a_slow_feed_is_counted_and_warned_of(folder: Path, monkeypatch: pytest.
         return made
 
     calm = train().result
-    real = RowOrder.take
+    real, pauses = RowOrder.take, [1.0] * 5
 
     def slow(self: RowOrder, count: int, seq_len: int) -> Any:
-        time.sleep(0.05)
+        time.sleep(pauses.pop() if pauses else 0.0)
         return real(self, count, seq_len)
 
     monkeypatch.setattr(RowOrder, "take", slow)
     late = train().result
     assert late.weights == calm.weights
     assert calm.feed_late_s < late.feed_late_s < late.training_s
-    # A tiny step is over before 50 ms are, so most of them are waited for.
-    assert late.feed_late_s > 0.02 * late.steps
+    assert late.feed_late_s > 2.0  # a tiny step is over before a second is, also on a busy machine
     assert warnings({"feed_late_s": 4.0}, 300.0) == [
         "the trainer waited 4.0 s of 300.0 s for its rows; is the disk or memory busy?"
     ]
