@@ -17,7 +17,8 @@ from harness.session import Session, Trained
 from harness.spec import BudgetRule, Preset, Spec
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
-PRESET = tiny_preset(budget=BudgetRule("flops", 4.0e7))  # some thirty steps
+# Some thirty steps, which SLOW makes slow in the training alone.
+PRESET = tiny_preset(budget=BudgetRule("flops", 4.0e7)).with_limits(overtime=1e4)
 SLOW = "loss = step(batch); import time as t; t.sleep(0.1)"
 # What train.py can do to the clock of its own process.
 HALF = "import time\nreal = time.monotonic\ntime.monotonic = lambda: 0.5 * real()"
