@@ -166,16 +166,24 @@ def homes(home: str, tmp: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def free_uid() -> Iterator[int]:
-    """A uid that no other child has; the kernel's lock on a file of its own keeps it."""
+    """A uid that no other child has; the kernel's lock on a file of its own keeps it.
+
+    In another pid namespace (a container's) there may be children too, whose locks are not seen here: each begins at
+    another uid, and one that a process has is passed over.
+    """
     try:
         _UID_LOCKS.mkdir(mode=0o700, exist_ok=True)
     except OSError as e:
         raise SandboxError(f"{_UID_LOCKS}: {e.strerror}") from None
-    for uid in _UIDS:
+    first = os.stat("/proc/self/ns/pid").st_ino % len(_UIDS)
+    for uid in (*_UIDS[first:], *_UIDS[:first]):
         fd = os.open(_UID_LOCKS / str(uid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = tasks_of(uid) > 0
         except OSError:
+            taken = True
+        if taken:
             os.close(fd)
             continue
         try:

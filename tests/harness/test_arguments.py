@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import walls
 from harness.sandbox import Policy, Sandbox
 from harness.spec import PRESETS
 from harness.walls import hidden_text
@@ -64,3 +67,14 @@ def test_without_namespaces_it_writes_to_its_scratch_folder_and_to_nothing_else(
     _, config, _ = launched(Sandbox(1), tmp_path)
     assert set(config["write"]) == {str(tmp_path / "scratch"), *DEVICES}
     assert not {"/", "/root", "/home", "/tmp", "/etc", "/dev", "/var"} & set(config["read"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a child another uid")
+def test_a_uid_that_a_process_has_is_passed_over() -> None:
+    """That of a child in a container, whose locks are not seen here."""
+    with walls.free_uid() as uid:
+        pass
+    with subprocess.Popen(["sleep", "100"], user=uid) as stranger:
+        with walls.free_uid() as other:
+            assert other != uid
+        stranger.kill()
