@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def bare(folder: Path, *args: str, ci: str = "") -> subprocess.CompletedProcess[str]:
-    """pytest in an environment that has git and nothing else."""
+    """pytest in an environment that has git, which it imports, env, which a sandbox starts with, and nothing else."""
     (folder / "bin").mkdir()
-    (folder / "bin" / "git").symlink_to(str(shutil.which("git")))
+    for name in ("git", "env"):
+        (folder / "bin" / name).symlink_to(str(shutil.which(name)))
     env = os.environ | {"PATH": str(folder / "bin"), "HOTLOOP_CLIENTS": str(folder), "CI": ci}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *args]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
