@@ -60,8 +60,8 @@ def _compile(job: tuple[str, int, int]) -> tuple[str, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bench.cubin import resources
     from kernels.architectures import ARCHITECTURES
+    from kernels.compiling import resources
 
     module, index, capability = job
     case = _cases(module)[index]

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from bench.cubin import resources
+from kernels.compiling import resources
 
 __all__ = ["Recorder"]
 
