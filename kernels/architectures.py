@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ARCHITECTURES", "BY_DESCRIPTORS", "BY_POINTERS", "MAJORS", "Architecture", "serves_descriptors"]
+__all__ = ["ARCHITECTURES", "BY_DESCRIPTORS", "MAJORS", "Architecture", "serves_descriptors"]
 
 
 class Architecture(NamedTuple):
@@ -45,7 +45,6 @@ MAJORS = tuple(sorted({capability // 10 for capability in ARCHITECTURES}))
 # By default, large tiles by TMA descriptors where the accumulator is the tensor core's and shared memory has room for
 # them, smaller ones by pointers elsewhere: sm_120 has TMA, and neither of the two.
 BY_DESCRIPTORS = (90, 100)
-BY_POINTERS = tuple(c for c in ARCHITECTURES if c not in BY_DESCRIPTORS)
 
 
 def serves_descriptors() -> bool:

@@ -15,10 +15,11 @@ import pytest
 
 from harness import bounds, process
 from harness.bounds import Bounds, headroom, limited_cgroups, size_of, tree_bytes
-from harness.errors import SandboxError
 from harness.process import Contained
-from harness.sandbox import Policy, Sandbox, best
+from harness.sandbox import Policy, Sandbox
 from harness.walls import first_to_go, project_root
+from tests.needs import at
+from tests.needs import sandbox as level
 
 MIB = 1 << 20
 
@@ -126,13 +127,6 @@ def run(sandbox: Sandbox, code: str, folder: Path, device: str = "cuda", most: B
     return contained
 
 
-def level(number: int) -> Sandbox:
-    try:
-        return best(number)
-    except SandboxError as e:
-        pytest.skip(f"L{number} cannot be tested on this machine: {e}")
-
-
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_what_goes_first_is_said_before_it_starts_and_its_environment_is_what_it_was(shell: str) -> None:
     if shutil.which(shell) is None:
@@ -161,7 +155,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("number", [3, 2, 1])
+@pytest.mark.parametrize("number", [at(3), at(2), at(1)])
 @pytest.mark.parametrize("way", WAYS)
 def test_who_asks_to_be_spared_is_refused_or_ended(tmp_path: Path, number: int, way: str) -> None:
     """On CUDA, where files in /proc must be writable; the kernel refuses it where root could fix the score."""
@@ -250,7 +244,7 @@ print(contained.fault_status, contained.fault)
 """
 
 
-@pytest.mark.parametrize("number", [3, 1])
+@pytest.mark.parametrize("number", [at(3), at(1)])
 def test_the_driver_lives_where_a_child_fills_the_cgroup_of_both(
     small_cgroup: Path, tmp_path: Path, number: int
 ) -> None:

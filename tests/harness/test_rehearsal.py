@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from harness import landlock, sandbox, seccomp, walls
-from harness.errors import SandboxError
 from harness.rehearsal import NEEDS, REFUSED, rehearse
-from harness.sandbox import Policy, Sandbox, best
+from harness.sandbox import Policy, Sandbox
 from harness.walls import device_nodes, project_root
+from tests.needs import at
+from tests.needs import sandbox as level
 
 NODES = ("nvidiactl", "nvidia0", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-caps/nvidia-cap21", "dxg")
 GRANTS = [(need.name, grant) for need in NEEDS for grant in need.grants]
@@ -34,14 +35,7 @@ def dev(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     return folder
 
 
-def level(number: int) -> Sandbox:
-    try:
-        return best(number)
-    except SandboxError as e:
-        pytest.skip(f"L{number} cannot be tested on this machine: {e}")
-
-
-@pytest.mark.parametrize("number", [3, 2, 1])
+@pytest.mark.parametrize("number", [at(3), at(2), at(1)])
 def test_what_cuda_needs_is_granted_and_what_it_must_not_have_is_refused(dev: Path, number: int) -> None:
     assert rehearse(level(number)) == {}
 
