@@ -159,8 +159,8 @@ def _unmapped(pids: Iterable[int]) -> int:
     sizes: dict[int, int] = {}
     device = _memory_device()
     for pid in pids:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
                 with contextlib.suppress(OSError):
                     stat = os.stat(entry.path)
                     if stat.st_dev == device:

@@ -169,8 +169,8 @@ def _folders_and_links(roots: tuple[str, ...]) -> tuple[str, ...]:
 
 def _files(folder: str) -> list[str]:
     found = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 found += _files(entry.path)
             elif entry.is_file(follow_symlinks=False):

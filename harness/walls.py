@@ -110,8 +110,8 @@ def around(paths: Iterable[str], hidden: Iterable[str | Path]) -> tuple[list[str
             found[str(path)] = None
             return
         listed[str(path)] = None
-        with contextlib.suppress(OSError):
-            for entry in sorted(os.scandir(path), key=lambda e: e.name):
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
                 if not entry.is_symlink():  # where it leads is what counts
                     walk(Path(entry.path))
 
@@ -197,8 +197,8 @@ def free_uid() -> Iterator[int]:
 def remove_shared(uid: int) -> None:
     """What a uid left in the folders that everyone may write to."""
     for folder in ("/dev/shm", tempfile.gettempdir()):
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(folder):
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
                 if entry.stat(follow_symlinks=False).st_uid == uid:
                     if entry.is_dir(follow_symlinks=False):
                         shutil.rmtree(entry.path, ignore_errors=True)
