@@ -21,20 +21,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.data.building import prepare
-from harness.data.dataset import SPLITS, Dataset, default_data_dir, load_dataset
-from harness.data.packing import PACKINGS, Packer
-from harness.data.readers import DOCUMENT_CHARS, FORMATS
-from harness.data.tokenizer import Tokenizer
-from harness.errors import HotloopError
+from hotloop.harness.data.building import prepare
+from hotloop.harness.data.dataset import SPLITS, Dataset, default_data_dir, load_dataset
+from hotloop.harness.data.packing import PACKINGS, Packer
+from hotloop.harness.data.readers import DOCUMENT_CHARS, FORMATS
+from hotloop.harness.data.tokenizer import Tokenizer
+from hotloop.harness.errors import HotloopError
 
 __all__ = ["Dataset", "Packer", "Tokenizer", "default_data_dir", "load_dataset", "main", "prepare"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python prepare.py`, `hotloop prepare`; returns the exit status."""
-    from harness.single import preset_here
-    from harness.spec import PRESETS, preset_named
+    from hotloop.harness.settings import PRESETS, preset_named
+    from hotloop.harness.single import preset_here
 
     parser = argparse.ArgumentParser(prog="hotloop prepare", description="Text to tokenizer and packed rows, once.")
     parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="lengths and source")
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _why_not_safe(dataset: Dataset) -> str:
     """What a sandbox cannot keep from train.py; empty where it can."""
-    from harness.sandbox import Sandbox, exposed_text, readable_text
+    from hotloop.harness.sandbox.levels import Sandbox, exposed_text, readable_text
 
     if file := exposed_text(dataset):
         return f"{file} lies where train.py must be able to read, so no run will start with it; move the text elsewhere"
@@ -96,7 +96,7 @@ def _why_not_safe(dataset: Dataset) -> str:
 
 def _next(dataset: Dataset, asked: str, is_default: bool, device: str) -> str:
     """The command that uses what was prepared for the preset `asked`."""
-    from harness.spec import PRESETS
+    from hotloop.harness.settings import PRESETS
 
     fitting = [n for n in (asked, *PRESETS) if PRESETS[n].seq_len == dataset.seq_len]
     if not fitting:

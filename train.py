@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-import kernels
-from harness import Batch, Run, Spec, main
+from hotloop import kernels
+from hotloop.harness import Batch, Run, Spec, main
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hyperparameters: edit these

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent_loop.watchdog import CRASHED, UNDER_WATCH, say, watch
-from harness.errors import HotloopError, UsageError
-from harness.text import flushed, forgiving, one_line, printable
-from harness.walls import project_root
+from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, say, watch
+from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.paths import SAME_CODE, import_root
+from hotloop.harness.text import flushed, forgiving, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from agent_loop.evening import Evening
+    from hotloop.agent_loop.commands.start import Evening
 
 __all__ = ["main"]
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["prepare"]:  # prepare.py owns its flags
-            import prepare
+            from hotloop import prepare
 
             return prepare.main(argv[1:])
         args = _parser().parse_args(argv)
@@ -66,8 +66,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from bench.cli import add_parsers as add_bench_parsers
-    from harness.single import add_run_arguments
+    from hotloop.bench.cli import add_parsers as add_bench_parsers
+    from hotloop.harness.single import add_run_arguments
 
     parser = argparse.ArgumentParser(prog="hotloop", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
-    from agent_loop.roster import AGENTS
+    from hotloop.agent_loop.agents.registry import AGENTS
 
     loop.add_argument(
         "--tag",
@@ -214,34 +214,34 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness.single import run_command
+    from hotloop.harness.single import run_command
 
     return run_command(args)
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from harness.single import replay_command
+    from hotloop.harness.single import replay_command
 
     args.tag = args.tag or _newest_tag(Path("runs"))
     return replay_command(args)
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from agent_loop.verify import audit_command
+    from hotloop.agent_loop.commands.verify import audit_command
 
     args.tag = args.tag or _newest_tag(Path("runs"))
     return audit_command(args)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from agent_loop.verify import verify_command
+    from hotloop.agent_loop.commands.verify import verify_command
 
     args.tag = args.tag or _newest_tag(Path("runs"))
     return verify_command(args)
 
 
 def _keygen(args: argparse.Namespace) -> int:
-    from harness.signing import key_path, make_key
+    from hotloop.harness.records.signing import key_path, make_key
 
     signer = make_key()
     print(f"key:     {key_path()}\npublic:  {signer.public}")
@@ -250,7 +250,7 @@ def _keygen(args: argparse.Namespace) -> int:
 
 
 def _install(args: argparse.Namespace) -> int:
-    from agent_loop import flash3
+    from hotloop.agent_loop.commands import install_flash3 as flash3
 
     version = flash3.install(flash3.read_lock(args.lock), args.source)
     print(f"installed: {flash3.DISTRIBUTION} {version}, each file as the lock has it; hotloop bench attention tries it")
@@ -258,15 +258,15 @@ def _install(args: argparse.Namespace) -> int:
 
 
 def _seal(args: argparse.Namespace) -> int:
-    from harness.seal import write_seal
+    from hotloop.harness.records.seal import write_seal
 
     print(f"sealed: {write_seal()}")
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from agent_loop.evening import cage_check
-    from harness.doctor import main as doctor
+    from hotloop.agent_loop.commands.start import cage_check
+    from hotloop.harness.doctor import main as doctor
 
     return doctor(args, more=[cage_check])
 
@@ -286,8 +286,8 @@ def _newest_tag(runs: Path) -> str:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from agent_loop.looking import night_named
-    from agent_loop.report import draw, print_results, write_tsv
+    from hotloop.agent_loop.commands.show import night_named
+    from hotloop.agent_loop.report.files import draw, print_results, write_tsv
 
     night = night_named(args.tag or _newest_tag(Path("runs")))
     write_tsv(night)
@@ -297,7 +297,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _look(args: argparse.Namespace) -> int:
-    from agent_loop import looking
+    from hotloop.agent_loop.commands import show as looking
 
     args.tag = args.tag or _newest_tag(Path("runs"))
     commands = {
@@ -310,13 +310,13 @@ def _look(args: argparse.Namespace) -> int:
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from agent_loop.ablate import ablate
-    from agent_loop.gitrepo import NightRepo, open_repo
-    from agent_loop.looking import night_named
-    from agent_loop.night import Night
-    from agent_loop.report import draw
-    from harness.record import Lock
-    from harness.single import budget_from, settings_of
+    from hotloop.agent_loop.commands.ablate import ablate
+    from hotloop.agent_loop.commands.show import night_named
+    from hotloop.agent_loop.gitrepo import NightRepo, open_repo
+    from hotloop.agent_loop.night import Night
+    from hotloop.agent_loop.report.files import draw
+    from hotloop.harness.records.record import Lock
+    from hotloop.harness.single import budget_from, settings_of
 
     folder = night_named(args.tag or _newest_tag(Path("runs"))).folder
     settings = settings_of(args)
@@ -331,7 +331,7 @@ def _ablate(args: argparse.Namespace) -> int:
 
 
 def _noise(args: argparse.Namespace) -> int:
-    from agent_loop.looking import night_named
+    from hotloop.agent_loop.commands.show import night_named
 
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, not {args.seeds}")
@@ -351,8 +351,8 @@ def _noise(args: argparse.Namespace) -> int:
 
 
 def _loop(args: argparse.Namespace) -> int:
-    from agent_loop.evening import start
-    from harness.gpu import alone
+    from hotloop.agent_loop.commands.start import start
+    from hotloop.harness.gpu.between_runs import alone
 
     named = bool(args.tag)
     evening = start(args)  # every wrong flag ends here
@@ -367,8 +367,8 @@ def _loop(args: argparse.Namespace) -> int:
     evening.try_cages()
     if args.no_watchdog:
         return _drive(evening, again)
-    code = f"import sys; sys.path.insert(0, {str(project_root())!r}); from agent_loop.cli import main; sys.exit(main())"
-    return watch([sys.executable, "-c", code, *again], evening.folder)
+    code = SAME_CODE + "del sys.argv[1]; from hotloop.agent_loop.cli import main; sys.exit(main())"
+    return watch([sys.executable, "-c", code, import_root(), *again], evening.folder)
 
 
 def _drive(evening: Evening, again: list[str]) -> int:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from agent_loop.source import Size, size_of
-from harness.record import Outcome
-from harness.score import Noise, Score
+from hotloop.agent_loop.source import Size, size_of
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.scoring.score import Noise, Score
 
 if TYPE_CHECKING:
-    from agent_loop.night import Night, Row
+    from hotloop.agent_loop.night import Night, Row
 
 __all__ = ["MARGINAL", "Decision", "decide", "decide_confirmed", "judge"]
 

@@ -22,11 +22,11 @@ import git
 from gitdb.base import IStream
 from gitdb.exc import ODBError
 
-from agent_loop.source import MAX_BYTES, ProposalError, merge
-from harness.errors import HotloopError, UsageError
-from harness.files import kind_of, read_ordinary
-from harness.single import read_train_source
-from harness.text import one_line
+from hotloop.agent_loop.source import MAX_BYTES, ProposalError, merge
+from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.files import kind_of, read_ordinary
+from hotloop.harness.single import read_train_source
+from hotloop.harness.text import one_line
 
 __all__ = ["Git", "Kept", "NightRepo", "Repo", "branch_of", "free_tag", "open_repo", "said"]
 

@@ -1,7 +1,7 @@
 """A night's state, as its records tell it. Nothing else is remembered, so a killed driver loses nothing.
 
 runs/<tag>/
-    records.jsonl    settings, agents, outcomes, decisions, agents' turns: a chain (harness.record)
+    records.jsonl    settings, agents, outcomes, decisions, agents' turns: a chain (hotloop.harness.records.record)
     flight.json      runs that were begun and are not decided; the proposal that waits for its turn
     experiments/     a folder for each run, with the agent's turn that it came from
     turns/           a folder for each agent's turn that came to nothing or is under way
@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agent_loop.agents import Tried
-from harness.errors import UsageError
-from harness.record import Chain, Outcome
-from harness.score import Noise, Score
-from harness.text import one_line
+from hotloop.agent_loop.agents.agent import Tried
+from hotloop.harness.errors import UsageError
+from hotloop.harness.records.record import Chain, Outcome
+from hotloop.harness.scoring.score import Noise, Score
+from hotloop.harness.text import one_line
 
 __all__ = ["Flight", "Night", "Proposal", "Row", "Run", "write_whole"]
 

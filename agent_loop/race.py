@@ -22,8 +22,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from agent_loop.night import Night
-from harness.record import Outcome
+from hotloop.agent_loop.night import Night
+from hotloop.harness.records.record import Outcome
 
 __all__ = ["CHECKPOINTS", "Lesson", "Rate", "false_stops", "lessons", "stopper", "thresholds"]
 

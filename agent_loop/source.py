@@ -10,9 +10,9 @@ import io
 import tokenize
 from dataclasses import dataclass
 
-from harness.errors import HotloopError
-from harness.lint import MAX_BYTES, compressed_bytes, problem
-from harness.text import one_line
+from hotloop.harness.errors import HotloopError
+from hotloop.harness.preflight.lint import MAX_BYTES, compressed_bytes, problem
+from hotloop.harness.text import one_line
 
 __all__ = ["MAX_BYTES", "ProposalError", "Size", "check_source", "code_lines", "merge", "size_of", "syntax_hash"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
-from bench.operators import Operator
-from kernels import reference
+from hotloop import kernels
+from hotloop.bench.operators import Operator
+from hotloop.kernels import reference
 
 __all__ = ["Errors", "bitwise_repeats", "check", "fresh", "poisoned_memory", "results"]
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import device as dev
-from bench import results
-from bench.operators import OPERATORS
-from bench.processes import ALL_KERNELS, INTERPRETER, run_kernels
-from bench.tune import tuned
-from harness.errors import HotloopError, UsageError
-from kernels.attend import ranking_key
+from hotloop.bench import device as dev
+from hotloop.bench import results
+from hotloop.bench.check.processes import ALL_KERNELS, INTERPRETER, run_kernels
+from hotloop.bench.operators import OPERATORS
+from hotloop.bench.tune import tuned
+from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.kernels.attend import ranking_key
 
 __all__ = ["main", "ranking"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from harness import Batch, Run, Spec, main
+from hotloop.harness import Batch, Run, Spec, main
 
 DEPTH = 8
 ASPECT_RATIO = 64

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.budget import Budget
-from harness.evaluate import bits_per_byte, compare
-from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder
-from harness.process import SharedMemory
-from harness.session import Session
-from harness.spec import BudgetRule, Preset, Spec, preset_named
-from harness.weights import check_weights
+from hotloop.harness.sandbox.process import SharedMemory
+from hotloop.harness.scoring.evaluation import bits_per_byte, compare
+from hotloop.harness.scoring.weights import check_weights
+from hotloop.harness.settings import BudgetRule, Preset, Spec, preset_named
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.feed import SLOT_BYTES, SLOTS, Ring, RowOrder
+from hotloop.harness.training.session import Session
 
 ROWS, LENGTH, VOCAB = 256, 2048, 8192  # one optimizer step of the GPU preset: 524,288 tokens
 

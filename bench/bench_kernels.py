@@ -21,12 +21,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import kernels
-from bench import device as dev
-from bench.accuracy import bitwise_repeats, check, fresh, outputs, upstream
-from bench.operators import OPERATORS, Operator
-from bench.peers import PEERS, available
-from kernels import reference
+from hotloop import kernels
+from hotloop.bench import device as dev
+from hotloop.bench.accuracy import bitwise_repeats, check, fresh, outputs, upstream
+from hotloop.bench.operators import OPERATORS, Operator
+from hotloop.bench.peers import PEERS, available
+from hotloop.kernels import reference
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

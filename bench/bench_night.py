@@ -15,13 +15,13 @@ from unittest import mock
 
 import pytest
 
-from agent_loop.brief import write_brief
-from agent_loop.night import Night
-from agent_loop.page import page
-from agent_loop.race import false_stops, lessons
-from agent_loop.report import tsv_text, write_progress
-from harness import record
-from harness.record import Chain, Outcome
+from hotloop.agent_loop.agents.brief import write_brief
+from hotloop.agent_loop.night import Night
+from hotloop.agent_loop.race import false_stops, lessons
+from hotloop.agent_loop.report.files import tsv_text, write_progress
+from hotloop.agent_loop.report.page import page
+from hotloop.harness.records import record
+from hotloop.harness.records.record import Chain, Outcome
 
 COUNTS = (100, 1000, 10_000)
 EDITS = ("MATRIX_LR 0.04 -> 0.05", "value embeddings in every second layer", "DEPTH 8 -> 9", "attention window 1024")

@@ -25,11 +25,11 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.data.building import BATCH_DOCUMENTS
-from harness.data.packing import BUFFER_DOCUMENTS, Packer
-from harness.data.readers import cut
-from harness.data.sources import CodeText
-from harness.data.tokenizer import Row, Tokenizer
+from hotloop.harness.data.building import BATCH_DOCUMENTS
+from hotloop.harness.data.packing import BUFFER_DOCUMENTS, Packer
+from hotloop.harness.data.readers import cut
+from hotloop.harness.data.sources import CodeText
+from hotloop.harness.data.tokenizer import Row, Tokenizer
 
 
 def code() -> Iterator[str]:
@@ -109,7 +109,7 @@ def test_beside_the_references_loader(benchmark: BenchmarkFixture, tmp_path: Pat
     def run() -> None:
         for who, lines in found.items():
             command = [sys.executable, __file__, who, str(tmp_path)]
-            env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+            env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
             lines.append(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip())
 
     benchmark.pedantic(run, rounds=3)

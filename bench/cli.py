@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.errors import HotloopError, UsageError
+from hotloop.harness.errors import HotloopError, UsageError
 
 __all__ = ["add_parsers", "main"]
 
@@ -157,10 +157,10 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from bench import device as dev
-    from bench import results
-    from bench.operators import OPERATORS
-    from bench.processes import ALL_KERNELS, run_kernels
+    from hotloop.bench import device as dev
+    from hotloop.bench import results
+    from hotloop.bench.check.processes import ALL_KERNELS, run_kernels
+    from hotloop.bench.operators import OPERATORS
 
     unknown = sorted(set(args.operator) - set(OPERATORS))
     if unknown:
@@ -177,17 +177,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _attention(args: argparse.Namespace) -> int:
-    from bench.attention import main as attention
+    from hotloop.bench.attention import main as attention
 
     _check_minutes(args)
     return attention(args.out, args.shape, args.minutes, args.repeats, args.trial)
 
 
 def _check(args: argparse.Namespace) -> int:
-    from bench import device as dev
-    from bench.check import main as check
-    from bench.parts import PARTS
-    from harness.single import read_train_source
+    from hotloop.bench import device as dev
+    from hotloop.bench.check.command import main as check
+    from hotloop.bench.check.parts import PARTS
+    from hotloop.harness.single import read_train_source
 
     _check_minutes(args)
     if unknown := sorted(set(args.part or ()) - set(PARTS)):
@@ -202,7 +202,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from bench import results
+    from hotloop.bench import results
 
     new = results.read(args.new)
     base = results.read(results.newest(new.device, but=args.new) if args.base == "committed" else Path(args.base))
@@ -212,7 +212,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from bench import results
+    from hotloop.bench import results
 
     results.plot([results.read(p) for p in args.files], args.out)
     print(args.out)
@@ -220,22 +220,23 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _gate(args: argparse.Namespace) -> int:
-    from bench import gate, gate_step
+    from hotloop.bench.gate import configurations as gate
+    from hotloop.bench.gate import step as gate_step
 
     return gate_step.main(args.all, args.write) if args.step else gate.main(args.all, args.write)
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from bench import device as dev
-    from bench.tune import KERNELS
-    from bench.tune import main as tune
+    from hotloop.bench import device as dev
+    from hotloop.bench.tune import KERNELS
+    from hotloop.bench.tune import main as tune
 
     _check_minutes(args)
     if unknown := sorted(set(args.operator) - set(KERNELS)):
         raise UsageError(f"no kernel is called {unknown[0]}; those that can be tuned: {', '.join(KERNELS)}")
     if args.trial:
         notes = (args.notes or Path("trial.json")).resolve()
-        return tune(args.operator, notes, args.minutes, table="bench.trial:KERNELS")
+        return tune(args.operator, notes, args.minutes, table="hotloop.bench.check.trial:KERNELS")
     dev.require_gpu()
     return tune(args.operator, (args.notes or _notes("tune")).resolve(), args.minutes)
 
@@ -243,9 +244,9 @@ def _tune(args: argparse.Namespace) -> int:
 def _step(args: argparse.Namespace) -> int:
     import torch
 
-    from bench.step import main as step
-    from bench.step import settle
-    from harness.single import read_train_source
+    from hotloop.bench.step import main as step
+    from hotloop.bench.step import settle
+    from hotloop.harness.single import read_train_source
 
     preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
     read_train_source(args.train)
@@ -258,8 +259,8 @@ def _step(args: argparse.Namespace) -> int:
 def _determinism(args: argparse.Namespace) -> int:
     import torch
 
-    from bench.switches import determinism
-    from harness.single import read_train_source
+    from hotloop.bench.switches import determinism
+    from hotloop.harness.single import read_train_source
 
     if args.pairs < 1:
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
@@ -269,10 +270,10 @@ def _determinism(args: argparse.Namespace) -> int:
 
 
 def _switches(args: argparse.Namespace) -> int:
-    from bench import device as dev
-    from bench.switches import EXTRAS, stamp, switches
-    from harness.notes import Notes
-    from harness.single import read_train_source
+    from hotloop.bench import device as dev
+    from hotloop.bench.switches import EXTRAS, stamp, switches
+    from hotloop.harness.single import read_train_source
+    from hotloop.harness.tuning.notes import Notes
 
     _check_minutes(args)
     read_train_source(args.train)
@@ -286,8 +287,8 @@ def _switches(args: argparse.Namespace) -> int:
 
 def _notes(name: str) -> Path:
     """Where a long measurement on this GPU keeps what it found."""
-    from bench import device as dev
-    from bench import results
+    from hotloop.bench import device as dev
+    from hotloop.bench import results
 
     return results.folder_of(dev.identity()["device"]) / "work" / f"{name}.json"
 
@@ -298,8 +299,8 @@ def _check_minutes(args: argparse.Namespace) -> None:
 
 
 def _baseline(args: argparse.Namespace) -> int:
-    from bench.beside import main as beside
-    from harness.single import settings_from
+    from hotloop.bench.versus_plain import main as beside
+    from hotloop.harness.single import settings_from
 
     if args.pairs < 1:
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
@@ -310,8 +311,8 @@ def _baseline(args: argparse.Namespace) -> int:
 
 
 def _overheads(args: argparse.Namespace) -> int:
-    from bench.overheads import main as overheads
-    from harness.single import read_train_source, settings_from
+    from hotloop.bench.overheads import main as overheads
+    from hotloop.harness.single import read_train_source, settings_from
 
     settings = None if args.tags else settings_from(preset=args.preset, data=args.data)
     if not args.tags:
@@ -325,9 +326,9 @@ def _overheads(args: argparse.Namespace) -> int:
 
 
 def _quality(args: argparse.Namespace) -> int:
-    from bench.quality import main as quality
-    from bench.results import RESULTS
-    from harness.single import settings_from
+    from hotloop.bench.quality import main as quality
+    from hotloop.bench.results import RESULTS
+    from hotloop.harness.single import settings_from
 
     out = args.out or (None if args.tiny else RESULTS)
     settings = settings_from(preset=args.preset, data=args.data)
@@ -351,7 +352,7 @@ def _shown(page: str, args: argparse.Namespace) -> int:
 
 
 def _sandbox(args: argparse.Namespace) -> int:
-    from bench.sandbox import main as sandbox
+    from hotloop.bench.sandbox import main as sandbox
 
     if args.pairs < 1 or args.steps < 1:
         raise UsageError("--pairs and --steps must be at least 1")
@@ -359,7 +360,7 @@ def _sandbox(args: argparse.Namespace) -> int:
 
 
 def _smoke(args: argparse.Namespace) -> int:
-    from bench.processes import smoke
+    from hotloop.bench.check.processes import smoke
 
     return smoke(args.out)
 

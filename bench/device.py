@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.devices import gpus, usable
-from harness.errors import DeviceError
-from harness.neighbours import claim
+from hotloop.harness.errors import DeviceError
+from hotloop.harness.gpu.devices import gpus, usable
+from hotloop.harness.gpu.neighbours import claim
 
 __all__ = [
     "Mark", "compiled", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",

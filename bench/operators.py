@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
-from harness.feed import zipf_tokens
-from kernels import reference
+from hotloop import kernels
+from hotloop.harness.training.feed import zipf_tokens
+from hotloop.kernels import reference
 
 __all__ = ["OPERATORS", "PASSES", "Operator", "Tolerance"]
 
@@ -199,7 +199,7 @@ OPERATORS = {
             # read and write the logits; targets and losses
             bytes=_costs(lambda s: 4.0 * s["M"] * s["V"] + 12.0 * s["M"], lambda s: 0.0),
             flops=NONE,
-            module="kernels.softcap_cross_entropy",
+            module="hotloop.kernels.softcap_cross_entropy",
             torch_ops=("softcap_cross_entropy_",),
         ),
         Operator(
@@ -221,7 +221,7 @@ OPERATORS = {
                 lambda s: 2.0 * (s["M"] * s["V"] + 2 * s["M"] * s["D"] + 2 * s["V"] * s["D"]),
             ),
             flops=_costs(lambda s: 2.0 * s["M"] * s["D"] * s["V"], lambda s: 4.0 * s["M"] * s["D"] * s["V"]),
-            module="kernels.linear_cross_entropy",
+            module="hotloop.kernels.linear_cross_entropy",
             torch_ops=(
                 "softcap_linear_cross_entropy",
                 "softcap_linear_cross_entropy_chunked",
@@ -242,7 +242,7 @@ OPERATORS = {
             rows=(0, 1, 2),
             bytes=_costs(lambda s: 10.0 * s["B"] * s["T"] * s["D"], lambda s: 14.0 * s["B"] * s["T"] * s["D"]),
             flops=NONE,
-            module="kernels.residual_norm",
+            module="hotloop.kernels.residual_norm",
             torch_ops=("residual_rms_norm", "residual_rms_norm_backward"),
         ),
         Operator(
@@ -269,7 +269,7 @@ OPERATORS = {
                 lambda s: 2.0 * s["B"] * s["T"] * s["K"] * (3 * s["H"] + 7 * s["G"]),
             ),
             flops=NONE,
-            module="kernels.qkv",
+            module="hotloop.kernels.qkv",
             torch_ops=("qkv_rope_norm", "qkv_rope_norm_backward"),
         ),
         Operator(
@@ -301,7 +301,7 @@ OPERATORS = {
                 lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["K"] * (s["H"] + 2 * s["G"]),
                 lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["K"] * (s["H"] + 2 * s["G"]),
             ),
-            module="kernels.linear_qkv",
+            module="hotloop.kernels.linear_qkv",
             torch_ops=("linear_qkv_rope_norm", "linear_qkv_rope_norm_backward"),
         ),
         Operator(
@@ -329,7 +329,7 @@ OPERATORS = {
             mutates=(0, 2, 3),
             bytes=_costs(lambda s: 14.0 * s["M"], lambda s: 0.0),
             flops=NONE,
-            module="kernels.adamw",
+            module="hotloop.kernels.adamw",
             torch_ops=("adamw_",),
         ),
         Operator(
@@ -372,7 +372,7 @@ OPERATORS = {
                 lambda s: 5.0 * s["L"] * min(s["R"], s["C"]) ** 2 * (4 * max(s["R"], s["C"]) + 2 * min(s["R"], s["C"])),
                 lambda s: 0.0,
             ),
-            module="kernels.muon",
+            module="hotloop.kernels.muon",
             torch_ops=("muon_",),
         ),
         Operator(
@@ -400,7 +400,7 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="kernels.weight_gradient",
+            module="hotloop.kernels.weight_gradient",
             torch_ops=("linear", "weight_gradient"),
         ),
         Operator(
@@ -484,7 +484,7 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 8.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="kernels.mlp",
+            module="hotloop.kernels.mlp",
             torch_ops=("mlp_relu2", "mlp_relu2_dpre"),
         ),
         Operator(
@@ -514,7 +514,7 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="kernels.residual_linear",
+            module="hotloop.kernels.residual_linear",
             torch_ops=("linear_residual",),
         ),
         Operator(
@@ -547,7 +547,7 @@ OPERATORS = {
                 lambda s: 2.0 * s["B"] * s["T"] * (s["D"] * s["K"] * (s["H"] + 2 * s["G"]) + s["G"] * s["C"]),
                 lambda s: 4.0 * s["B"] * s["T"] * (s["D"] * s["K"] * (s["H"] + 2 * s["G"]) + s["G"] * s["C"]),
             ),
-            module="kernels.residual_stream",  # the kernel of its own; the others are those of qkv and linear_qkv
+            module="hotloop.kernels.residual_stream",  # its own; the others are those of qkv and linear_qkv
             torch_ops=("norm_linear_qkv", "norm_linear_qkv_backward", "stream_gradient"),
         ),
         Operator(
@@ -577,7 +577,7 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 8.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="kernels.mlp",
+            module="hotloop.kernels.mlp",
             torch_ops=("norm_mlp_relu2", "norm_mlp_relu2_dpre"),
         ),
         Operator(
@@ -600,7 +600,7 @@ OPERATORS = {
                 lambda s: s["B"] * s["T"] * (4.0 + 2.0 * s["D"]) + 2.0 * s["V"] * s["D"],
             ),
             flops=NONE,
-            module="kernels.token_embedding",
+            module="hotloop.kernels.token_embedding",
             torch_ops=("embedding", "embedding_backward", "sorted_embedding", "token_rows"),
         ),
         Operator(
@@ -638,7 +638,7 @@ OPERATORS = {
                 lambda s: 10.0 * s["B"] * s["H"] * s["K"] * _visible(s),
             ),
             fold=_by_head,
-            module="kernels.flash",
+            module="hotloop.kernels.flash",
             torch_ops=("attention", "attention_backward"),
         ),
     )

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HotloopError, UsageError
-from harness.experiment import Settings
-from harness.process import tail
-from harness.record import Chain
-from harness.walls import project_root
+from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.experiment import Settings
+from hotloop.harness.paths import import_root
+from hotloop.harness.records.record import Chain
+from hotloop.harness.sandbox.process import tail
 
 __all__ = ["Figure", "figures", "main", "page", "per_hour"]
 
@@ -173,14 +173,14 @@ def _night(
     for words in (["init", "-q"], ["add", "train.py"], ["commit", "-qm", "train.py"]):
         subprocess.run([*git, *words], cwd=repo, check=True, capture_output=True)
     preset, log = settings.preset.name, scratch / f"{name}.log"
-    code = "import sys; from agent_loop.cli import main; sys.exit(main())"
+    code = "import sys; from hotloop.agent_loop.cli import main; sys.exit(main())"
     command = [
         sys.executable, "-c", code, "loop", "--tag", name, "--experiments", str(experiments), "--noise-seeds", "0",
         "--no-watchdog", "--no-second-seed", "--preset", preset, "--data", str(settings.dataset.path.resolve()),
         *BUDGETS[preset], *NIGHTS[name],
     ]  # fmt: skip
     author = {f"GIT_{who}_{what}": "hotloop" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    env = os.environ | {"PYTHONPATH": str(project_root())} | author
+    env = os.environ | {"PYTHONPATH": import_root()} | author
     say(f"a night of a baseline and {experiments} experiments, {' '.join(NIGHTS[name])}")
     with open(log, "wb") as out:
         done = subprocess.run(command, cwd=repo, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)

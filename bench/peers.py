@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import attend
-from kernels.attention_backends import BACKENDS
+from hotloop import kernels
+from hotloop.kernels import attend
+from hotloop.kernels.attention_backends import BACKENDS
 
 __all__ = ["PEERS", "available"]
 

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.beside import TOKENS, Side, pair_of, small, train_once
-from harness.errors import UsageError
-from harness.experiment import Settings
-from harness.machine import cpu_name, environment, gpus
-from harness.walls import project_root
+from hotloop.bench.versus_plain import TOKENS, Side, pair_of, small, train_once
+from hotloop.harness.errors import UsageError
+from hotloop.harness.experiment import Settings
+from hotloop.harness.machine import cpu_name, environment, gpus
+from hotloop.harness.paths import project_root
 
 __all__ = ["Verdict", "main", "page", "verdict", "write"]
 
@@ -131,7 +131,7 @@ def page(ours: Sequence[Side], plain: Sequence[Side]) -> str:
 
 def write(ours: Sequence[Side], plain: Sequence[Side], environment: dict[str, Any], folder: Path) -> Path:
     """The runs, without their curves, and what they say, as a JSON in `folder`/<device>/quality; returns its path."""
-    from kernels.tuning import file_name
+    from hotloop.kernels.tuning import file_name
 
     on_gpu = ours[0].device == "cuda"
     device = environment["gpu"]["name"] if on_gpu else f"cpu {cpu_name()}"

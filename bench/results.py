@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UsageError
+from hotloop.harness.errors import UsageError
+from hotloop.harness.paths import project_root
 
 __all__ = ["RESULTS", "Comparison", "Result", "Row", "compare", "folder_of", "markdown", "newest", "plot", "read"]
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = project_root() / "bench" / "results"
 WORSE = 0.03  # a ratio may worsen by so much beyond the spread of both measurements
 
 
@@ -82,7 +83,7 @@ def read(path: Path) -> Result:
 
 def folder_of(device: str) -> Path:
     """Of a GPU's results, by its name."""
-    from kernels.tuning import file_name
+    from hotloop.kernels.tuning import file_name
 
     return RESULTS / file_name(device).removesuffix(".json")
 

@@ -4,7 +4,7 @@ A comparison of two ways to run the step wants them in turns, and a way is chose
 compiled once, that waits between its turns and gives back the memory that it does not need meanwhile. What faults ends
 its own process, and what hangs is ended.
 
-    python -c "from bench.runner import serve; serve()" TRAIN PRESET REPEATABLE [NAME=VALUE ...]
+    python -c "from hotloop.bench.runner import serve; serve()" TRAIN PRESET REPEATABLE [NAME=VALUE ...]
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HotloopError
-from harness.machine import threads_default
-from harness.process import child_environment, tail
-from harness.selection import Answer, Unfit
-from harness.walls import project_root
+from hotloop.harness.errors import HotloopError
+from hotloop.harness.machine import threads_default
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox.process import child_environment, tail
+from hotloop.harness.tuning.selection import Answer, Unfit
 
 __all__ = ["Setting", "StepRunner", "die_with_parent", "serve"]
 
 READY_S = 400.0  # imports, the first step with its compilation, and two answers' steps
 TURN_S = 90.0
 ANSWER_STEPS = 5
-_CODE = "from bench.runner import serve; serve()"
+_CODE = "from hotloop.bench.runner import serve; serve()"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Setting:
 
 
 class StepRunner:
-    """A setting's step in its process; see `harness.selection.Runner`.
+    """A setting's step in its process; see `harness.tuning.selection.Runner`.
 
     Args:
         ready_s, turn_s: after which what does not answer counts as hanging.
@@ -160,7 +160,7 @@ class _Turns:
     def __init__(self, train: Path, preset: str, constants: Sequence[str], repeatable: bool) -> None:
         import torch
 
-        from bench.step import settle, step_of
+        from hotloop.bench.step import settle, step_of
 
         settle(repeatable)
         self._torch = torch
@@ -171,7 +171,7 @@ class _Turns:
         self._first = [(t, t.detach().clone()) for m in self._modules for t in (*m.parameters(), *m.buffers())]
 
     def ready(self) -> dict[str, Any]:
-        from kernels import dispatch
+        from hotloop.kernels import dispatch
 
         self._step.once()
         self._pause()
@@ -195,7 +195,7 @@ class _Turns:
         return found
 
     def turn(self) -> dict[str, Any]:
-        from bench.step import time_step
+        from hotloop.bench.step import time_step
 
         step_s = time_step(self._step.once, 3 if self._on_gpu else 1)
         self._pause()

@@ -14,15 +14,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import gpu
-from harness.budget import Budget
-from harness.errors import HotloopError
-from harness.probe_cuda import probe_cuda
-from harness.sandbox import Sandbox, best
-from harness.session import Session, Trained
-from harness.single import settings_from
-from harness.spec import BudgetRule, Spec
-from harness.walls import project_root
+from hotloop.harness.errors import HotloopError
+from hotloop.harness.gpu import between_runs as gpu
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox.levels import Sandbox, best
+from hotloop.harness.sandbox.probe_cuda import probe_cuda
+from hotloop.harness.settings import BudgetRule, Spec
+from hotloop.harness.single import settings_from
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.session import Session, Trained
 
 __all__ = ["levels", "main"]
 

@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 
-from bench import device as dev
-from bench.constants import with_constants
-from harness.client import Batch, Run
-from harness.errors import DeviceError, UsageError
-from harness.feed import SLOT_BYTES, SLOTS, Ring, synthetic_rows
-from harness.machine import gpu_memory_gib, threads_default
-from harness.process import SharedMemory, child_environment
-from harness.single import read_train_source
-from harness.spec import PRESETS, Spec, batch_divisor
-from harness.trainer import load_train_module, prepare_torch
-from kernels.dispatch import implementations
+from hotloop.bench import device as dev
+from hotloop.bench.overrides import with_constants
+from hotloop.harness.errors import DeviceError, UsageError
+from hotloop.harness.machine import gpu_memory_gib, threads_default
+from hotloop.harness.sandbox.process import SharedMemory, child_environment
+from hotloop.harness.settings import PRESETS, Spec, batch_divisor
+from hotloop.harness.single import read_train_source
+from hotloop.harness.training.child import load_train_module, prepare_torch
+from hotloop.harness.training.feed import SLOT_BYTES, SLOTS, Ring, synthetic_rows
+from hotloop.harness.training.run import Batch, Run
+from hotloop.kernels.dispatch import implementations
 
 __all__ = [
     "FLOOR",

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from bench import device as dev
-from bench.runner import Setting, StepRunner
-from harness.errors import HotloopError
-from harness.notes import Notes, write_whole
-from harness.selection import Comparison, Member, Members, Selection, Start, TimeIsUp, Unfit, words
-from kernels import tuning
-from kernels.dispatch import TOGETHER, TRITON_OPERATORS
+from hotloop.bench import device as dev
+from hotloop.bench.runner import Setting, StepRunner
+from hotloop.harness.errors import HotloopError
+from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.tuning.selection import Comparison, Member, Members, Selection, Start, TimeIsUp, Unfit, words
+from hotloop.kernels import tuning
+from hotloop.kernels.dispatch import TOGETHER, TRITON_OPERATORS
 
 __all__ = ["COST_ALLOWED", "UNFINISHED", "chosen_environment", "determinism", "members_of", "setting_of", "switches"]
 
@@ -154,8 +154,8 @@ def _unranked() -> list[str]:
     """
     if not torch.cuda.is_available() or tuning.measured(ATTENTION):
         return []
-    from kernels.attend import backends
-    from kernels.attention_backends import BACKENDS
+    from hotloop.kernels.attend import backends
+    from hotloop.kernels.attention_backends import BACKENDS
 
     return [name for name in backends("cuda")[0] if not BACKENDS[name].missing(banded=True)]
 
@@ -164,8 +164,8 @@ def stamp(train: Path, preset: str) -> dict[str, Any]:
     """What a comparison depends on."""
     import hashlib
 
-    from harness.seal import current_manifest
-    from harness.walls import project_root
+    from hotloop.harness.paths import project_root
+    from hotloop.harness.records.seal import current_manifest
 
     sealed = {k: v for k, v in current_manifest(project_root()).items() if k.startswith("kernels/")}
     return dev.identity() | {

@@ -4,8 +4,8 @@
 
 Every candidate is compiled first, many at a time in processes of their own (`kernels.compiling`); what spills or does
 not fit the card is never launched. The others run on real-sized inputs, are checked against the default's answer, and
-are timed beside it in stages (`harness.search`). One replaces the default only where it wins by more than the spread;
-so a file says what was worth changing.
+are timed beside it in stages (`harness.tuning.search`). One replaces the default only where it wins by more than the
+spread; so a file says what was worth changing.
 
 Each kernel is tuned in a process of its own: a candidate that faults or hangs ends that one, is out, and the search
 goes on without it. All that was found is noted, so that the same command goes on where it was ended. Afterwards:
@@ -34,19 +34,19 @@ from typing import Any
 
 import torch
 
-import kernels
-from bench import device as dev
-from bench.accuracy import fresh, outputs, upstream
-from bench.operators import OPERATORS
-from bench.runner import die_with_parent
-from bench.switches import UNFINISHED
-from harness.errors import UsageError
-from harness.notes import Notes, write_whole
-from harness.process import tail
-from harness.search import blame, entry, halving, out_of
-from harness.selection import TimeIsUp, Unfit
-from harness.walls import project_root
-from kernels import (
+from hotloop import kernels
+from hotloop.bench import device as dev
+from hotloop.bench.accuracy import fresh, outputs, upstream
+from hotloop.bench.operators import OPERATORS
+from hotloop.bench.runner import die_with_parent
+from hotloop.bench.switches import UNFINISHED
+from hotloop.harness.errors import UsageError
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox.process import tail
+from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.tuning.search import blame, entry, halving, out_of
+from hotloop.harness.tuning.selection import TimeIsUp, Unfit
+from hotloop.kernels import (
     flash,
     linear_qkv,
     mlp,
@@ -60,16 +60,16 @@ from kernels import (
     tuning,
     weight_gradient,
 )
-from kernels import linear_cross_entropy as lce
-from kernels import softcap_cross_entropy as ce
-from kernels.compiling import Launch, compile_all, recorded
+from hotloop.kernels import linear_cross_entropy as lce
+from hotloop.kernels import softcap_cross_entropy as ce
+from hotloop.kernels.compiling import Launch, compile_all, recorded
 
 __all__ = ["KERNELS", "Candidate", "Card", "child", "main", "search", "tuned"]
 
 HANG_S = 120.0  # after which a candidate that is being tried counts as hanging
 CHUNK = 8  # candidates to a core that are compiled between two looks at the clock
-TABLE = "bench.tune:KERNELS"
-_CHILD = "from bench.tune import child; child()"
+TABLE = "hotloop.bench.tune:KERNELS"
+_CHILD = "from hotloop.bench.tune import child; child()"
 Config = dict[str, int]
 
 

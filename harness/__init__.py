@@ -10,23 +10,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.client import Batch, Run
-    from harness.spec import Spec
+    from hotloop.harness.settings import Spec
+    from hotloop.harness.training.run import Batch, Run
 
 __all__ = ["Batch", "Run", "Spec", "main"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Batch": "harness.client",
-    "Run": "harness.client",
-    "Spec": "harness.spec",
+    "Batch": "hotloop.harness.training.run",
+    "Run": "hotloop.harness.training.run",
+    "Spec": "hotloop.harness.settings",
 }
 
 
 def main(path: str) -> int:
     """Run the train.py at `path` as one experiment; returns the exit code."""
-    from harness.single import main as run
+    from hotloop.harness.single import main as run
 
     return run(path)
 

@@ -14,21 +14,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from harness import nvml
-from harness.conditions import SLOWED, clock_words, clocks
-from harness.data.dataset import default_data_dir, load_dataset
-from harness.devices import chosen, gpus, usable
-from harness.errors import DeviceError, HotloopError
-from harness.gpu import touch
-from harness.machine import cpu_name, gpu_memory_gib, threads_default
-from harness.neighbours import others, strangers
-from harness.nvml import Gpu
-from harness.probe_cuda import probe_cuda
-from harness.sandbox import best
-from harness.seal import verify_seal
-from harness.single import preset_here
-from harness.spec import PRESETS, batch_divisor
-from harness.toolchain import MAKE_FIT, TESTED, compiler_trouble, compiles, header_trouble, torch_build
+from hotloop.harness.data.dataset import default_data_dir, load_dataset
+from hotloop.harness.errors import DeviceError, HotloopError
+from hotloop.harness.gpu import nvml
+from hotloop.harness.gpu.between_runs import touch
+from hotloop.harness.gpu.devices import chosen, gpus, usable
+from hotloop.harness.gpu.neighbours import others, strangers
+from hotloop.harness.gpu.nvml import Gpu
+from hotloop.harness.gpu.toolchain import MAKE_FIT, TESTED, compiler_trouble, compiles, header_trouble, torch_build
+from hotloop.harness.machine import cpu_name, gpu_memory_gib, threads_default
+from hotloop.harness.records.seal import verify_seal
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.probe_cuda import probe_cuda
+from hotloop.harness.settings import PRESETS, batch_divisor
+from hotloop.harness.single import preset_here
+from hotloop.harness.training.conditions import SLOWED, clock_words, clocks
 
 __all__ = ["checks", "main"]
 
@@ -167,7 +167,7 @@ def _user_namespaces(root: Path = Path("/proc/sys")) -> Iterator[tuple[str, bool
 def _attention(device: str) -> Iterator[tuple[str, bool, str]]:
     """Which implementations of attention work here, the one that would be taken first; on a GPU also why not others."""
     try:
-        attend = importlib.import_module("kernels.attend")
+        attend = importlib.import_module("hotloop.kernels.attend")
     except ImportError:  # no torch: the line on versions says so
         return
     try:

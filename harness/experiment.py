@@ -18,24 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from harness.budget import Budget
-from harness.compiled import PACK, Store
-from harness.conditions import Watch, is_machines_fault, warnings
-from harness.data.dataset import Dataset
-from harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
-from harness.evaluate import Evaluation, Evaluator
-from harness.gpu import fresh
-from harness.lint import problem
-from harness.machine import check_device, environment, mfu_percent
-from harness.prewarm import Prewarmer, Setup
-from harness.process import tail
-from harness.record import OPEN_TEXT, Chain, Outcome, version
-from harness.sandbox import Sandbox, best, exposed, exposed_text, readable_text
-from harness.seal import verify_seal
-from harness.session import Event, Session
-from harness.spec import BudgetRule, Preset, Spec
-from harness.text import one_line, shorten
-from harness.weights import check_weights
+from hotloop.harness.data.dataset import Dataset
+from hotloop.harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
+from hotloop.harness.gpu.between_runs import fresh
+from hotloop.harness.machine import check_device, environment, mfu_percent
+from hotloop.harness.preflight.lint import problem
+from hotloop.harness.records.record import OPEN_TEXT, Chain, Outcome, version
+from hotloop.harness.records.seal import verify_seal
+from hotloop.harness.sandbox.levels import Sandbox, best, exposed, exposed_text, readable_text
+from hotloop.harness.sandbox.process import tail
+from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
+from hotloop.harness.scoring.weights import check_weights
+from hotloop.harness.settings import BudgetRule, Preset, Spec
+from hotloop.harness.text import one_line, shorten
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.compile_cache import PACK, Store
+from hotloop.harness.training.conditions import Watch, is_machines_fault, warnings
+from hotloop.harness.training.prewarm import Prewarmer, Setup
+from hotloop.harness.training.session import Event, Session
 
 __all__ = [
     "LOSSES",

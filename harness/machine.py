@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.devices import chosen, gpus, gpus_at, usable
-from harness.errors import DeviceError
-from harness.nvml import Gpu
+from hotloop.harness.errors import DeviceError
+from hotloop.harness.gpu.devices import chosen, gpus, gpus_at, usable
+from hotloop.harness.gpu.nvml import Gpu
 
 __all__ = [
     "PEAK_BF16_FLOPS",
@@ -46,7 +46,7 @@ def gpu_memory_gib(gpu: Gpu | None = None) -> float | None:
         return None
     if gpu.memory_gib is not None:
         return gpu.memory_gib
-    from harness.gpu import touch  # cards that share the machine's memory tell it to CUDA only
+    from hotloop.harness.gpu.between_runs import touch  # cards that share the machine's memory tell it to CUDA only
 
     return touch(gpu)["memory"] / 2**30 or None
 

@@ -16,23 +16,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from harness.data.dataset import default_data_dir, load_dataset
-from harness.devices import chosen, named
-from harness.errors import DataError, DeviceError, HotloopError, UsageError
-from harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
-from harness.files import kind_of, read_ordinary
-from harness.gpu import touch
-from harness.lint import MAX_BYTES
-from harness.machine import check_device, gpu_memory_gib, threads_default
-from harness.neighbours import claim
-from harness.nvml import Gpu
-from harness.record import Chain, Lock, Outcome
-from harness.sandbox import best
-from harness.score import Noise
-from harness.session import Event
-from harness.spec import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
-from harness.text import forgiving, one_line
-from harness.toolchain import torch_build
+from hotloop.harness.data.dataset import default_data_dir, load_dataset
+from hotloop.harness.errors import DataError, DeviceError, HotloopError, UsageError
+from hotloop.harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
+from hotloop.harness.files import kind_of, read_ordinary
+from hotloop.harness.gpu.between_runs import touch
+from hotloop.harness.gpu.devices import chosen, named
+from hotloop.harness.gpu.neighbours import claim
+from hotloop.harness.gpu.nvml import Gpu
+from hotloop.harness.gpu.toolchain import torch_build
+from hotloop.harness.machine import check_device, gpu_memory_gib, threads_default
+from hotloop.harness.preflight.lint import MAX_BYTES
+from hotloop.harness.records.record import Chain, Lock, Outcome
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.scoring.score import Noise
+from hotloop.harness.settings import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
+from hotloop.harness.text import forgiving, one_line
+from hotloop.harness.training.session import Event
 
 __all__ = [
     "EXIT_BY_STATUS",

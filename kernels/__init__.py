@@ -9,24 +9,24 @@ and cannot run is an error.
 
 from __future__ import annotations
 
-from kernels.adamw import adamw_
-from kernels.attend import attention, document_offsets
-from kernels.dispatch import KernelError, implementations
-from kernels.fp8 import linear_fp8
-from kernels.linear_cross_entropy import softcap_linear_cross_entropy
-from kernels.linear_qkv import linear_qkv_rope_norm
-from kernels.mlp import mlp_relu2
-from kernels.muon import muon_
-from kernels.norm_mlp import norm_mlp_relu2
-from kernels.norm_qkv import norm_linear_qkv
-from kernels.qkv import qkv_rope_norm
-from kernels.reference import apply_rope_norm, rms_norm
-from kernels.residual_linear import linear_residual
-from kernels.residual_norm import residual_rms_norm
-from kernels.residual_stream import Norm, Squares, normalized, squares
-from kernels.softcap_cross_entropy import softcap_cross_entropy_
-from kernels.token_embedding import TokenOrder, embedding, token_order
-from kernels.weight_gradient import linear
+from hotloop.kernels.adamw import adamw_
+from hotloop.kernels.attend import attention, document_offsets
+from hotloop.kernels.dispatch import KernelError, implementations
+from hotloop.kernels.fp8 import linear_fp8
+from hotloop.kernels.linear_cross_entropy import softcap_linear_cross_entropy
+from hotloop.kernels.linear_qkv import linear_qkv_rope_norm
+from hotloop.kernels.mlp import mlp_relu2
+from hotloop.kernels.muon import muon_
+from hotloop.kernels.norm_mlp import norm_mlp_relu2
+from hotloop.kernels.norm_qkv import norm_linear_qkv
+from hotloop.kernels.qkv import qkv_rope_norm
+from hotloop.kernels.reference import apply_rope_norm, rms_norm
+from hotloop.kernels.residual_linear import linear_residual
+from hotloop.kernels.residual_norm import residual_rms_norm
+from hotloop.kernels.residual_stream import Norm, Squares, normalized, squares
+from hotloop.kernels.softcap_cross_entropy import softcap_cross_entropy_
+from hotloop.kernels.token_embedding import TokenOrder, embedding, token_order
+from hotloop.kernels.weight_gradient import linear
 
 __all__ = [
     "KernelError",

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels import reference
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
     import triton

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import cache_key, dispatch, reference, tuning
-from kernels.attention_backends import BACKENDS, Backend
-from kernels.dispatch import KernelError
+from hotloop.kernels import cache_key, dispatch, reference, tuning
+from hotloop.kernels.attention_backends import BACKENDS, Backend
+from hotloop.kernels.dispatch import KernelError
 
 __all__ = ["attention", "backends", "document_offsets", "ranking_key"]
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import flash
-from kernels.architectures import MAJORS
+from hotloop.kernels import flash
+from hotloop.kernels.architectures import MAJORS
 
 __all__ = ["BACKENDS", "Backend"]
 

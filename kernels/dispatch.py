@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels import cache_key, tuning
-from kernels.architectures import ARCHITECTURES
+from hotloop.kernels import cache_key, tuning
+from hotloop.kernels.architectures import ARCHITECTURES
 
 __all__ = [
     "DEFAULTS",

@@ -29,18 +29,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, reference, tuning
-from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
-from kernels.fp8 import check_fp8, input_gradient, linear_fp8, scaled_product
-from kernels.softcap_cross_entropy import check, launch
-from kernels.weight_gradient import weight_gradient
+from hotloop.kernels import product, reference, tuning
+from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.fp8 import check_fp8, input_gradient, linear_fp8, scaled_product
+from hotloop.kernels.softcap_cross_entropy import check, launch
+from hotloop.kernels.weight_gradient import weight_gradient
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import dot, halves, load_tile, tile_order
+    from hotloop.kernels.product import dot, halves, load_tile, tile_order
 
 __all__ = ["METHODS", "compile_cases", "default_config", "search_space", "softcap_linear_cross_entropy"]
 

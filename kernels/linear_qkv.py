@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, qkv, reference
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
-from kernels.weight_gradient import weight_gradient
+from hotloop.kernels import product, qkv, reference
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.weight_gradient import weight_gradient
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import dot, halves, load_tile, tile_order
-    from kernels.residual_stream import row_root
+    from hotloop.kernels.product import dot, halves, load_tile, tile_order
+    from hotloop.kernels.residual_stream import row_root
 
 __all__ = ["compile_cases", "default_config", "empty", "launch", "linear_qkv_rope_norm", "search_space"]
 

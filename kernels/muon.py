@@ -27,16 +27,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference, tuning
-from kernels.adamw import addresses
-from kernels.architectures import ARCHITECTURES
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels import reference, tuning
+from hotloop.kernels.adamw import addresses
+from hotloop.kernels.architectures import ARCHITECTURES
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import dot
+    from hotloop.kernels.product import dot
 
 __all__ = ["compile_cases", "config_key", "default_config", "muon_", "search_space"]
 

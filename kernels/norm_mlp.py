@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import mlp, residual_linear, residual_stream
-from kernels.dispatch import KernelError, choose
-from kernels.residual_norm import residual_rms_norm
-from kernels.residual_stream import DTYPES, Norm, Squares, check_mix, normalized, squares_of
-from kernels.weight_gradient import weight_gradient
+from hotloop.kernels import mlp, residual_linear, residual_stream
+from hotloop.kernels.dispatch import KernelError, choose
+from hotloop.kernels.residual_norm import residual_rms_norm
+from hotloop.kernels.residual_stream import DTYPES, Norm, Squares, check_mix, normalized, squares_of
+from hotloop.kernels.weight_gradient import weight_gradient
 
 __all__ = ["norm_mlp_relu2"]
 

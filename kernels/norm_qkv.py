@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import linear_qkv, qkv, residual_stream
-from kernels.dispatch import KernelError, choose
-from kernels.residual_stream import Norm, Squares, normalized, squares_of
-from kernels.weight_gradient import weight_gradient
+from hotloop.kernels import linear_qkv, qkv, residual_stream
+from hotloop.kernels.dispatch import KernelError, choose
+from hotloop.kernels.residual_stream import Norm, Squares, normalized, squares_of
+from hotloop.kernels.weight_gradient import weight_gradient
 
 __all__ = ["norm_linear_qkv"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import tuning
-from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS, serves_descriptors
-from kernels.dispatch import HAVE_TRITON
+from hotloop.kernels import tuning
+from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS, serves_descriptors
+from hotloop.kernels.dispatch import HAVE_TRITON
 
 if HAVE_TRITON:
     import triton

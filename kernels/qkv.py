@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference, tuning
-from kernels.architectures import ARCHITECTURES
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels import reference, tuning
+from hotloop.kernels.architectures import ARCHITECTURES
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
     import triton

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
-from kernels.residual_norm import residual_rms_norm
-from kernels.residual_stream import DTYPES, Norm, Squares, check_mix, default_config, search_space
-from kernels.weight_gradient import linear, weight_gradient
+from hotloop.kernels import product
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.residual_norm import residual_rms_norm
+from hotloop.kernels.residual_stream import DTYPES, Norm, Squares, check_mix, default_config, search_space
+from hotloop.kernels.weight_gradient import linear, weight_gradient
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import dot, halves, load_tile, tile_order
+    from hotloop.kernels.product import dot, halves, load_tile, tile_order
 
 __all__ = ["compile_cases", "default_config", "launch", "linear_residual", "search_space", "squares_like"]
 

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, reference
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError
+from hotloop.kernels import product, reference
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import dot, halves, load_tile, tile_order
+    from hotloop.kernels.product import dot, halves, load_tile, tile_order
 
 __all__ = [
     "DTYPES",

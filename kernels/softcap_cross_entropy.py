@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import reference, tuning
-from kernels.architectures import ARCHITECTURES
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels import reference, tuning
+from hotloop.kernels.architectures import ARCHITECTURES
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
     import triton

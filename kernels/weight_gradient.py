@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import product, reference, tuning
-from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
-from kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels import product, reference, tuning
+from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from kernels.product import dot, load_tile, tile_order
+    from hotloop.kernels.product import dot, load_tile, tile_order
 
 __all__ = ["compile_cases", "config_key", "default_config", "linear", "parts", "search_space", "weight_gradient"]
 

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 
-from harness import residency
+from hotloop.harness.sandbox import residency
 from tests.needs import NEEDS
 
 _STATE = tempfile.TemporaryDirectory(prefix="hotloop-state-")

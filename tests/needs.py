@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import SandboxError
-from harness.sandbox import Sandbox, best
+from hotloop.harness.errors import SandboxError
+from hotloop.harness.sandbox.levels import Sandbox, best
 
 CLIENTS = Path(__file__).parents[1] / ".clients" / "node_modules" / ".bin"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

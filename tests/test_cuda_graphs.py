@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from harness.client import Batch, _Snapshot
-from harness.spec import Spec
+from hotloop.harness.settings import Spec
+from hotloop.harness.training.run import Batch, _Snapshot
 
 VOCAB, LENGTH = 29, 12
 TINY = dict(

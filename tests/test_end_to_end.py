@@ -15,20 +15,20 @@ import git
 import pytest
 from rich.console import Console
 
-import prepare as prep
-from agent_loop.agents import Context, Turn
-from agent_loop.gitrepo import NightRepo, open_repo
-from agent_loop.live import View
-from agent_loop.loop import Driver, Options
-from agent_loop.night import Night
-from agent_loop.verify import checks
-from harness import heads
-from harness.errors import UsageError
-from harness.experiment import Settings
-from harness.record import Chain, Lock
-from harness.sandbox import best
-from harness.spec import BudgetRule, preset_named
-from harness.walls import project_root
+from hotloop import prepare as prep
+from hotloop.agent_loop.agents.agent import Context, Turn
+from hotloop.agent_loop.commands.verify import checks
+from hotloop.agent_loop.gitrepo import NightRepo, open_repo
+from hotloop.agent_loop.loop.driver import Driver, Options
+from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.night import Night
+from hotloop.harness.errors import UsageError
+from hotloop.harness.experiment import Settings
+from hotloop.harness.paths import project_root
+from hotloop.harness.records import heads
+from hotloop.harness.records.record import Chain, Lock
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.settings import BudgetRule, preset_named
 from tests.harness.conftest import TINY, tiny_source
 
 ROOT = project_root()
@@ -55,7 +55,7 @@ def call(folder: Path, *command: str, **settings: str) -> subprocess.CompletedPr
 
 
 def hotloop(folder: Path, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    main = "import sys; from agent_loop.cli import main; sys.exit(main())"
+    main = "import sys; from hotloop.agent_loop.cli import main; sys.exit(main())"
     return call(folder, sys.executable, "-c", main, *args, **settings)
 
 
@@ -390,8 +390,9 @@ def test_the_package_installs_whole(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shutil.rmtree(copy)
     code = (
-        f"import sys; sys.path.insert(0, {str(target)!r}); import kernels, prepare, harness.seal, agent_loop.cli\n"
-        "print(harness.seal.verify_seal()); print(kernels.__file__)\n"
+        f"import sys; sys.path.insert(0, {str(target)!r}); from hotloop import kernels, harness, prepare\n"
+        "import hotloop.harness.records.seal, hotloop.agent_loop.cli\n"
+        "print(hotloop.harness.records.seal.verify_seal()); print(kernels.__file__)\n"
         "for p in (kernels, harness): [getattr(p, name) for name in p.__all__]"
     )
     done = call(tmp_path, sys.executable, "-I", "-c", code)
@@ -400,12 +401,12 @@ def test_the_package_installs_whole(tmp_path: Path) -> None:
     assert (target / "bench" / "results" / "compile.json").exists()
     assert (target / "bench" / "pytest.ini").exists()
     entry = next(target.glob("hotloop-*.dist-info")) / "entry_points.txt"
-    assert "hotloop = agent_loop.cli:main" in entry.read_text()
+    assert "hotloop = hotloop.agent_loop.cli:main" in entry.read_text()
 
 
 def test_the_two_package_files_agree() -> None:
     """setup.py adds nothing to pyproject.toml, and the versions are one."""
-    import harness
+    from hotloop import harness
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     done = subprocess.run(

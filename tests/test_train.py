@@ -13,9 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from bench import baseline
-from harness import Batch
-from harness.spec import PRESETS, Spec
+from hotloop.bench import baseline
+from hotloop.harness import Batch
+from hotloop.harness.settings import PRESETS, Spec
 
 TINY = dict(
     DEPTH=3, ASPECT_RATIO=16, HEAD_DIM=8, WINDOW_PATTERN="SL", SOFTCAP=15.0, ROPE_BASE=10000.0, GATE_CHANNELS=4

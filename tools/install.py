@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.devices import signs, why_unusable  # noqa: E402
-from harness.toolchain import (  # noqa: E402
+from hotloop.harness.gpu.devices import signs, why_unusable  # noqa: E402
+from hotloop.harness.gpu.toolchain import (  # noqa: E402
     INDEX,
     TESTED,
     Install,

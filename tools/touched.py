@@ -30,7 +30,8 @@ def touched(files: list[Path], tests: dict[Path, str]) -> list[Path]:
     """Of `tests`, path -> text, those that `files` touch."""
     modules = [f.with_suffix("") for f in files if f.suffix == ".py" and f.parts[0] != "tests"]
     names = [
-        rf"from {re.escape('.'.join(m.parent.parts))} import [^\n]*\b{m.name}\b|\b{re.escape('.'.join(m.parts))}\b"
+        rf"from hotloop\.{re.escape('.'.join(m.parent.parts))} import [^\n]*\b{m.name}\b"
+        rf"|\bhotloop\.{re.escape('.'.join(m.parts))}\b"
         if m.parent.parts
         else rf"\b{m.name}\b"
         for m in modules

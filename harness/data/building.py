@@ -18,13 +18,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from harness.data.copies import Copies
-from harness.data.dataset import FORMAT, SPLITS, Dataset, default_data_dir, load_dataset
-from harness.data.packing import PACKING_VERSION, PACKINGS, Packer
-from harness.data.readers import Fields, Tally
-from harness.data.sources import Corpus, Text, open_text, tell_unusable
-from harness.data.tokenizer import SPECIAL_TOKENS, Row, Tokenizer, Untokenizable
-from harness.errors import DataError, UsageError
+from hotloop.harness.data.copies import Copies
+from hotloop.harness.data.dataset import FORMAT, SPLITS, Dataset, default_data_dir, load_dataset
+from hotloop.harness.data.packing import PACKING_VERSION, PACKINGS, Packer
+from hotloop.harness.data.readers import Fields, Tally
+from hotloop.harness.data.sources import Corpus, Text, open_text, tell_unusable
+from hotloop.harness.data.tokenizer import SPECIAL_TOKENS, Row, Tokenizer, Untokenizable
+from hotloop.harness.errors import DataError, UsageError
 
 __all__ = ["default_packing", "prepare"]
 

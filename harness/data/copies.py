@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.data.tokenizer import Row
+from hotloop.harness.data.tokenizer import Row
 
 __all__ = ["Copies"]
 

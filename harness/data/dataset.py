@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.data.tokenizer import Tokenizer
-from harness.errors import DataError
+from hotloop.harness.data.tokenizer import Tokenizer
+from hotloop.harness.errors import DataError
 
 __all__ = ["BUILT_IN", "FORMAT", "SPLITS", "Dataset", "default_data_dir", "load_dataset"]
 

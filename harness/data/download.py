@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from harness.errors import DataError, UsageError
+from hotloop.harness.errors import DataError, UsageError
 
 __all__ = ["download", "endpoint"]
 

@@ -1,8 +1,8 @@
 """The built-in text: the Python sources of two pinned packages that only the driver imports.
 
-No child needs them, so every child is kept from reading them (`harness.walls`), wherever a copy lies in what it may
-read. They are the same in every wheel of a version, so text, tokenizer and rows are the same on every machine that has
-the pinned versions. (Pygments would do as well, were it not also inside every pip.)
+No child needs them, so every child is kept from reading them (`harness.sandbox.bubblewrap`), wherever a copy lies in
+what it may read. They are the same in every wheel of a version, so text, tokenizer and rows are the same on every
+machine that has the pinned versions. (Pygments would do as well, were it not also inside every pip.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.errors import DataError
+from hotloop.harness.errors import DataError
 
 __all__ = ["FOLDERS", "PINNED", "TEXT_SHA256", "copies_below", "differences", "package_files", "text_hash"]
 

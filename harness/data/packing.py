@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from harness.data.tokenizer import Row
+from hotloop.harness.data.tokenizer import Row
 
 __all__ = ["BUFFER_DOCUMENTS", "PACKINGS", "PACKING_VERSION", "Packer"]
 

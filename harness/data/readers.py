@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from harness.errors import DataError
+from hotloop.harness.errors import DataError
 
 __all__ = [
     "DOCUMENT_CHARS",

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.data import packages
-from harness.data.download import download, endpoint
-from harness.data.readers import DOCUMENT_CHARS, Document, Fields, Tally, counted, read, shown, text_files
-from harness.data.spool import Spool
-from harness.errors import DataError, UsageError
+from hotloop.harness.data import packages
+from hotloop.harness.data.download import download, endpoint
+from hotloop.harness.data.readers import DOCUMENT_CHARS, Document, Fields, Tally, counted, read, shown, text_files
+from hotloop.harness.data.spool import Spool
+from hotloop.harness.errors import DataError, UsageError
 
 __all__ = ["ClimbmixText", "CodeText", "Corpus", "PathText", "Text", "open_text", "tell_unusable"]
 

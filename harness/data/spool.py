@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from harness.data.dataset import SPLITS
-from harness.data.readers import Document, Tally, shown
-from harness.errors import DataError
+from hotloop.harness.data.dataset import SPLITS
+from hotloop.harness.data.readers import Document, Tally, shown
+from hotloop.harness.errors import DataError
 
 __all__ = ["HOLDOUT_SHARE", "VAL_SHARE", "Spool", "split_share"]
 

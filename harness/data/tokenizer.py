@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from harness.errors import DataError
+from hotloop.harness.errors import DataError
 
 __all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "Row", "Tokenizer", "Untokenizable"]
 

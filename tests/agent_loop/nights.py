@@ -12,8 +12,8 @@ from typing import Any
 
 import git
 
-from harness import record
-from harness.record import Chain, Outcome
+from hotloop.harness.records import record
+from hotloop.harness.records.record import Chain, Outcome
 
 START = datetime.datetime(2026, 11, 23, 22, 0, tzinfo=datetime.UTC)
 LEDGER = {

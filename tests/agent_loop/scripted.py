@@ -20,17 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rich.console import Console
 
-from agent_loop import gitrepo, night
-from agent_loop.agents import Agent
-from agent_loop.builtin import BuiltinAgent, constants
-from agent_loop.gitrepo import NightRepo, open_repo
-from agent_loop.live import View
-from agent_loop.loop import Driver, Options
-from agent_loop.night import Night
-from agent_loop.report import print_results
-from harness.experiment import Event, Job, Settings
-from harness.record import Chain, Lock, Outcome
-from harness.spec import PRESETS
+from hotloop.agent_loop import gitrepo, night
+from hotloop.agent_loop.agents.agent import Agent
+from hotloop.agent_loop.agents.builtin import BuiltinAgent, constants
+from hotloop.agent_loop.gitrepo import NightRepo, open_repo
+from hotloop.agent_loop.loop.driver import Driver, Options
+from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.night import Night
+from hotloop.agent_loop.report.files import print_results
+from hotloop.harness.experiment import Event, Job, Settings
+from hotloop.harness.records.record import Chain, Lock, Outcome
+from hotloop.harness.settings import PRESETS
 
 DATA: Any = SimpleNamespace(digest="d", path=Path("nowhere"), source="packages")
 SETTINGS = Settings(PRESETS["laptop"], "cpu", DATA, 1)

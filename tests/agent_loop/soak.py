@@ -21,11 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import agent_loop.loop
-import agent_loop.rota
-from agent_loop.agents import AgentError, Turn
-from agent_loop.builtin import BuiltinAgent, constants
-from harness.errors import DeviceError
+import hotloop.agent_loop.agents.turn_order
+import hotloop.agent_loop.loop.driver
+from hotloop.agent_loop.agents.agent import AgentError, Turn
+from hotloop.agent_loop.agents.builtin import BuiltinAgent, constants
+from hotloop.harness.errors import DeviceError
 
 _spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
 assert _spec is not None
@@ -100,10 +100,10 @@ def status(key: str) -> float:
 
 if __name__ == "__main__":
     repo, tag, experiments, FAULTS = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "faults"
-    agent_loop.rota.FIRST_WAIT_S = 0.01
-    agent_loop.rota.LONGEST_WAIT_S = 0.05
-    agent_loop.loop.Trouble.__init__ = lambda self: self.__dict__.update(since=None, pause_s=0.01)  # type: ignore[method-assign]
-    agent_loop.loop.LONGEST_PAUSE_S = 0.05
+    hotloop.agent_loop.agents.turn_order.FIRST_WAIT_S = 0.01
+    hotloop.agent_loop.agents.turn_order.LONGEST_WAIT_S = 0.05
+    hotloop.agent_loop.loop.driver.Trouble.__init__ = lambda self: self.__dict__.update(since=None, pause_s=0.01)  # type: ignore[method-assign]
+    hotloop.agent_loop.loop.driver.LONGEST_PAUSE_S = 0.05
     if FAULTS:
         fill_the_disk_now_and_then()
     night = scripted.drive(

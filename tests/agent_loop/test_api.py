@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from agent_loop.agents import AgentError, Context, Turn
-from agent_loop.api import ApiAgent
-from agent_loop.edits import Draft, EditError, replace_file, without_thoughts
-from agent_loop.roster import _extra
-from agent_loop.source import MAX_BYTES
-from harness.errors import UsageError
+from hotloop.agent_loop.agents.agent import AgentError, Context, Turn
+from hotloop.agent_loop.agents.api import ApiAgent
+from hotloop.agent_loop.agents.edits import Draft, EditError, replace_file, without_thoughts
+from hotloop.agent_loop.agents.registry import _extra
+from hotloop.agent_loop.source import MAX_BYTES
+from hotloop.harness.errors import UsageError
 from tests.agent_loop.services import Reply, Scripted, chat, serve, slowly
 
 SOURCE = "MATRIX_LR = 0.04\nDEPTH = 4\nWIDTH = 4\n\n\ndef build_model(spec): ...\n\n\ndef train(run): ...\n"

@@ -18,21 +18,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from agent_loop import report, source, watchdog
-from agent_loop.agents import AgentError, Context, Turn, described, hypothesis
-from agent_loop.builtin import BuiltinAgent
-from agent_loop.decide import judge
-from agent_loop.gitrepo import NightRepo, open_repo
-from agent_loop.live import View, sparkline
-from agent_loop.loop import Driver
-from agent_loop.night import Flight, Night
-from agent_loop.source import MAX_DEPTH, ProposalError, check_source, merge, size_of, syntax_hash
-from harness import lint
-from harness.errors import HotloopError, UsageError
-from harness.experiment import Event
-from harness.record import Outcome
-from harness.score import Noise
-from harness.text import forgiving, one_line, printable, shorten
+from hotloop.agent_loop import source
+from hotloop.agent_loop.agents.agent import AgentError, Context, Turn, described, hypothesis
+from hotloop.agent_loop.agents.builtin import BuiltinAgent
+from hotloop.agent_loop.decide import judge
+from hotloop.agent_loop.gitrepo import NightRepo, open_repo
+from hotloop.agent_loop.loop import watchdog
+from hotloop.agent_loop.loop.driver import Driver
+from hotloop.agent_loop.loop.live import View, sparkline
+from hotloop.agent_loop.night import Flight, Night
+from hotloop.agent_loop.report import files as report
+from hotloop.agent_loop.source import MAX_DEPTH, ProposalError, check_source, merge, size_of, syntax_hash
+from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.experiment import Event
+from hotloop.harness.preflight import lint
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.scoring.score import Noise
+from hotloop.harness.text import forgiving, one_line, printable, shorten
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
 
 anyhow = settings(deadline=None, max_examples=60)
@@ -110,7 +112,7 @@ def test_a_night_goes_on_after_edits_that_cannot_be_read_and_can_be_started_agai
     repo: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agent_loop.rota.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hotloop.agent_loop.agents.turn_order.FIRST_WAIT_S", 0.01)
     edits = [(name, ODD[name]) for name in ("one byte", "a long sum", "line ends", "a NUL")]
     night = drive_edits(repo, [*edits, ("the next", b"")], 1)
     assert night.rows()[0].decision == "keep" and night.experiments == 1
@@ -184,7 +186,7 @@ def test_whatever_a_turn_raises_is_its_agents_failure(repo: Path, monkeypatch: p
         return real(self, commit)
 
     monkeypatch.setattr(NightRepo, "proposed", proposed)
-    monkeypatch.setattr("agent_loop.rota.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hotloop.agent_loop.agents.turn_order.FIRST_WAIT_S", 0.01)
     night = scripted.drive(repo, "t", 1)
     assert night.experiments == 1
     assert [t["reason"] for t in night.turns()] == [
@@ -230,7 +232,7 @@ def test_every_view_shows_words_as_they_are(
     edits = [(w, b"" if i % 2 else b"# crash\n") for i, w in enumerate(WORDS)]
     night = drive_edits(repo, edits, len(WORDS))
     assert night.experiments == len(WORDS)
-    from agent_loop.cli import main
+    from hotloop.agent_loop.cli import main
 
     monkeypatch.chdir(repo)
     for verb in (["report"], ["best"], ["show", "1"], ["show", "3"], ["show", "4"], ["diff", "2"], ["checkout"]):
@@ -404,7 +406,7 @@ def test_a_commit_that_is_gone_is_a_line_and_what_was_begun_is_left(repo: Path) 
 @anyhow
 @given(words=st.text(st.characters(), max_size=60))
 def test_any_words_of_git_are_one_line(words: str) -> None:
-    from agent_loop.gitrepo import said
+    from hotloop.agent_loop.gitrepo import said
 
     assert said(git.GitCommandError("x", 1, words.encode("utf-8", "surrogatepass"), b"")).isprintable()
 
@@ -465,7 +467,7 @@ def test_no_view_raises_whatever_its_output_does(errors: list[Exception], lines:
 
 
 def test_an_output_that_takes_nothing_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_loop.live.END_S", 0.05)
+    monkeypatch.setattr("hotloop.agent_loop.loop.live.END_S", 0.05)
     bad = _Bad(None)
     with View(Console(file=bad, width=80)) as view:
         for i in range(3000):  # more than wait
@@ -505,9 +507,9 @@ def test_a_long_log_keeps_its_end(tmp_path: Path) -> None:
 
 def test_the_warning_of_a_lesser_sandbox_ends_in_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last line of a traceback, and no piece of the lines before it."""
-    from harness import probe
-    from harness.errors import SandboxError
-    from harness.sandbox import Sandbox
+    from hotloop.harness.errors import SandboxError
+    from hotloop.harness.sandbox import probe
+    from hotloop.harness.sandbox.levels import Sandbox
 
     class Died:
         def __init__(self, sandbox: Any, policy: Any, fds: Any, log: Path, threads: int) -> None:
@@ -517,7 +519,7 @@ def test_the_warning_of_a_lesser_sandbox_ends_in_a_reason(monkeypatch: pytest.Mo
             self.wire = SimpleNamespace(send=lambda *_, **__: None, recv=self.recv)
 
         def recv(self, timeout_s: float) -> Any:
-            from harness.wire import Closed
+            from hotloop.harness.sandbox.wire import Closed
 
             raise Closed
 
@@ -527,7 +529,7 @@ def test_the_warning_of_a_lesser_sandbox_ends_in_a_reason(monkeypatch: pytest.Mo
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr("harness.process.Child", Died)
+    monkeypatch.setattr("hotloop.harness.sandbox.process.Child", Died)
     with pytest.raises(SandboxError) as raised:
         probe.probe(Sandbox(1))
     assert str(raised.value) == "a child could not be started (ImportError: no ?[1m libc)"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agent_loop.agents import AgentError, Context, Tried
-from agent_loop.builtin import KNOBS, BuiltinAgent, constants, replace_constant
-from agent_loop.source import ProposalError, check_source, code_lines, merge, syntax_hash
+from hotloop.agent_loop.agents.agent import AgentError, Context, Tried
+from hotloop.agent_loop.agents.builtin import KNOBS, BuiltinAgent, constants, replace_constant
+from hotloop.agent_loop.source import ProposalError, check_source, code_lines, merge, syntax_hash
 
 SOURCE = b'''"""A train.py."""
 MATRIX_LR = 0.04  # muon

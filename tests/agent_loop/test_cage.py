@@ -11,16 +11,16 @@ from pathlib import Path
 import git
 import pytest
 
-from agent_loop.agents import CommandAgent
-from agent_loop.builtin import BuiltinAgent
-from agent_loop.cage import Cage, everything_but, outermost, text_of, try_cage
-from agent_loop.evening import Evening
-from agent_loop.loop import Options
-from harness.bounds import Bounds
-from harness.data.readers import kind_of
-from harness.errors import SandboxError, UsageError
-from harness.process import Contained
-from harness.sandbox import best
+from hotloop.agent_loop.agents.agent import CommandAgent
+from hotloop.agent_loop.agents.builtin import BuiltinAgent
+from hotloop.agent_loop.agents.sandbox import Cage, everything_but, outermost, text_of, try_cage
+from hotloop.agent_loop.commands.start import Evening
+from hotloop.agent_loop.loop.driver import Options
+from hotloop.harness.data.readers import kind_of
+from hotloop.harness.errors import SandboxError, UsageError
+from hotloop.harness.sandbox.bounds import Bounds
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.process import Contained
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
 from tests.needs import at, sandbox
 
@@ -219,8 +219,8 @@ def test_what_an_agent_prints_has_a_cap_while_it_runs(
     places: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agent_loop.cage.FILE_BYTES", 1 << 20)
-    monkeypatch.setattr("agent_loop.agents.FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("hotloop.agent_loop.agents.sandbox.FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("hotloop.agent_loop.agents.agent.FILE_BYTES", 1 << 20)
     shout = agent(1, "import os, sys\nfor i in range(10 ** 6): os.write(1, b'x' * 65536)", places)
     night = scripted.drive(repo, "t", 1, agent=[shout, BuiltinAgent(1)])
     assert night.turns()[0]["reason"] == "the agent printed more than 1 MiB"

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from agent_loop.agents import AgentError, Context, Turn
-from agent_loop.builtin import BuiltinAgent
-from agent_loop.cage import FILE_BYTES, Cage
-from agent_loop.clients import ClaudeAgent, CodexAgent, described
-from agent_loop.faults import retry_after_s, service_error
-from agent_loop.roster import AGENTS, make_agent
-from agent_loop.transcript import Said, from_claude, from_codex
-from harness.errors import UsageError
+from hotloop.agent_loop.agents.agent import AgentError, Context, Turn
+from hotloop.agent_loop.agents.builtin import BuiltinAgent
+from hotloop.agent_loop.agents.coding_clients import ClaudeAgent, CodexAgent, described
+from hotloop.agent_loop.agents.registry import AGENTS, make_agent
+from hotloop.agent_loop.agents.sandbox import FILE_BYTES, Cage
+from hotloop.agent_loop.agents.service_errors import retry_after_s, service_error
+from hotloop.agent_loop.agents.transcript import Said, from_claude, from_codex
+from hotloop.harness.errors import UsageError
 from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
 from tests.needs import at, sandbox
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from agent_loop.cli import main
-from harness.compiled import PACK, Store, decode, encode
-from harness.experiment import Settings
-from harness.record import Outcome
+from hotloop.agent_loop.cli import main
+from hotloop.harness.experiment import Settings
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.training.compile_cache import PACK, Store, decode, encode
 from tests.agent_loop.test_loop import Rates, night_of, repo, scripted  # noqa: F401 - a fixture
 
 RATES = ("0.02", "0.06", "0.05", "0.09", "0.01")  # the second and the fourth are better

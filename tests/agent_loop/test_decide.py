@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agent_loop.decide import decide, decide_confirmed
-from agent_loop.source import Size, size_of
-from harness.record import Outcome
-from harness.score import Noise, Score
+from hotloop.agent_loop.decide import decide, decide_confirmed
+from hotloop.agent_loop.source import Size, size_of
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.scoring.score import Noise, Score
 
 NOISE = Noise(0.01, 3)
 SIZE = Size(100, 1000)

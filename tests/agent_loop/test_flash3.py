@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from agent_loop import flash3
-from agent_loop.cli import main
-from harness.errors import HotloopError, UsageError
-from harness.machine import ATTENTION_PACKAGES
+from hotloop.agent_loop.cli import main
+from hotloop.agent_loop.commands import install_flash3 as flash3
+from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.machine import ATTENTION_PACKAGES
 
 FILES = {
     "__init__.py": "",

@@ -16,17 +16,17 @@ from typing import Any
 import git
 import pytest
 
-from agent_loop.agents import AgentError, CommandAgent, Turn
-from agent_loop.builtin import BuiltinAgent
-from agent_loop.cage import Cage
-from agent_loop.cli import main
-from agent_loop.gitrepo import free_tag, open_repo
-from agent_loop.night import Night
-from agent_loop.verify import checks
-from harness.errors import DiskFullError, HotloopError, LockedError, RecordError, UsageError
-from harness.record import Lock
-from harness.sandbox import best
-from harness.score import Score
+from hotloop.agent_loop.agents.agent import AgentError, CommandAgent, Turn
+from hotloop.agent_loop.agents.builtin import BuiltinAgent
+from hotloop.agent_loop.agents.sandbox import Cage
+from hotloop.agent_loop.cli import main
+from hotloop.agent_loop.commands.verify import checks
+from hotloop.agent_loop.gitrepo import free_tag, open_repo
+from hotloop.agent_loop.night import Night
+from hotloop.harness.errors import DiskFullError, HotloopError, LockedError, RecordError, UsageError
+from hotloop.harness.records.record import Lock
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.scoring.score import Score
 
 SCRIPT = Path(__file__).with_name("scripted.py")
 _spec = importlib.util.spec_from_file_location("scripted", SCRIPT)
@@ -445,7 +445,7 @@ def test_hooks_do_not_run(repo: Path, tmp_path: Path) -> None:
 def cli(repo: Path, *args: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "HOTLOOP_DATA": str(repo / "no-data")}
     return subprocess.run(
-        [sys.executable, "-c", "import sys; from agent_loop.cli import main; sys.exit(main())", *args],
+        [sys.executable, "-c", "import sys; from hotloop.agent_loop.cli import main; sys.exit(main())", *args],
         cwd=repo, env=env, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -505,11 +505,11 @@ def test_no_repository_and_no_commit(tmp_path: Path) -> None:
 def test_wrong_flags(
     repo: Path, args: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import harness.single
+    import hotloop.harness.single
 
     data = repo.parent / "data"
     if "--threads" not in args:
-        monkeypatch.setattr(harness.single, "settings_from", lambda **_: scripted.SETTINGS)
+        monkeypatch.setattr(hotloop.harness.single, "settings_from", lambda **_: scripted.SETTINGS)
     else:
         data.mkdir()
     monkeypatch.chdir(repo)

@@ -12,13 +12,24 @@ from typing import Any
 import git
 import pytest
 
-from agent_loop.ablate import ablate, verdict
-from agent_loop.brief import MAX_TOKENS, most_tokens, write_brief
-from agent_loop.gitrepo import NightRepo, open_repo
-from agent_loop.night import Night, Run
-from agent_loop.race import CHECKPOINTS, Lesson, Rate, deficit, false_stops, lessons, spared, stopper, thresholds
-from harness.errors import UsageError
-from harness.record import Chain, Outcome
+import hotloop.agent_loop.commands.start
+from hotloop.agent_loop.agents.brief import MAX_TOKENS, most_tokens, write_brief
+from hotloop.agent_loop.commands.ablate import ablate, verdict
+from hotloop.agent_loop.gitrepo import NightRepo, open_repo
+from hotloop.agent_loop.night import Night, Run
+from hotloop.agent_loop.race import (
+    CHECKPOINTS,
+    Lesson,
+    Rate,
+    deficit,
+    false_stops,
+    lessons,
+    spared,
+    stopper,
+    thresholds,
+)
+from hotloop.harness.errors import UsageError
+from hotloop.harness.records.record import Chain, Outcome
 from tests.agent_loop.test_loop import Rates, cli, refused, repo, scripted  # noqa: F401 - a fixture
 
 
@@ -173,7 +184,7 @@ def test_each_kept_gain_is_taken_out_alone(repo: Path) -> None:  # noqa: F811
             self.edits = [("MATRIX_LR = 0.04", "MATRIX_LR = 0.08"), ("DEPTH=4", "DEPTH=4.5"), ("0.08", "0.09")]
 
         def propose(self, context: Any) -> Any:
-            from agent_loop.agents import Turn
+            from hotloop.agent_loop.agents.agent import Turn
 
             old, new = self.edits.pop(0)
             (context.worktree / "train.py").write_text(context.source.decode().replace(old, new))
@@ -278,10 +289,9 @@ def test_results_tsv_edited_by_hand_is_found_and_made_again(repo: Path) -> None:
 def test_what_a_user_can_have_wrong_is_one_line(
     repo: Path, args: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
-    import agent_loop.evening
-    from agent_loop.cli import main
+    from hotloop.agent_loop.cli import main
 
-    monkeypatch.setattr(agent_loop.evening, "settings_of", lambda _: scripted.SETTINGS)
+    monkeypatch.setattr(hotloop.agent_loop.commands.start, "settings_of", lambda _: scripted.SETTINGS)
     monkeypatch.chdir(repo)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.delenv("HOTLOOP_API_URL", raising=False)
@@ -318,7 +328,7 @@ def test_the_references_notebook_reads_results_tsv(repo: Path) -> None:  # noqa:
 
 
 def test_a_report_that_cannot_be_drawn_says_why_and_leaves_nothing_running(repo: Path) -> None:  # noqa: F811
-    from agent_loop.background import Reporter
+    from hotloop.agent_loop.loop.background import Reporter
 
     night = scripted.drive(repo, "t", 1)
     reporter = Reporter(night.folder, repo, every_s=0.0)

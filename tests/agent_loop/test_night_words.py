@@ -13,18 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_loop.agents import AgentError, Context, Turn
-from agent_loop.brief import MAX_TOKENS, Facts, most_tokens, write_brief
-from agent_loop.cli import main
-from agent_loop.contract import in_force, signatures
-from agent_loop.evening import Evening
-from agent_loop.night import Night
-from agent_loop.page import page
-from agent_loop.race import Lesson, Rate, false_stops, lessons, thresholds
-from agent_loop.report import tsv_text
-from harness.errors import RecordError
-from harness.record import Outcome
-from harness.spec import BudgetRule
+import hotloop.agent_loop.commands.start
+from hotloop.agent_loop.agents.agent import AgentError, Context, Turn
+from hotloop.agent_loop.agents.brief import MAX_TOKENS, Facts, most_tokens, write_brief
+from hotloop.agent_loop.agents.contract import in_force, signatures
+from hotloop.agent_loop.cli import main
+from hotloop.agent_loop.commands.start import Evening
+from hotloop.agent_loop.night import Night
+from hotloop.agent_loop.race import Lesson, Rate, false_stops, lessons, thresholds
+from hotloop.agent_loop.report.files import tsv_text
+from hotloop.agent_loop.report.page import page
+from hotloop.harness.errors import RecordError
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.settings import BudgetRule
 from tests.agent_loop.nights import Synthetic, realistic
 from tests.agent_loop.test_loop import SOURCE, cli, repo, scripted  # noqa: F401 - a fixture
 
@@ -60,9 +61,9 @@ def test_a_wrong_flag_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import harness.single
+    import hotloop.harness.single
 
-    monkeypatch.setattr(harness.single, "settings_from", lambda **_: scripted.SETTINGS)
+    monkeypatch.setattr(hotloop.harness.single, "settings_from", lambda **_: scripted.SETTINGS)
     monkeypatch.chdir(repo)
     assert main(["loop", "--preset", "laptop", *args]) == 2
     err = capsys.readouterr().err
@@ -76,11 +77,10 @@ def test_a_file_where_nights_are_kept_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import agent_loop.evening
 
     (repo / name).parent.mkdir(exist_ok=True)
     (repo / name).write_text("x")
-    monkeypatch.setattr(agent_loop.evening, "settings_of", lambda _: scripted.SETTINGS)
+    monkeypatch.setattr(hotloop.agent_loop.commands.start, "settings_of", lambda _: scripted.SETTINGS)
     monkeypatch.chdir(repo)
     assert main(["loop", "--tag", "t"]) == 2
     assert "is a file" in capsys.readouterr().err
@@ -101,12 +101,11 @@ def test_after_ctrl_c_the_very_command_is_printed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import agent_loop.evening
 
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(agent_loop.evening, "settings_of", lambda _: scripted.SETTINGS)
+    monkeypatch.setattr(hotloop.agent_loop.commands.start, "settings_of", lambda _: scripted.SETTINGS)
     monkeypatch.setattr(Evening, "drive", interrupted)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(repo)
@@ -132,7 +131,7 @@ def test_an_agent_that_never_worked_is_said_loudly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from agent_loop.builtin import BuiltinAgent
+    from hotloop.agent_loop.agents.builtin import BuiltinAgent
 
     words = "the agent codex was asked for and never made an edit; 1 turns failed, lastly: its cage [/b] does not start"
     night = scripted.drive(repo, "t", 1, agent=[Never(), BuiltinAgent(1)])
@@ -171,7 +170,7 @@ def test_what_a_turn_without_an_edit_cost_is_on_record(repo: Path) -> None:  # n
         def propose(self, context: Context) -> Turn:
             return Turn("nothing", 0.5, 700)
 
-    from agent_loop.builtin import BuiltinAgent
+    from hotloop.agent_loop.agents.builtin import BuiltinAgent
 
     night = scripted.drive(repo, "t", 1, agent=[Idle(), BuiltinAgent(1)])
     assert (night.turns()[0]["tokens"], night.cost_usd) == (700, 0.5)
@@ -201,7 +200,7 @@ def test_a_record_of_another_version_says_which(
 
 
 def test_each_record_says_its_version() -> None:
-    from harness.experiment import _environment
+    from hotloop.harness.experiment import _environment
 
     versions = _environment(scripted.SETTINGS)["versions"]
     assert versions["hotloop"]
@@ -280,7 +279,7 @@ def test_any_train_py_can_be_told_of(data: bytes) -> None:
     lines = list(in_force(hostile.incumbent, "laptop"))
     assert all("\n" not in line for line in lines)
     assert len(signatures(hostile.incumbent)) > 15
-    from agent_loop.brief import _changes
+    from hotloop.agent_loop.agents.brief import _changes
 
     for line in _changes(hostile.baseline, hostile.incumbent):
         assert line.startswith("    ") and line.isprintable() and "`" not in line and len(line) < 160

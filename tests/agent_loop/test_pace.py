@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from agent_loop import cli, loop
-from agent_loop.watchdog import UNDER_WATCH
-from harness.budget import Budget, Shape
-from harness.errors import DeviceError
-from harness.experiment import Job
-from harness.nvml import Gpu
-from harness.sandbox import Sandbox
-from harness.spec import BudgetRule
+from hotloop.agent_loop import cli
+from hotloop.agent_loop.loop import driver as loop
+from hotloop.agent_loop.loop.watchdog import UNDER_WATCH
+from hotloop.harness.errors import DeviceError
+from hotloop.harness.experiment import Job
+from hotloop.harness.gpu.nvml import Gpu
+from hotloop.harness.sandbox.levels import Sandbox
+from hotloop.harness.settings import BudgetRule
+from hotloop.harness.training.budget import Budget, Shape
 from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
 
 SHAPE = Shape(8, 256)
@@ -94,14 +95,14 @@ def test_a_night_on_a_gpu_that_somebody_uses_does_not_begin(
     ours = Gpu(0, "GPU-aa")
     slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=ours))]
     evening = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_cages=lambda: None)
-    monkeypatch.setattr("agent_loop.evening.start", lambda _: evening)
+    monkeypatch.setattr("hotloop.agent_loop.commands.start.start", lambda _: evening)
     asked: list[Gpu] = []
 
     def alone(gpu: Gpu) -> None:
         asked.append(gpu)
         raise DeviceError("other processes compute on the GPU (1 miner); end them and start again")
 
-    monkeypatch.setattr("harness.gpu.alone", alone)
+    monkeypatch.setattr("hotloop.harness.gpu.between_runs.alone", alone)
     monkeypatch.setattr(cli, "_drive", lambda *_: 0)
     monkeypatch.chdir(repo)
     assert cli.main(["loop"]) == 5

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from nights import Synthetic, loss_curve, realistic, repository
 
-from agent_loop import diffs
-from agent_loop.live import View
-from agent_loop.looking import show_command
-from agent_loop.markup import Label, clip, h, place
-from agent_loop.night import Flight, Night, Run
-from agent_loop.page import write_page
-from agent_loop.tables import drift_sentence
-from agent_loop.tally import Tally
+from hotloop.agent_loop.commands.show import show_command
+from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.night import Flight, Night, Run
+from hotloop.agent_loop.report import diffs
+from hotloop.agent_loop.report.markup import Label, clip, h, place
+from hotloop.agent_loop.report.page import write_page
+from hotloop.agent_loop.report.tables import drift_sentence
+from hotloop.agent_loop.report.tally import Tally
 from tests.needs import browser
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)></style>&lt;\"'\x1b[31m\u202e\ud800 x"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agent_loop.agents import Agent, AgentError, Context
-from agent_loop.cage import Cage
-from agent_loop.clients import ClaudeAgent, CodexAgent
-from agent_loop.evening import hidden_from_agents
+from hotloop.agent_loop.agents.agent import Agent, AgentError, Context
+from hotloop.agent_loop.agents.coding_clients import ClaudeAgent, CodexAgent
+from hotloop.agent_loop.agents.sandbox import Cage
+from hotloop.agent_loop.commands.start import hidden_from_agents
 from tests.agent_loop.services import Reply, anthropic, responses, serve, tool_use
 from tests.needs import at, clients, sandbox
 

@@ -17,18 +17,19 @@ from typing import Any
 import git
 import pytest
 
-from agent_loop.agents import AgentError, Turn
-from agent_loop.background import Notifier
-from agent_loop.builtin import BuiltinAgent
-from agent_loop.evening import Evening
-from agent_loop.loop import Options
-from agent_loop.rota import FIRST_WAIT_S, LONGEST_WAIT_S, Rota
-from agent_loop.verify import checks
-from agent_loop.watchdog import CRASHED, watch
-from harness.errors import DeviceError, HotloopError, UsageError
-from harness.machine import Gpu
-from harness.record import Lock
-from harness.sandbox import Sandbox
+import hotloop.agent_loop.loop.driver
+from hotloop.agent_loop.agents.agent import AgentError, Turn
+from hotloop.agent_loop.agents.builtin import BuiltinAgent
+from hotloop.agent_loop.agents.turn_order import FIRST_WAIT_S, LONGEST_WAIT_S, Rota
+from hotloop.agent_loop.commands.start import Evening
+from hotloop.agent_loop.commands.verify import checks
+from hotloop.agent_loop.loop.background import Notifier
+from hotloop.agent_loop.loop.driver import Options
+from hotloop.agent_loop.loop.watchdog import CRASHED, watch
+from hotloop.harness.errors import DeviceError, HotloopError, UsageError
+from hotloop.harness.machine import Gpu
+from hotloop.harness.records.record import Lock
+from hotloop.harness.sandbox.levels import Sandbox
 from tests.agent_loop.test_loop import night_of, repo, scripted, table  # noqa: F401 - a fixture
 
 
@@ -155,10 +156,9 @@ def test_a_gain_over_an_older_incumbent_is_tried_again_on_top_of_the_new_one(rep
 
 
 def test_faults_of_the_machine_are_waited_out(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    import agent_loop.loop
 
-    monkeypatch.setattr(agent_loop.loop, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(agent_loop.loop.Trouble, "__init__", _short_pause)
+    monkeypatch.setattr(hotloop.agent_loop.loop.driver, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(hotloop.agent_loop.loop.driver.Trouble, "__init__", _short_pause)
     faults = [DeviceError("the GPU fell off the bus"), OSError(28, "No space left on device"), HotloopError("no disk")]
     real, calls = os.write, 0
 
@@ -189,9 +189,8 @@ def test_faults_of_the_machine_are_waited_out(repo: Path, monkeypatch: pytest.Mo
 def test_a_gpu_that_stays_lost_ends_the_night_with_its_line_and_nothing_is_lost(
     repo: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
-    import agent_loop.loop
 
-    monkeypatch.setattr(agent_loop.loop.Trouble, "__init__", _short_pause)
+    monkeypatch.setattr(hotloop.agent_loop.loop.driver.Trouble, "__init__", _short_pause)
     tried: list[int] = []
 
     def lost(job: Any, settings: Any, on_event: Any) -> Any:
@@ -213,9 +212,9 @@ def _short_pause(self: Any, since: float | None = None, pause_s: float = 0.05) -
 
 
 def test_the_night_does_not_wait_for_an_agent_whose_edit_would_never_run(repo: Path) -> None:  # noqa: F811
-    from agent_loop.agents import CommandAgent
-    from agent_loop.cage import Cage
-    from harness.sandbox import best
+    from hotloop.agent_loop.agents.agent import CommandAgent
+    from hotloop.agent_loop.agents.sandbox import Cage
+    from hotloop.harness.sandbox.levels import best
 
     agent = CommandAgent("sleep 1000", 1000.0, Cage(best(0), ()))
     scripted.drive(repo, "t", None, agent=agent, hours=1.5 / 3600)
@@ -325,9 +324,10 @@ def test_a_night_under_watch_survives_the_end_of_its_driver(repo: Path) -> None:
     script = Path(__file__).with_name("scripted.py")
     scripted.drive(repo, "calm", 4)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from agent_loop.watchdog import watch\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from hotloop.agent_loop.loop.watchdog import watch\n"
         "n = Path(sys.argv[3]) / 'starts'\n"
-        "import agent_loop.watchdog as w, subprocess\n"
+        "import subprocess; from hotloop.agent_loop.loop import watchdog as w\n"
         "real = subprocess.Popen\n"
         "def started(argv, **more):\n"
         "    count = len(n.read_text()) if n.exists() else 0\n"
@@ -385,7 +385,8 @@ def test_the_user_is_told_by_a_command_of_theirs(tmp_path: Path) -> None:
 
 def test_sigterm_reaches_the_driver_through_its_watchdog(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from agent_loop.watchdog import watch\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from hotloop.agent_loop.loop.watchdog import watch\n"
         "child = 'import signal, sys, time; signal.signal(15, lambda *_: sys.exit(130))'\n"
         "child += '\\nprint(1, flush=True); time.sleep(60)'\n"
         "sys.exit(watch([sys.executable, '-c', child], Path(sys.argv[2]), look_s=0.05))\n"

@@ -17,9 +17,9 @@ from pathlib import Path
 import git
 import pytest
 
-from agent_loop.brief import MAX_TOKENS, most_tokens, write_brief
-from agent_loop.night import Night
-from agent_loop.verify import checks
+from hotloop.agent_loop.agents.brief import MAX_TOKENS, most_tokens, write_brief
+from hotloop.agent_loop.commands.verify import checks
+from hotloop.agent_loop.night import Night
 
 SCRIPT = Path(__file__).with_name("soak.py")
 TRAIN = SCRIPT.parents[2] / "train.py"
@@ -120,8 +120,8 @@ def _nothing_is_left(tmp_path: Path, repo: Path, night: Night) -> None:
 
 def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path) -> None:
     """10,000 of them: reading, checking and understanding them takes less than two seconds of processor time."""
-    import harness.record
-    from harness.record import GENESIS, Outcome, canonical
+    import hotloop.harness.records.record
+    from hotloop.harness.records.record import GENESIS, Outcome, canonical
 
     def outcome(number: int) -> Outcome:
         curve = [[round(i / 150, 6), round(7.0 - i / 40 + number % 7 / 1e5, 6)] for i in range(150)]
@@ -142,14 +142,14 @@ def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path) -> None:
         }  # fmt: skip
         for kind, body in (("experiment", o.as_dict()), ("decision", decision)):
             entry = {"seq": len(lines), "time": "2026-01-01T00:00:00+00:00", "kind": kind, "body": body, "prev": prev}
-            entry["hash"] = prev = harness.record._digest(entry)
+            entry["hash"] = prev = hotloop.harness.records.record._digest(entry)
             lines.append(canonical(entry) + b"\n")
     folder = tmp_path / "t"
     folder.mkdir()
     (folder / "records.jsonl").write_bytes(b"".join(lines))
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parents[2])!r}); from pathlib import Path\n"
-        "from agent_loop.night import Night; import time, agent_loop.loop\n"
+        "from hotloop.agent_loop.night import Night; import time, hotloop.agent_loop.loop.driver\n"
         f"night = Night(Path({str(folder)!r})); assert night.next_number == 10_000\n"
         "night.waiting(), night.to_try_again()\n"
         "print(time.process_time())"

@@ -8,11 +8,11 @@ from pathlib import Path
 import git
 import pytest
 
-from agent_loop import gitrepo
-from agent_loop.gitrepo import NightRepo, open_repo
-from agent_loop.source import ProposalError
-from harness.errors import UsageError
-from harness.single import read_train_source
+from hotloop.agent_loop import gitrepo
+from hotloop.agent_loop.gitrepo import NightRepo, open_repo
+from hotloop.agent_loop.source import ProposalError
+from hotloop.harness.errors import UsageError
+from hotloop.harness.single import read_train_source
 
 SPARSE = 200 << 30
 TRAIN = b"def build_model(spec): ...\ndef train(run): ...\n"

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import train
-from bench import baseline
-from harness.client import Batch
-from harness.preflight import preflight
-from harness.sandbox import best
-from harness.spec import PRESETS, Spec
+from hotloop.bench import baseline
+from hotloop.harness.preflight.preflight import preflight
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.settings import PRESETS, Spec
+from hotloop.harness.training.run import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,7 +68,10 @@ def test_it_needs_none_of_our_kernels() -> None:
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {n.partition(".")[0] for n in names} == {"types", "torch", "harness"}
-    code = "import sys, bench.baseline; sys.exit(any(m.split('.')[0] in ('kernels', 'train') for m in sys.modules))"
+    code = (
+        "import sys, hotloop.bench.baseline\n"
+        "sys.exit(any(m.startswith(('hotloop.kernels', 'train')) for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import prepare as prep
-from bench import beside, quality
-from bench.beside import FREE, OURS, PLAIN, Side, page, source_of
-from bench.cli import main
-from harness.errors import UsageError
+from hotloop import prepare as prep
+from hotloop.bench import quality
+from hotloop.bench import versus_plain as beside
+from hotloop.bench.cli import main
+from hotloop.bench.versus_plain import FREE, OURS, PLAIN, Side, page, source_of
+from hotloop.harness.errors import UsageError
 
 SEEDS = (2.010, 1.990, 2.000, 2.005, 1.995)  # standard deviation 0.0079
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-import prepare as prep
-from bench import check, parts, predictions, results
-from bench.cli import main
-from bench.operators import OPERATORS
-from bench.parts import PARTS, Bench, Part
-from bench.switches import UNFINISHED
+from hotloop import prepare as prep
+from hotloop.bench import results
+from hotloop.bench.check import command as check
+from hotloop.bench.check import parts, predictions
+from hotloop.bench.check.parts import PARTS, Bench, Part
+from hotloop.bench.cli import main
+from hotloop.bench.operators import OPERATORS
+from hotloop.bench.switches import UNFINISHED
 from tests.harness.conftest import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +165,7 @@ def test_every_command_of_every_part_is_one_that_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """The very command lines of a GPU and of a trial, taken apart by the parsers that would take them."""
-    from agent_loop import cli
+    from hotloop.agent_loop import cli
 
     taken: list[str] = []
 
@@ -173,10 +175,10 @@ def test_every_command_of_every_part_is_one_that_exists(
         if command[1:3] == ["-m", "pytest"]:
             assert all((ROOT / word).exists() for word in command if word.startswith("tests/"))
             return 0, 0.0
-        if "bench.sandbox" in command[-1]:
+        if "hotloop.bench.sandbox" in command[-1]:
             compile(command[-1], "-c", "exec")
             return 0, 0.0
-        words = ["bench", *command[3:]] if command[1:3] == ["-m", "bench"] else command[3:]
+        words = ["bench", *command[3:]] if command[1:3] == ["-m", "hotloop.bench"] else command[3:]
         if words[0] == "prepare":  # which has a parser of its own
             taken.append("prepare")
             return 0, 0.0

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench import gate_step, offline
-from harness.errors import UsageError
-from kernels.architectures import ARCHITECTURES
+from hotloop.bench.gate import offline
+from hotloop.bench.gate import step as gate_step
+from hotloop.harness.errors import UsageError
+from hotloop.kernels.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 FINE = {"registers": 40, "stack": 0, "shared": 1024, "warps": 4}
@@ -51,13 +52,13 @@ def test_what_fails_the_step(change: dict[str, Any], words: str) -> None:
 
 PLANTS = """
 import json, sys
-from bench import offline
+from hotloop.bench.gate import offline
 offline.pretend(120)
 import torch
 from torch.nn import functional as F
-from bench.launches import Recorder
-from kernels.muon import _muon_product_kernel
-from kernels.softcap_cross_entropy import _softcap_cross_entropy_kernel
+from hotloop.bench.gate.launches import Recorder
+from hotloop.kernels.muon import _muon_product_kernel
+from hotloop.kernels.softcap_cross_entropy import _softcap_cross_entropy_kernel
 torch._inductor.config.shape_padding = True
 
 def breaks(x):

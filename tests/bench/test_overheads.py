@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-import prepare as prep
-from bench import overheads
-from bench.cli import main
-from bench.overheads import figures, page, per_hour, read
-from bench.parts import PARTS
-from harness.record import Chain, Outcome
+from hotloop import prepare as prep
+from hotloop.bench import overheads
+from hotloop.bench.check.parts import PARTS
+from hotloop.bench.cli import main
+from hotloop.bench.overheads import figures, page, per_hour, read
+from hotloop.harness.records.record import Chain, Outcome
 from tests.harness.conftest import TINY
 
 LEDGER = {

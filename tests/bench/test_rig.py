@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import device as dev
-from bench import gate, peers, results
-from bench.cli import main
-from bench.operators import OPERATORS
-from bench.step import group_of
-from kernels import attention_backends, flash, mlp, product, tuning
-from kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
+from hotloop.bench import device as dev
+from hotloop.bench import peers, results
+from hotloop.bench.cli import main
+from hotloop.bench.gate import configurations as gate
+from hotloop.bench.operators import OPERATORS
+from hotloop.bench.step import group_of
+from hotloop.kernels import attention_backends, flash, mlp, product, tuning
+from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +110,7 @@ def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bench.device.gpus", list)
+    monkeypatch.setattr("hotloop.bench.device.gpus", list)
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     write(tmp_path / "base.json", entry("x"))
     write(tmp_path / "other.json", entry("x"), device="NVIDIA A100")
@@ -140,7 +141,7 @@ def test_ci_compares_with_the_committed_result(tmp_path: Path) -> None:
     git = ["git", "-c", "user.name=u", "-c", "user.email=u@u"]
     subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
     hotloop = tmp_path / "hotloop"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from agent_loop.cli import main; sys.exit(main())"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from hotloop.agent_loop.cli import main; sys.exit(main())"
     hotloop.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
     hotloop.chmod(0o755)
     summary = tmp_path / "summary.md"
@@ -218,12 +219,12 @@ def test_the_gate_sees_a_spill() -> None:
     """A kernel that needs more registers than there are is reported with its stack."""
     pytest.importorskip("triton")
     code = """
-import json, bench.gate as gate, kernels.softcap_cross_entropy as m
-from kernels.dispatch import CompileCase
+import json, hotloop.bench.gate.configurations as gate, kernels.softcap_cross_entropy as m
+from hotloop.kernels.dispatch import CompileCase
 constants = {"CAPPED": True, "BLOCK": 32768, "ONE_BLOCK": True}
 case = CompileCase("big", m._softcap_cross_entropy_kernel, m._SIGNATURE, constants, {"num_warps": 4})
 m.compile_cases = lambda: [case]
-print(json.dumps(gate._compile(("kernels.softcap_cross_entropy", 0, 90))[1]))
+print(json.dumps(gate._compile(("hotloop.kernels.softcap_cross_entropy", 0, 90))[1]))
 """
     env = os.environ | {"HOTLOOP_KERNELS": "triton"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import step, switches
-from bench.cli import main
-from bench.runner import Setting, StepRunner
-from bench.step import device_spans, idle_of, profile_step
-from bench.switches import UNFINISHED, determinism, members_of, setting_of
-from harness.errors import HotloopError, UsageError
-from harness.notes import Notes
-from harness.selection import Answer, Member, Members, Unfit, words
+from hotloop.bench import step, switches
+from hotloop.bench.cli import main
+from hotloop.bench.runner import Setting, StepRunner
+from hotloop.bench.step import device_spans, idle_of, profile_step
+from hotloop.bench.switches import UNFINISHED, determinism, members_of, setting_of
+from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.tuning.notes import Notes
+from hotloop.harness.tuning.selection import Answer, Member, Members, Unfit, words
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_STEP = """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.spec import BudgetRule, Limits, Preset
+from hotloop.harness.settings import BudgetRule, Limits, Preset
 from tests.harness.fake_nvml import FakeNvml
 
 TINY = '''

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from harness import devices, neighbours, nvml, single
-from harness.toolchain import Build
+from hotloop.harness import single
+from hotloop.harness.gpu import devices, neighbours, nvml
+from hotloop.harness.gpu.toolchain import Build
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 H100 = {

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from harness import walls
-from harness.sandbox import Policy, Sandbox
-from harness.spec import PRESETS
-from harness.walls import hidden_text
+from hotloop.harness.sandbox import bubblewrap as walls
+from hotloop.harness.sandbox.bubblewrap import hidden_text
+from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.settings import PRESETS
 
 DEVICES = {"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"}
 
 
 def launched(sandbox: Sandbox, folder: Path, device: str = "cpu") -> tuple[list[str], dict[str, Any], dict[str, str]]:
     """bubblewrap's part of the command line, the configuration of the child, and its environment."""
-    policy = Policy.of("harness.trainer", folder, b"x = 1", device, PRESETS["laptop"].limits)
+    policy = Policy.of("hotloop.harness.training.child", folder, b"x = 1", device, PRESETS["laptop"].limits)
     launch = sandbox.launch(policy, [], {"LANG": "C.UTF-8"})
     launch.started.close()
     launch.ended.close()

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import bounds, process
-from harness.bounds import Bounds, headroom, limited_cgroups, size_of, tree_bytes
-from harness.process import Contained
-from harness.sandbox import Policy, Sandbox
-from harness.walls import first_to_go, project_root
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox import bounds, process
+from hotloop.harness.sandbox.bounds import Bounds, headroom, limited_cgroups, size_of, tree_bytes
+from hotloop.harness.sandbox.bubblewrap import first_to_go
+from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox.process import Contained
 from tests.needs import at
 from tests.needs import sandbox as level
 
@@ -231,7 +232,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 Path({cgroup!r}, "cgroup.procs").write_text(str(os.getpid()))
 from tests.harness.test_bounds import SPARE, run
-from harness.sandbox import best
+from hotloop.harness.sandbox.levels import best
 code = SPARE.replace("os._exit(0)", "return").replace("time.sleep(30)", "") + '''
 spare()
 for n in range(64):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.budget import Budget, Shape
-from harness.errors import TrialError
-from harness.spec import BudgetRule
+from hotloop.harness.errors import TrialError
+from hotloop.harness.settings import BudgetRule
+from hotloop.harness.training.budget import Budget, Shape
 
 A = Shape(rows=16, seq_len=256)  # 4096 tokens
 B = Shape(rows=32, seq_len=128)  # 4096 tokens

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from harness import client
-from harness.budget import Budget
-from harness.conditions import warnings
-from harness.errors import TrialError
-from harness.session import Session, Trained
-from harness.spec import BudgetRule, Preset, Spec
+from hotloop.harness.errors import TrialError
+from hotloop.harness.settings import BudgetRule, Preset, Spec
+from hotloop.harness.training import run as client
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.conditions import warnings
+from hotloop.harness.training.session import Session, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
 # Some thirty steps, which SLOW makes slow in the training alone.

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from harness import compiled
-from harness.compiled import GENERATIONS, PACK, Pack, Store, collect, decode, encode, lay_out
-from harness.experiment import Job, Settings, run_experiment
-from harness.prewarm import Setup
-from harness.record import Outcome
-from harness.sandbox import best
-from harness.spec import Preset
+from hotloop.harness.experiment import Job, Settings, run_experiment
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.settings import Preset
+from hotloop.harness.training import compile_cache as compiled
+from hotloop.harness.training.compile_cache import GENERATIONS, PACK, Pack, Store, collect, decode, encode, lay_out
+from hotloop.harness.training.prewarm import Setup
 from tests.harness.conftest import tiny_dataset, tiny_preset, tiny_rows, tiny_source
 
 SPLITS = {"train": tiny_rows(256, 0), "val": tiny_rows(64, 1), "holdout": tiny_rows(16, 2)}
@@ -240,8 +240,9 @@ def test_a_list_that_is_none_is_refused(listed: Any) -> None:
     ],
 )
 def test_a_trainer_that_sends_something_else_is_invalid(tmp_path: Path, answer: str, reason: str) -> None:
-    lie = f"import harness.compiled, types\nself = run\ndef collect(most): {answer}; import time; time.sleep(60)\n"
-    outcome, _ = run(tmp_path, source=tiny_source(START=lie + "harness.compiled.collect = collect"))
+    lie = f"def collect(most): {answer}; import time; time.sleep(60)\n"
+    lie = f"import types\nfrom hotloop.harness.training import compile_cache\nself = run\n{lie}"
+    outcome, _ = run(tmp_path, source=tiny_source(START=lie + "compile_cache.collect = collect"))
     assert (outcome.status, outcome.compiled["left"]) == ("invalid", None)
     assert reason in outcome.reason
 

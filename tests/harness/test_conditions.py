@@ -12,20 +12,22 @@ import pytest
 import torch
 
 import train
-from bench import baseline
-from harness import Batch, conditions, devices, doctor, experiment, machine, neighbours, nvml, single
-from harness.budget import Budget
-from harness.conditions import Watch, clock_words, clocks, is_machines_fault, warnings
-from harness.devices import Signs
-from harness.errors import DeviceError, TrialError
-from harness.experiment import Job, Settings, run_experiment, summary
-from harness.feed import RowOrder
-from harness.nvml import Gpu
-from harness.record import Outcome
-from harness.sandbox import Sandbox
-from harness.session import Event, Session
-from harness.spec import PRESETS, Spec
-from kernels import attend
+from hotloop.bench import baseline
+from hotloop.harness import Batch, doctor, experiment, machine, single
+from hotloop.harness.errors import DeviceError, TrialError
+from hotloop.harness.experiment import Job, Settings, run_experiment, summary
+from hotloop.harness.gpu import devices, neighbours, nvml
+from hotloop.harness.gpu.devices import Signs
+from hotloop.harness.gpu.nvml import Gpu
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.sandbox.levels import Sandbox
+from hotloop.harness.settings import PRESETS, Spec
+from hotloop.harness.training import conditions
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.conditions import Watch, clock_words, clocks, is_machines_fault, warnings
+from hotloop.harness.training.feed import RowOrder
+from hotloop.harness.training.session import Event, Session
+from hotloop.kernels import attend
 from tests.harness.conftest import LENGTH, VOCAB, tiny_dataset, tiny_preset, tiny_rows, tiny_source
 from tests.harness.fake_nvml import DROPPED, H100, SMALL, FakeNvml
 
@@ -254,7 +256,7 @@ def test_a_gpu_that_is_too_small_or_silent_is_refused_and_never_becomes_the_cpu(
     monkeypatch.setattr(single, "best", lambda *given: Sandbox(0, gpu=given[3]))
     monkeypatch.setattr(single, "load_dataset", lambda _: None)
     cuda_says = {"cuda": 13000, "memory": 0}
-    monkeypatch.setattr("harness.gpu.touch", lambda gpu: cuda_says)
+    monkeypatch.setattr("hotloop.harness.gpu.between_runs.touch", lambda gpu: cuda_says)
     for memory, words in ((8192, "8 GiB, too little for the preset h100.*--device cpu"),
                           (None, "does not tell its memory; say --preset h100")):  # fmt: skip
         gpus.says(H100 | {"memory_mib": memory})

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from harness.cputime import CpuTime
+from hotloop.harness.sandbox.cputime import CpuTime
 
 WORK = """
 import os, signal, sys, time

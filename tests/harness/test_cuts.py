@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from harness.cuts import ALARM, allowed_mismatches, draw
-from harness.errors import TrialError
-from harness.evaluate import TOLERANCE_NATS, compare
-from harness.spec import PRESETS
+from hotloop.harness.errors import TrialError
+from hotloop.harness.scoring.cuts import ALARM, allowed_mismatches, draw
+from hotloop.harness.scoring.evaluation import TOLERANCE_NATS, compare
+from hotloop.harness.settings import PRESETS
 
 LAPTOP = PRESETS["laptop"]
 FLOOR_NATS = 0.0536 * 3.18 * math.log(2)  # the laptop night's noise floor, a token

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-from harness import devices, gpu, machine, neighbours, nvml
-from harness.devices import Signs, chosen, gpus_at, named, signs, usable, visible, why_unusable
-from harness.errors import DeviceError, LockedError, UsageError
-from harness.nvml import Gpu
-from harness.process import child_environment
-from harness.toolchain import Build
-from harness.walls import project_root
+from hotloop.harness import machine
+from hotloop.harness.errors import DeviceError, LockedError, UsageError
+from hotloop.harness.gpu import between_runs as gpu
+from hotloop.harness.gpu import devices, neighbours, nvml
+from hotloop.harness.gpu.devices import Signs, chosen, gpus_at, named, signs, usable, visible, why_unusable
+from hotloop.harness.gpu.nvml import Gpu
+from hotloop.harness.gpu.toolchain import Build
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox.process import child_environment
 from tests.harness.fake_nvml import H100, SMALL, STAND_INS, FakeNvml
 
 # ---- the choice
@@ -366,9 +368,9 @@ def test_a_lost_gpu_and_mps_are_told_in_words(gpus: FakeNvml, monkeypatch: pytes
 NIGHT = """
 import sys
 sys.path[:0] = [{root!r}, {stand_ins!r}]
-from harness import neighbours
-from harness.devices import chosen
-from harness.errors import LockedError
+from hotloop.harness.gpu import neighbours
+from hotloop.harness.gpu.devices import chosen
+from hotloop.harness.errors import LockedError
 try:
     neighbours.claim(chosen())
     print("has it", flush=True)
@@ -434,7 +436,7 @@ def test_a_child_of_another_hotloop_is_told_apart(gpus: FakeNvml, tmp_path: Path
 
 def cli(*args: str, fake: Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     code = f"import sys; sys.path[:0] = [{str(STAND_INS)!r}, {str(project_root())!r}]\n"
-    code += "from agent_loop.cli import main; sys.exit(main())"
+    code += "from hotloop.agent_loop.cli import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, timeout=120,
         env=os.environ | {"FAKE_NVML": str(fake)} | env,

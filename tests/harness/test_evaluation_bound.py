@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from harness.errors import TrialError
-from harness.evaluation_bound import SLACK_S, Bound
-from harness.spec import Limits
+from hotloop.harness.errors import TrialError
+from hotloop.harness.scoring.bound import SLACK_S, Bound
+from hotloop.harness.settings import Limits
 
 LIMITS = Limits(evaluate_first_s=5.0, evaluate_step=2.0)
 TOKEN_S = 0.01

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows, zipf_tokens
-from harness.process import SharedMemory
+from hotloop.harness.sandbox.process import SharedMemory
+from hotloop.harness.training.feed import SLOT_BYTES, SLOTS, Ring, RowOrder, synthetic_rows, zipf_tokens
 
 
 def rows(n: int, t: int) -> np.ndarray:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import gpu, nvml
-from harness.devices import chosen
-from harness.process import Child
-from harness.sandbox import Policy, best
+from hotloop.harness.gpu import between_runs as gpu
+from hotloop.harness.gpu import nvml
+from hotloop.harness.gpu.devices import chosen
+from hotloop.harness.sandbox.levels import Policy, best
+from hotloop.harness.sandbox.process import Child
 
 pytestmark = pytest.mark.skipif(not nvml.cards(), reason="no GPU")
 
@@ -49,7 +50,11 @@ def test_nothing_of_a_process_is_left_in_gpu_memory() -> None:
 def test_a_process_that_a_child_left_on_the_gpu_is_gone(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with Child(
-        best(device="cuda", gpu=chosen()), Policy("harness.probe_cuda", tmp_path, device="cuda"), [], log, 1
+        best(device="cuda", gpu=chosen()),
+        Policy("hotloop.harness.sandbox.probe_cuda", tmp_path, device="cuda"),
+        [],
+        log,
+        1,
     ) as child:
         assert child.wire.recv(120.0)["kind"] == "works"
         child.kill()

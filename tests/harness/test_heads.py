@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import heads
-from harness.errors import RecordError
-from harness.record import Chain
+from hotloop.harness.errors import RecordError
+from hotloop.harness.records import heads
+from hotloop.harness.records.record import Chain
 
 
 def written(path: Path, numbers: range) -> Chain:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.hearsay import failure_of
+from hotloop.harness.scoring.failures import failure_of
 
 
 @given(st.text(), st.one_of(st.none(), st.integers(), st.text(), st.sampled_from(["crash", "oom", "nan", "invalid"])))

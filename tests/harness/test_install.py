@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from harness.devices import Signs
-from harness.toolchain import Build
-from harness.walls import project_root
+from hotloop.harness.gpu.devices import Signs
+from hotloop.harness.gpu.toolchain import Build
+from hotloop.harness.paths import project_root
 
 
 class Machine:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.lint import MAX_COMPRESSED, compressed_bytes, problem
+from hotloop.harness.preflight.lint import MAX_COMPRESSED, compressed_bytes, problem
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = (ROOT / "train.py").read_bytes()

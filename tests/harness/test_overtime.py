@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import experiment
-from harness.budget import Budget, Shape, held_against
-from harness.errors import TrialError
-from harness.evaluate import Evaluation
-from harness.experiment import Job, replayed, run_experiment
-from harness.record import Outcome
-from harness.session import Session
-from harness.spec import PRESETS, BudgetRule
+from hotloop.harness import experiment
+from hotloop.harness.errors import TrialError
+from hotloop.harness.experiment import Job, replayed, run_experiment
+from hotloop.harness.records.record import Outcome
+from hotloop.harness.scoring.evaluation import Evaluation
+from hotloop.harness.settings import PRESETS, BudgetRule
+from hotloop.harness.training.budget import Budget, Shape, held_against
+from hotloop.harness.training.session import Session
 from tests.harness.conftest import tiny_source
 from tests.harness.fake_nvml import FakeNvml
 from tests.harness.test_conditions import settings

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import preflight as parent
-from harness.preflight import Preflight, Stage, preflight
-from harness.preflight_rules import COLUMNS, KINDS, TABLE, judge
-from harness.sandbox import best
-from harness.spec import PRESETS, Preset, Spec
-from harness.wire import Wire
+from hotloop.harness.preflight import preflight as parent
+from hotloop.harness.preflight.preflight import Preflight, Stage, preflight
+from hotloop.harness.preflight.rules import COLUMNS, KINDS, TABLE, judge
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.wire import Wire
+from hotloop.harness.settings import PRESETS, Preset, Spec
 from tests.exploits.test_zoo import KINDS as MODELS
 from tests.exploits.test_zoo import ZOO
 from tests.harness.preflight_zoo import BROKEN, HONEST, TRAIN
@@ -46,13 +46,19 @@ def whole(
 def warm() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["harness.preflight_child", "harness.preflight_fake", "harness.evaluator", "kernels", "torch._dynamo"]
+        [
+            "hotloop.harness.preflight.child",
+            "hotloop.harness.preflight.fake_cuda",
+            "hotloop.harness.scoring.child",
+            "kernels",
+            "torch._dynamo",
+        ]
     )
     return context
 
 
 def _child(sock: socket.socket, folder: str) -> None:
-    from harness.preflight_child import child_main
+    from hotloop.harness.preflight.child import child_main
 
     os.chdir(folder)
     with open("log.txt", "wb") as log:
@@ -170,7 +176,8 @@ def test_passes_as_cuda_graphs_are_checked_too(warm: ForkServerContext, tmp_path
 
 
 WIRE = (
-    "import gc\nfrom harness.wire import Wire\nwire = next(o for o in gc.get_objects() if isinstance(o, Wire))\n"
+    "import gc\nfrom hotloop.harness.sandbox.wire import Wire\n"
+    "wire = next(o for o in gc.get_objects() if isinstance(o, Wire))\n"
     "def build_model(spec): ...\ndef train(run): ...\n"
 )
 LIES = {

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from harness import prewarm, trainer
-from harness.budget import Budget
-from harness.prewarm import AHEAD, Prewarmer, Setup
-from harness.process import descendants
-from harness.sandbox import Sandbox, best
-from harness.session import Session, Trained
-from harness.spec import Spec
-from harness.walls import project_root
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox.levels import Sandbox, best
+from hotloop.harness.sandbox.process import descendants
+from hotloop.harness.settings import Spec
+from hotloop.harness.training import child as trainer
+from hotloop.harness.training import prewarm
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.prewarm import AHEAD, Prewarmer, Setup
+from hotloop.harness.training.session import Session, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
@@ -207,8 +208,8 @@ def test_what_is_imported_ahead_for_a_gpu_makes_no_context_and_draws_no_random_n
     code = (
         f"import sys; sys.path.insert(0, {str(project_root())!r})\n"
         "import random, numpy, torch\n"
-        "from harness.prewarm import AHEAD\n"
-        "from harness.trainer import make_ready\n"
+        "from hotloop.harness.training.prewarm import AHEAD\n"
+        "from hotloop.harness.training.child import make_ready\n"
         "def touched(*a, **k): raise SystemExit('the GPU was touched')\n"
         "torch.cuda._lazy_init = torch.cuda.init = touched\n"
         "torch.cuda.get_device_properties = torch.cuda.current_device = touched\n"
@@ -238,10 +239,10 @@ def test_no_orphan_is_left_where_the_driver_is_killed(tmp_path: Path, level: int
         f"import sys; sys.path.insert(0, {str(project_root())!r})\n"
         "import time\n"
         "from pathlib import Path\n"
-        "from harness.prewarm import Prewarmer, Setup\n"
-        "from harness.process import descendants\n"
-        "from harness.sandbox import best\n"
-        "from harness.spec import Limits\n"
+        "from hotloop.harness.training.prewarm import Prewarmer, Setup\n"
+        "from hotloop.harness.sandbox.process import descendants\n"
+        "from hotloop.harness.sandbox.levels import best\n"
+        "from hotloop.harness.settings import Limits\n"
         f"p = Prewarmer(Setup(best({level}, True), 'cpu', Limits(), 1), Path({str(tmp_path / 'warm')!r}))\n"
         "p.prepare()\n"
         "pid = p._next.result(60)[0].child.pid\n"

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from harness import nvml, probe_cuda, toolchain
-from harness.errors import DeviceError, SandboxError
-from harness.sandbox import Sandbox, best
-from harness.walls import project_root
+from hotloop.harness.errors import DeviceError, SandboxError
+from hotloop.harness.gpu import nvml, toolchain
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox import probe_cuda
+from hotloop.harness.sandbox.levels import Sandbox, best
 
 pytestmark = pytest.mark.skipif(bool(nvml.cards()), reason="there is a GPU: tests/kernels/test_gpu.py has the real one")
 
@@ -24,12 +25,12 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_its_kernel_computes_in_the_interpreter_and_compiles_for_gpus() -> None:
     pytest.importorskip("triton")
-    code = "from harness.probe_kernel import compute; print(repr(compute('cpu')))"
+    code = "from hotloop.harness.sandbox.probe_kernel import compute; print(repr(compute('cpu')))"
     assert python(code, TRITON_INTERPRET="1").stdout == "''\n"
     code = (
         "from triton.backends.compiler import GPUTarget\n"
         "from triton.compiler import ASTSource, compile\n"
-        "from harness.probe_kernel import add_one_kernel\n"
+        "from hotloop.harness.sandbox.probe_kernel import add_one_kernel\n"
         "kinds = {'x_ptr': '*fp32', 'out_ptr': '*fp32', 'n': 'i32', 'BLOCK': 'constexpr'}\n"
         "source = ASTSource(add_one_kernel, kinds, {'BLOCK': 1024})\n"
         "for capability in (80, 90): print(len(compile(source, target=GPUTarget('cuda', capability, 32)).asm['cubin']))"
@@ -51,7 +52,9 @@ def test_what_is_missing_is_said_before_a_child_is_started(monkeypatch: pytest.M
 
 
 def test_a_failure_names_what_the_sandbox_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.rehearsal.rehearse", lambda _: {"names of its threads": "Permission denied"})
+    monkeypatch.setattr(
+        "hotloop.harness.sandbox.rehearsal.rehearse", lambda _: {"names of its threads": "Permission denied"}
+    )
     monkeypatch.setattr(toolchain, "missing", lambda: "")
     with pytest.raises(
         SandboxError, match=r"CUDA does not work in it \(.*libcuda.*refused there: names of its threads"

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import DiskFullError, RecordError
-from harness.record import BALLAST_BYTES, Chain, Outcome
+from hotloop.harness.errors import DiskFullError, RecordError
+from hotloop.harness.records.record import BALLAST_BYTES, Chain, Outcome
 
 JSON = st.recursive(
     st.none()

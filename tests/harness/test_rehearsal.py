@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from harness import landlock, sandbox, seccomp, walls
-from harness.rehearsal import NEEDS, REFUSED, rehearse
-from harness.sandbox import Policy, Sandbox
-from harness.walls import device_nodes, project_root
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox import bubblewrap as walls
+from hotloop.harness.sandbox import landlock, seccomp
+from hotloop.harness.sandbox import levels as sandbox
+from hotloop.harness.sandbox.bubblewrap import device_nodes
+from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox.rehearsal import NEEDS, REFUSED, rehearse
 from tests.needs import at
 from tests.needs import sandbox as level
 
@@ -70,7 +73,7 @@ def test_one_gpu_of_several_gets_its_own_file_and_what_all_share(dev: Path) -> N
 TAKE_AWAY = """
 import json, os, resource, sys, tempfile
 sys.path.insert(0, {root!r})
-from harness import landlock, rehearsal, seccomp, walls
+from hotloop.harness.sandbox import landlock, rehearsal, seccomp, bubblewrap as walls
 import ctypes, struct
 
 config = json.loads({config!r})
@@ -126,7 +129,7 @@ NUMBERS = {  # on x86_64, on aarch64
 
 @pytest.mark.skipif(landlock.abi() < 1 or not seccomp.supported(), reason="no Landlock or seccomp here")
 def test_each_grant_is_missed_when_it_is_taken_away(dev: Path, tmp_path: Path) -> None:
-    launch = Sandbox(1).launch(Policy("harness.rehearsal", tmp_path, device="cuda"), [], {})
+    launch = Sandbox(1).launch(Policy("hotloop.harness.sandbox.rehearsal", tmp_path, device="cuda"), [], {})
     try:
         config = launch.argv[-1]
         scratch = str(launch.folders[0])

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import single
-from harness.budget import Budget
-from harness.evaluate import Evaluator
-from harness.process import child_environment
-from harness.record import Chain, Outcome
-from harness.session import Session, Trained
-from harness.spec import Spec
+from hotloop.harness import single
+from hotloop.harness.records.record import Chain, Outcome
+from hotloop.harness.sandbox.process import child_environment
+from hotloop.harness.scoring.evaluation import Evaluator
+from hotloop.harness.settings import Spec
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.session import Session, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
 SPEC, PRESET = Spec("laptop", "cpu", 1, VOCAB, LENGTH), tiny_preset()

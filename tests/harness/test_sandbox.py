@@ -18,17 +18,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import harness.sandbox
-from harness import gpu, landlock, lint, nvml, seccomp
-from harness.devices import gpus_at
-from harness.errors import DeviceError, SandboxError, TrialError
-from harness.probe import MUST
-from harness.probe_cuda import probe_cuda
-from harness.process import Child
-from harness.sandbox import Policy, Sandbox, best, exposed
-from harness.session import Session, Trained
-from harness.walls import device_nodes, project_root
-from harness.wire import Closed
+import hotloop.harness.sandbox.levels
+from hotloop.harness.errors import DeviceError, SandboxError, TrialError
+from hotloop.harness.gpu import between_runs as gpu
+from hotloop.harness.gpu import nvml
+from hotloop.harness.gpu.devices import gpus_at
+from hotloop.harness.paths import project_root
+from hotloop.harness.preflight import lint
+from hotloop.harness.sandbox import landlock, seccomp
+from hotloop.harness.sandbox.bubblewrap import device_nodes
+from hotloop.harness.sandbox.levels import Policy, Sandbox, best, exposed
+from hotloop.harness.sandbox.probe import MUST
+from hotloop.harness.sandbox.probe_cuda import probe_cuda
+from hotloop.harness.sandbox.process import Child
+from hotloop.harness.sandbox.wire import Closed
+from hotloop.harness.training.session import Session, Trained
 from tests.harness.fake_nvml import H100, FakeNvml
 from tests.needs import at, sandbox
 
@@ -37,7 +41,8 @@ ROOT = project_root()
 
 def confined(code: str, setup: str) -> subprocess.CompletedProcess[str]:
     """A Python that restricts itself with `setup` and then runs `code`."""
-    text = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom harness import landlock, seccomp\n{setup}\n{code}"
+    text = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom hotloop.harness.sandbox import landlock, seccomp\n"
+    text += f"{setup}\n{code}"
     return subprocess.run([sys.executable, "-I", "-c", text], capture_output=True, text=True, timeout=60)
 
 
@@ -226,7 +231,7 @@ def test_every_level_that_works_here_stops_what_it_promises() -> None:
 
 def test_a_level_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     best.cache_clear()
-    monkeypatch.setattr(harness.sandbox.shutil, "which", lambda _: None)
+    monkeypatch.setattr(hotloop.harness.sandbox.levels.shutil, "which", lambda _: None)
     monkeypatch.setattr(landlock, "abi", lambda: 0)
     try:
         with pytest.raises(SandboxError, match=r"no sandbox works .*bubblewrap is not installed.*--unsafe-no-sandbox"):
@@ -239,11 +244,13 @@ def test_a_level_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_level_whose_probe_finds_a_hole_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    import harness.probe
+    import hotloop.harness.sandbox.probe
 
-    real = harness.probe.probe
+    real = hotloop.harness.sandbox.probe.probe
     best.cache_clear()
-    monkeypatch.setattr(harness.probe, "probe", lambda s, d: real(s, d) | ({"UDP": False} if s.level > 1 else {}))
+    monkeypatch.setattr(
+        hotloop.harness.sandbox.probe, "probe", lambda s, d: real(s, d) | ({"UDP": False} if s.level > 1 else {})
+    )
     try:
         found = best()
         assert found.level == 1
@@ -365,7 +372,7 @@ names = st.sampled_from(["bytes", "depth", "flops_per_token", "peak_mb", "rows",
 @given(st.dictionaries(names, values))
 @settings(max_examples=300, deadline=None)
 def test_whatever_a_trainer_says_is_a_status_or_a_sane_number(message: dict[str, Any]) -> None:
-    from harness.spec import PRESETS, Spec
+    from hotloop.harness.settings import PRESETS, Spec
 
     session = Session.__new__(Session)
     session.spec = Spec("laptop", "cpu", 1, 64, 256)
@@ -406,7 +413,7 @@ def test_a_child_of_one_gpu_gets_that_one_and_no_other(two_gpus: FakeNvml, tmp_p
     assert set(caps) < set(device_nodes("cuda", first.node, caps))  # those of its slice, and of no other
     walls = dataclasses.replace(Sandbox(0), gpu=second)
     for device, visible in (("cuda", "GPU-bb"), ("cpu", None)):
-        launch = walls.launch(Policy("harness.probe", tmp_path / "run", device=device), [], {})
+        launch = walls.launch(Policy("hotloop.harness.sandbox.probe", tmp_path / "run", device=device), [], {})
         assert launch.env.get("CUDA_VISIBLE_DEVICES") == visible
         launch.started.close()
         launch.ended.close()

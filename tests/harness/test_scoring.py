@@ -14,12 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.cuts import draw
-from harness.errors import TrialError
-from harness.evaluate import Evaluator, bits_per_byte, compare, questions, surprise
-from harness.score import Noise, Score
-from harness.spec import Spec
-from harness.weights import check_weights
+from hotloop.harness.errors import TrialError
+from hotloop.harness.scoring.cuts import draw
+from hotloop.harness.scoring.evaluation import Evaluator, bits_per_byte, compare, questions, surprise
+from hotloop.harness.scoring.score import Noise, Score
+from hotloop.harness.scoring.weights import check_weights
+from hotloop.harness.settings import Spec
 
 
 @given(st.floats(0.1, 9), st.floats(0.1, 9))
@@ -254,7 +254,7 @@ def test_a_header_is_bounded_before_anything_is_multiplied(header: str, words: s
 def test_overlapping_tensors_are_refused_before_their_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand that each span the whole file: each number would be looked at ten thousand times."""
     read = []
-    monkeypatch.setattr("harness.weights._finite", lambda data, dtype: read.append(data))
+    monkeypatch.setattr("hotloop.harness.scoring.weights._finite", lambda data, dtype: read.append(data))
     header = "{" + ",".join(f'"{i}":{entry("[1]")}' for i in range(10_000)) + "}"
     with pytest.raises(TrialError, match="overlap"):
         check_weights(framed(header, b"\0" * 4))

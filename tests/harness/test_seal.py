@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import SealError
-from harness.seal import verify_seal, write_seal
-from harness.walls import project_root
+from hotloop.harness.errors import SealError
+from hotloop.harness.paths import project_root
+from hotloop.harness.records.seal import verify_seal, write_seal
 
 
 def test_the_committed_seal_is_true() -> None:
@@ -25,7 +25,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("path", ["kernels/reference.py", "harness/evaluate.py", "prepare.py"])
+@pytest.mark.parametrize("path", ["kernels/reference.py", "harness/scoring/evaluation.py", "prepare.py"])
 def test_an_edit_is_found_and_named(copy: Path, path: str) -> None:
     before = verify_seal(copy)
     text = (copy / path).read_text()

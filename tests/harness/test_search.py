@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.notes import Notes
-from harness.search import RUNGS, blame, entry, halving, out_of
-from harness.selection import TimeIsUp, Unfit
+from hotloop.harness.tuning.notes import Notes
+from hotloop.harness.tuning.search import RUNGS, blame, entry, halving, out_of
+from hotloop.harness.tuning.selection import TimeIsUp, Unfit
 
 
 class Device:

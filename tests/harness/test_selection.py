@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import HotloopError
-from harness.notes import Notes
-from harness.selection import Answer, Member, Members, Selection, TimeIsUp, Unfit
+from hotloop.harness.errors import HotloopError
+from hotloop.harness.tuning.notes import Notes
+from hotloop.harness.tuning.selection import Answer, Member, Members, Selection, TimeIsUp, Unfit
 
 PLAIN: Members = frozenset()
 

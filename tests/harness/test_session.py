@@ -14,12 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from harness import single
-from harness.budget import Budget
-from harness.errors import TrialError
-from harness.evaluate import Evaluation, Evaluator
-from harness.session import Event, Session, Trained
-from harness.spec import BudgetRule, Preset, Spec
+from hotloop.harness import single
+from hotloop.harness.errors import TrialError
+from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
+from hotloop.harness.settings import BudgetRule, Preset, Spec
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.session import Event, Session, Trained
 from tests.needs import at
 
 _spec = importlib.util.spec_from_file_location("tiny_train", Path(__file__).with_name("conftest.py"))
@@ -180,7 +180,7 @@ def test_a_loader_whose_worker_fails_is_a_crash(folder: Path, item: str, words: 
 
 def test_a_folder_named_from_here_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the command line names its own: the child starts elsewhere."""
-    from harness.sandbox import Sandbox
+    from hotloop.harness.sandbox.levels import Sandbox
 
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
@@ -263,7 +263,7 @@ def test_the_trainer_never_maps_val_and_gets_no_token_before_the_clock(folder: P
 def test_what_goes_wrong_in_training_is_a_status(
     folder: Path, changes: dict[str, str], status: str, reason: str
 ) -> None:
-    from harness.weights import check_weights
+    from hotloop.harness.scoring.weights import check_weights
 
     error = failure(lambda: check_weights(train(folder, tiny.tiny_source(**changes)).weights))
     assert error.status == status
@@ -299,8 +299,8 @@ def test_garbage_is_collected_between_steps_and_never_in_one(trained: Trained, f
 
 
 def test_a_batch_is_the_rows_whole_also_above_two_to_the_fifteenth() -> None:
-    from harness.client import Run
-    from harness.feed import SLOT_BYTES, SLOTS, Ring
+    from hotloop.harness.training.feed import SLOT_BYTES, SLOTS, Ring
+    from hotloop.harness.training.run import Run
 
     class Memory:
         map = bytearray(SLOTS * SLOT_BYTES)
@@ -508,10 +508,10 @@ def test_a_child_dies_with_its_parent(folder: Path, level: int) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(root)!r})\n"
         "from pathlib import Path\n"
-        "from harness.process import Child, descendants\n"
-        "from harness.sandbox import Policy, best\n"
+        "from hotloop.harness.sandbox.process import Child, descendants\n"
+        "from hotloop.harness.sandbox.levels import Policy, best\n"
         f"folder = Path({str(folder)!r})\n"
-        f"c = Child(best({level}), Policy('harness.trainer', folder), [], folder / 'log.txt', 1)\n"
+        f"c = Child(best({level}), Policy('hotloop.harness.training.child', folder), [], folder / 'log.txt', 1)\n"
         "c.__enter__()\n"
         "while not descendants(c.pid): pass\n"
         "print(c.pid, *descendants(c.pid), flush=True); c.wait(60)\n"
@@ -549,7 +549,7 @@ def test_a_device_is_warmed_before_its_calibration_and_nothing_else_changes(fold
 def test_a_start_that_takes_long_shows_that_it_goes_on_and_has_a_limit_of_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.session.SHOW_S", 0.01)
+    monkeypatch.setattr("hotloop.harness.training.session.SHOW_S", 0.01)
     events: list[Event] = []
     preset = tiny.tiny_preset().with_limits(load_s=60.0, start_s=30.0)
     session(folder, tiny.tiny_source(), preset, on_event=events.append).run()

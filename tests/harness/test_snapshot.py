@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.snapshot import Snapshot
+from hotloop.harness.training.snapshot import Snapshot
 
 
 class Model(nn.Module):

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import process
-from harness.budget import Budget
-from harness.confine import descendants
-from harness.errors import SandboxError, TrialError
-from harness.process import Child
-from harness.sandbox import Policy, Sandbox, best
-from harness.session import Session, Trained
-from harness.spec import Spec
+from hotloop.harness.errors import SandboxError, TrialError
+from hotloop.harness.sandbox import process
+from hotloop.harness.sandbox.entry import descendants
+from hotloop.harness.sandbox.levels import Policy, Sandbox, best
+from hotloop.harness.sandbox.process import Child
+from hotloop.harness.settings import Spec
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.session import Session, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
@@ -77,7 +77,9 @@ def test_a_process_that_no_signal_ends_is_said_to_be_stuck(folder: Path, monkeyp
     """As in an uninterruptible wait for its device: here it is stopped, and no signal is sent before the test does."""
     monkeypatch.setattr(process, "END_S", 0.3)
     limits = tiny_preset().limits
-    child = Child(best(), Policy.of("harness.trainer", folder, None, "cpu", limits), [], folder / "log.txt", 1)
+    child = Child(
+        best(), Policy.of("hotloop.harness.training.child", folder, None, "cpu", limits), [], folder / "log.txt", 1
+    )
     real, tree = child.end, [child.pid, *descendants(child.pid)]
     for pid in tree:
         os.kill(pid, signal.SIGSTOP)

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from agent_loop.night import Night, Row
-from agent_loop.report import print_results
-from agent_loop.verify import checks
-from harness.data.building import prepare
-from harness.data.dataset import Dataset
-from harness.errors import DataError
-from harness.experiment import Event, Job, Settings, data_warnings, run_experiment
-from harness.record import OPEN_TEXT, Chain
-from harness.sandbox import Sandbox, best, readable_text
-from harness.spec import BudgetRule
+from hotloop.agent_loop.commands.verify import checks
+from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.report.files import print_results
+from hotloop.harness.data.building import prepare
+from hotloop.harness.data.dataset import Dataset
+from hotloop.harness.errors import DataError
+from hotloop.harness.experiment import Event, Job, Settings, data_warnings, run_experiment
+from hotloop.harness.records.record import OPEN_TEXT, Chain
+from hotloop.harness.sandbox.levels import Sandbox, best, readable_text
+from hotloop.harness.settings import BudgetRule
 from tests.harness.conftest import tiny_preset, tiny_source
 
 PRESET = tiny_preset(seq_len=64, vocab_size=320)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import toolchain
-from harness.toolchain import (
+from hotloop.harness.gpu import toolchain
+from hotloop.harness.gpu.toolchain import (
     TESTED,
     Build,
     build_trouble,

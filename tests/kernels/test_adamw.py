@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import adamw
+from hotloop.kernels import adamw
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import adamw
+from hotloop.kernels import adamw
 case, = adamw.compile_cases()
 assert case.constants["BLOCK"] // (32 * case.options["num_warps"]) == 16
 signature = case.signature | dict.fromkeys(case.constants, "constexpr")
@@ -81,8 +81,8 @@ def test_tensors_that_begin_anywhere_are_updated_alike() -> None:
     pytest.importorskip("triton")
     script = """
 import torch, kernels
-from kernels import reference
-from kernels.adamw import kind_of
+from hotloop.kernels import reference
+from hotloop.kernels.adamw import kind_of
 torch.manual_seed(0)
 kinds = set()
 for dtype in (torch.float32, torch.bfloat16):

@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import attend as chosen
-from kernels import attention_backends as others
-from kernels import flash, reference
+from hotloop import kernels
+from hotloop.kernels import attend as chosen
+from hotloop.kernels import attention_backends as others
+from hotloop.kernels import flash, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
 PREAMBLE = """
 import torch, kernels, contextlib
 from unittest import mock
-from kernels import flash, reference
+from hotloop.kernels import flash, reference
 torch.manual_seed(0)
 
 def with_config(t, **config):
@@ -182,7 +182,7 @@ def test_what_is_named_and_cannot_run_says_why() -> None:
     ):
         with pytest.raises(kernels.KernelError, match=words):
             kernels.attention(*bad)
-    script = "import kernels; print(kernels.implementations())"
+    script = "from hotloop import kernels; print(kernels.implementations())"
     for asked, words in (("nonsense", "is no backend; they are"), ("flash3", "cannot run: flash_attn_interface")):
         env = os.environ | {"HOTLOOP_ATTENTION": asked}
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -377,7 +377,7 @@ def test_programs_that_walk_over_tiles_have_as_much_to_do(tmp_path: Path) -> Non
     jitted = tmp_path / "order.py"  # Triton reads the source from a file
     jitted.write_text("""
 import triton, triton.language as tl
-from kernels.flash import _tile_of
+from hotloop.kernels.flash import _tile_of
 @triton.jit
 def order(out, tiles, T, H, ROWS: tl.constexpr, HEADS: tl.constexpr, ALL: tl.constexpr):
     tile = tl.arange(0, ALL)

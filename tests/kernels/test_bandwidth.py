@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(script: str, which: str = "triton") -> str:
     env = os.environ | {"HOTLOOP_KERNELS": which, "TRITON_INTERPRET": "1"}
-    script = "import torch, kernels\nfrom kernels import reference\ntorch.manual_seed(0)\n" + script
+    script = (
+        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import reference\ntorch.manual_seed(0)\n"
+        + script
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -49,7 +52,7 @@ assert all(torch.equal(a, b) for a, b in zip(before, lists[0]))
 def test_a_frequent_token_is_summed_over_its_pieces_in_order() -> None:
     """Counts of 0, 1, one piece to the last row, one row more, and many pieces; bit for bit the same each time."""
     run("""
-from kernels.token_embedding import PIECE
+from hotloop.kernels.token_embedding import PIECE
 counts = [0, 1, PIECE, PIECE + 1, 5 * PIECE + 3, 0]
 tokens = torch.cat([torch.full((c,), v) for v, c in enumerate(counts)])[torch.randperm(sum(counts))]
 for dim in (8, 300, 1030):
@@ -97,7 +100,7 @@ assert ours[1].dtype == torch.float64
 @pytest.mark.parametrize("rows", [1, 3, 7, 64])
 def test_chunks_of_any_size_give_the_whole(rows: int) -> None:
     run(f"""
-import kernels.linear_cross_entropy as m
+from hotloop.kernels import linear_cross_entropy as m
 m.CHUNK_ELEMENTS = {rows} * 19
 x, w, t = torch.randn(7, 12, requires_grad=True), torch.randn(19, 12, requires_grad=True), torch.randint(0, 19, (7,))
 t[2] = -1
@@ -161,7 +164,7 @@ MODEL = """
 import sys
 from types import SimpleNamespace
 import train
-from harness.spec import Spec
+from hotloop.harness.settings import Spec
 hp = SimpleNamespace(**(vars(train.hyperparameters(Spec("h100", "cpu", 1, 61, 24)))
     | dict(DEPTH=3, ASPECT_RATIO=16, HEAD_DIM=16, WINDOW_PATTERN="SL", GATE_CHANNELS=4)))
 model = train.GPT(hp, 61, 24)
@@ -226,9 +229,9 @@ def test_every_tile_computes_the_same_by_descriptors_and_by_pointers() -> None:
     """
     run("""
 import dataclasses
-from bench.accuracy import check
-from bench.operators import OPERATORS
-from kernels import linear_cross_entropy, linear_qkv, mlp
+from hotloop.bench.accuracy import check
+from hotloop.bench.operators import OPERATORS
+from hotloop.kernels import linear_cross_entropy, linear_qkv, mlp
 qkv = ("linear_qkv_rope_norm", linear_qkv, "", ((16, 1, 32), (16, 2, 16), (64, 1, 64), (32, 2, 32)))
 heads = dict(H=3, G=1, K=64), dict(H=4, G=4, K=16), dict(H=2, G=1, K=128)
 sized = [size | h for size, h in zip((dict(B=2, T=37, D=72), dict(B=1, T=33, D=48), dict(B=2, T=1, D=16)), heads)]

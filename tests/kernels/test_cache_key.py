@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import cache_key
+from hotloop.kernels import cache_key
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ def test_whatever_chooses_marks_what_is_compiled_and_keeps_a_tag_that_is_there()
     script = (
         "import torch, kernels\n"
         "from torch.compiler import config\n"
-        "from kernels import attend, cache_key, dispatch, fp8\n"
+        "from hotloop.kernels import attend, cache_key, dispatch, fp8\n"
         "assert config.cache_key_tag == 'mine'\n"  # importing does nothing
         f"for name, choice in {CHOICES}.items():\n"
         "    config.cache_key_tag = 'mine'\n"
@@ -59,7 +59,7 @@ def test_whatever_chooses_marks_what_is_compiled_and_keeps_a_tag_that_is_there()
 SCRIPT = """
 import torch, kernels
 from torch._dynamo.utils import counters
-from kernels import weight_gradient
+from hotloop.kernels import weight_gradient
 launched, parts = [], weight_gradient.parts
 weight_gradient.parts = lambda *a: launched.append(a) or parts(*a)
 torch.manual_seed(0)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from kernels.compiling import Facts
+from hotloop.kernels.compiling import Facts
 
 ROOT = Path(__file__).resolve().parents[2]
 PREAMBLE = """
 import json, os, sys
 import torch
-from kernels import compiling, tuning, weight_gradient
-from kernels.compiling import Launch, compile_all, recorded, without_driver
+from hotloop.kernels import compiling, tuning, weight_gradient
+from hotloop.kernels.compiling import Launch, compile_all, recorded, without_driver
 FINE = weight_gradient.default_config(False) | {"ROWS": 32, "COLUMNS": 32, "DEPTH": 32, "num_warps": 2}
 def launches(**config):
     with tuning.trial("weight_gradient", FINE | config), recorded() as found:

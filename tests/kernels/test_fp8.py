@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 import train
-from harness.client import Batch
-from harness.preflight import preflight
-from harness.sandbox import best
-from harness.spec import PRESETS, Spec
-from kernels import KernelError, dispatch, fp8, reference
-from kernels.reference import E4M3, E5M2, quantize
+from hotloop import kernels
+from hotloop.harness.preflight.preflight import preflight
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.settings import PRESETS, Spec
+from hotloop.harness.training.run import Batch
+from hotloop.kernels import KernelError, dispatch, fp8, reference
+from hotloop.kernels.reference import E4M3, E5M2, quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -239,9 +239,9 @@ def test_the_mlp_is_its_two_products(implementation: str) -> None:
 
 LOSS = """
 import torch, kernels
-from kernels import fp8, reference
+from hotloop.kernels import fp8, reference
 from torch.utils.flop_counter import FlopCounterMode
-import kernels.linear_cross_entropy as module
+from hotloop.kernels import linear_cross_entropy as module
 torch.manual_seed(0)
 x, w = torch.randn(3, 7, 32), torch.randn(80, 32) * 0.5
 t = torch.randint(0, 80, (3, 7))
@@ -428,6 +428,6 @@ def test_the_pre_flight_passes_at_full_size(tmp_path: Path, cuda: bool) -> None:
     on = source.replace(b'\nFP8 = ""', b'\nFP8 = "mlp lm_head e5m2"')
     assert on != source
     if cuda:  # there the operator would be chosen
-        on += b'\nimport kernels.fp8\nkernels.fp8._decide = lambda device: (True, "")\n'
+        on += b'\nfrom hotloop.kernels import fp8\nfp8._decide = lambda device: (True, "")\n'
     found = preflight(on, PRESETS["h100"], 8192, 2048, 1, best(), tmp_path, 120.0)
     assert found.status == "ok", found.reason

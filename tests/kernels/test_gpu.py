@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from bench import device as dev
-from bench.accuracy import bitwise_repeats, check
-from bench.operators import OPERATORS
-from harness.spec import PRESETS, Spec
-from harness.trainer import load_train_module
-from harness.walls import project_root
-from kernels import attend, reference
-from kernels.attention_backends import BACKENDS
+from hotloop import kernels
+from hotloop.bench import device as dev
+from hotloop.bench.accuracy import bitwise_repeats, check
+from hotloop.bench.operators import OPERATORS
+from hotloop.harness.paths import project_root
+from hotloop.harness.settings import PRESETS, Spec
+from hotloop.harness.training.child import load_train_module
+from hotloop.kernels import attend, reference
+from hotloop.kernels.attention_backends import BACKENDS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = torch.device("cuda")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import train
-from kernels import reference
+from hotloop.kernels import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,10 @@ POLYNOMIALS = train.POLAR_EXPRESS
 def run(script: str) -> None:
     pytest.importorskip("triton")
     env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
-    script = "import torch, kernels\nfrom kernels import muon, reference\ntorch.manual_seed(0)\n" + script
+    script = (
+        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import muon, reference\ntorch.manual_seed(0)\n"
+        + script
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -132,8 +135,8 @@ def test_the_triangles_tiles_are_each_found_once() -> None:
 def test_symmetric_products_at_awkward_sizes_in_poisoned_memory() -> None:
     """fp32 and fp16, one tile to several, both tile sizes, all variants; the mirror has the tile's bits."""
     run("""
-from bench.accuracy import poisoned_memory
-from kernels import tuning
+from hotloop.bench.accuracy import poisoned_memory
+from hotloop.kernels import tuning
 cases = [(1, 1, 1), (2, 5, 3), (1, 64, 65), (2, 65, 64), (1, 130, 40), (1, 257, 20)]
 for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 5e-4)):
     for tile in (64, 128):
@@ -242,7 +245,7 @@ refused("three numbers", (5, [(1.0, 2.0)]))
 
 def test_a_bank_of_few_tiles_gets_small_ones() -> None:
     """The baseline's shapes: 32 squares of 512 fill a GPU with 128 x 128 tiles, 8 tall ones do not."""
-    from kernels import muon
+    from hotloop.kernels import muon
 
     assert muon.config_key(32, 512, False) == "16 bit many" and muon.default_config("16 bit many")["TILE"] == 128
     assert muon.config_key(8, 512, False) == "16 bit few" and muon.default_config("16 bit few")["TILE"] == 64

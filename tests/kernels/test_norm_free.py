@@ -90,7 +90,10 @@ def run(script: str, which: str = "norm_mlp_relu2") -> None:
     """With the three kernels of the stream on: one brings the others."""
     pytest.importorskip("triton")
     env = os.environ | {"HOTLOOP_KERNELS": which, "TRITON_INTERPRET": "1"}
-    script = "import torch, kernels\nfrom kernels import reference\ntorch.manual_seed(0)\n" + script
+    script = (
+        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import reference\ntorch.manual_seed(0)\n"
+        + script
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

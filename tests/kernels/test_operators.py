@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from bench.accuracy import check, results, upstream
-from bench.operators import OPERATORS, Operator
-from kernels import reference
+from hotloop import kernels
+from hotloop.bench.accuracy import check, results, upstream
+from hotloop.bench.operators import OPERATORS, Operator
+from hotloop.kernels import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
@@ -114,8 +114,8 @@ def test_the_kernel_is_right_through_the_interpreter(name: str) -> None:
     run(
         f"""
 import torch, kernels
-from bench.accuracy import check
-from bench.operators import OPERATORS
+from hotloop.bench.accuracy import check
+from hotloop.bench.operators import OPERATORS
 torch.manual_seed(0)
 op = OPERATORS[{name!r}]
 assert kernels.implementations()[op.name] == "triton: interpreter"
@@ -137,7 +137,7 @@ def test_every_registered_operator_passes_opcheck_and_is_in_the_table() -> None:
     pytest.importorskip("triton")
     run("""
 import torch, kernels
-from bench.operators import OPERATORS
+from hotloop.bench.operators import OPERATORS
 registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("hotloop::")}
 assert registered == {name for op in OPERATORS.values() for name in op.torch_ops}, registered
 def randn(*shape): return torch.randn(*shape, requires_grad=True)
@@ -148,12 +148,12 @@ qkv, cos, sin, ve, gate = randn(2, 5, 8, 16), torch.randn(5, 8), torch.randn(5, 
 dq, dkv = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16)
 lam, mu = torch.tensor(0.9, requires_grad=True), torch.tensor(0.2, requires_grad=True)
 aq, ak, do = randn(2, 6, 4, 16), randn(2, 6, 2, 16), torch.randn(2, 6, 4, 16)
-from kernels.token_embedding import token_rows
-from kernels.attend import _bounds
+from hotloop.kernels.token_embedding import token_rows
+from hotloop.kernels.attend import _bounds
 cuts = _bounds(torch.tensor([0, 2, 12]), 2, 6)
 none, rows, h = (None, None, None), torch.rand(2, 12), torch.randn(12, 16)
 lists = [[torch.rand(5), torch.rand(3, 3).bfloat16()] for _ in range(4)]
-from kernels.reference import E4M3, E5M2, quantize
+from hotloop.kernels.reference import E4M3, E5M2, quantize
 q, s, b, z = (*quantize(x.detach(), E4M3), *quantize(torch.randn(32, 16), E4M3))
 samples = {
     "softcap_linear_cross_entropy": [(x, w, t, 15.0, "inplace"), (x, w, t, 15.0, "exp"), (x, w, t, None, "inplace")],

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from bench.gate import COMMITTED
-from kernels import linear_qkv, mlp, product, residual_linear, residual_stream, tuning
-from kernels.architectures import ARCHITECTURES
+from hotloop.bench.gate.configurations import COMMITTED
+from hotloop.kernels import linear_qkv, mlp, product, residual_linear, residual_stream, tuning
+from hotloop.kernels.architectures import ARCHITECTURES
 
 BF16 = torch.bfloat16
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels import reference
+from hotloop import kernels
+from hotloop.kernels import reference
 
 B, T, H, K = 2, 37, 4, 16
 

@@ -29,7 +29,7 @@ INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 
 PRELUDE = """
 import torch, kernels
-from kernels import reference
+from hotloop.kernels import reference
 torch.manual_seed(0)
 real_empty = torch.empty
 def poisoned(*a, **k):  # what a kernel does not write is no number
@@ -158,12 +158,12 @@ refused("softcap must be", x, w, t, -1.0)
     ],
 )
 def test_what_was_asked_for_and_cannot_run_is_an_error(asked: str, words: str) -> None:
-    script = "import kernels\ntry: kernels.implementations()\nexcept kernels.KernelError as e: print(e)"
+    script = "from hotloop import kernels\ntry: kernels.implementations()\nexcept kernels.KernelError as e: print(e)"
     assert words in run(script, HOTLOOP_KERNELS=asked, CUDA_VISIBLE_DEVICES="")
 
 
 def test_kernels_can_be_asked_for_one_by_one() -> None:
-    script = "import kernels\nfor k, v in kernels.implementations().items(): print(k, v)"
+    script = "from hotloop import kernels\nfor k, v in kernels.implementations().items(): print(k, v)"
     found = run(script, HOTLOOP_KERNELS="embedding,adamw_", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     on = {line.split()[0] for line in found.splitlines() if " triton: interpreter" in line}
     assert on == {"embedding", "adamw_"}

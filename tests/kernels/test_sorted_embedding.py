@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels import reference
-from kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
+from hotloop import kernels
+from hotloop.kernels import reference
+from hotloop.kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = [0, 1, PLAIN_PIECE, PLAIN_PIECE + 1, 5 * PLAIN_PIECE + 5, 0]  # of each token
@@ -63,7 +63,7 @@ def test_compiled_for_results_that_repeat_nothing_accumulates_by_index() -> None
 import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import embedding
-from kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
+from hotloop.kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
 torch._C._set_deterministic_algorithms(True, warn_only=True)
 torch.manual_seed(0)
 V, M, D = 300, 5000, 16

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
-import harness.probe
-import harness.sandbox
-import harness.walls
-from harness.data import packages
-from harness.data.building import prepare
-from harness.data.dataset import SPLITS, default_data_dir
-from harness.data.sources import CodeText
-from harness.errors import DataError
-from harness.sandbox import best
-from harness.spec import PRESETS
-from harness.walls import around, hidden_text, project_root
+import hotloop.harness.sandbox.bubblewrap
+import hotloop.harness.sandbox.levels
+import hotloop.harness.sandbox.probe
+from hotloop.harness.data import packages
+from hotloop.harness.data.building import prepare
+from hotloop.harness.data.dataset import SPLITS, default_data_dir
+from hotloop.harness.data.sources import CodeText
+from hotloop.harness.errors import DataError
+from hotloop.harness.paths import project_root
+from hotloop.harness.sandbox.bubblewrap import around, hidden_text
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.settings import PRESETS
 from tests.needs import at, sandbox
 
 # Of the laptop preset's rows. Another text, tokenizer or packing, and every score before it compares with none after.
@@ -107,8 +108,8 @@ def test_a_level_that_shows_the_text_is_not_taken(level: int, monkeypatch: pytes
     """The probe is a child that tries; it reads the text when nothing hides it, and then there is no such level."""
     assert sandbox(level).probes["reading the built-in text"]
     assert hidden_text()
-    monkeypatch.setattr(harness.sandbox, "hidden_text", lambda: ())
-    assert not harness.probe.probe(best(level))["reading the built-in text"]
+    monkeypatch.setattr(hotloop.harness.sandbox.levels, "hidden_text", lambda: ())
+    assert not hotloop.harness.sandbox.probe.probe(best(level))["reading the built-in text"]
 
 
 def test_pygments_would_not_do() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.building import prepare
-from harness.data.copies import Copies
-from harness.data.spool import VAL_SHARE, split_share
-from harness.data.tokenizer import Row
+from hotloop.harness.data.building import prepare
+from hotloop.harness.data.copies import Copies
+from hotloop.harness.data.spool import VAL_SHARE, split_share
+from hotloop.harness.data.tokenizer import Row
 
 RNG = np.random.default_rng(11)
 # Words as frequent as in language, so that two documents share many of them.

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import harness.data.download
-from harness.data.download import download, endpoint
-from harness.errors import DataError, UsageError
+import hotloop.harness.data.download
+from hotloop.harness.data.download import download, endpoint
+from hotloop.harness.errors import DataError, UsageError
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -83,7 +83,7 @@ def url(tmp_path: Path, state: dict[str, Any]) -> Iterator[str]:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
-    monkeypatch.setattr(harness.data.download.time, "sleep", slept.append)
+    monkeypatch.setattr(hotloop.harness.data.download.time, "sleep", slept.append)
     return slept
 
 

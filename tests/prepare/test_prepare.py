@@ -25,15 +25,15 @@ import regex  # tiktoken's own dependency
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import harness.data.dataset
-import harness.data.download
-from harness.data.building import prepare
-from harness.data.dataset import SPLITS, Dataset, load_dataset
-from harness.data.packing import Packer
-from harness.data.readers import Fields
-from harness.data.sources import PathText
-from harness.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from harness.errors import DataError, UsageError
+import hotloop.harness.data.dataset
+import hotloop.harness.data.download
+from hotloop.harness.data.building import prepare
+from hotloop.harness.data.dataset import SPLITS, Dataset, load_dataset
+from hotloop.harness.data.packing import Packer
+from hotloop.harness.data.readers import Fields
+from hotloop.harness.data.sources import PathText
+from hotloop.harness.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from hotloop.harness.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -275,7 +275,7 @@ def test_a_corrupt_file_is_found_and_named(texts: Path, tmp_path: Path, name: st
 def test_verify_hashes_again_only_what_changed(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = load_dataset(dataset.path)
     fresh.verify()
-    monkeypatch.setattr(harness.data.dataset.hashlib, "file_digest", None)  # would raise if it were called
+    monkeypatch.setattr(hotloop.harness.data.dataset.hashlib, "file_digest", None)  # would raise if it were called
     fresh.verify()
     os.utime(fresh.path / "val.bin")
     with pytest.raises(TypeError):
@@ -392,7 +392,7 @@ def test_climbmix_goes_on_after_a_cut_connection(
     server: tuple[str, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, served = server
-    monkeypatch.setattr(harness.data.download.time, "sleep", lambda _: None)
+    monkeypatch.setattr(hotloop.harness.data.download.time, "sleep", lambda _: None)
     made = make("climbmix", tmp_path / "out" / "data", num_shards=2, base_url=url)
     assert set(served.values()) == {2}  # half, then the rest
     shards = tmp_path / "out" / "climbmix-shards"
@@ -405,7 +405,7 @@ def test_climbmix_goes_on_after_a_cut_connection(
 
 
 def test_without_network_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.data.download.time, "sleep", lambda _: None)
+    monkeypatch.setattr(hotloop.harness.data.download.time, "sleep", lambda _: None)
     with pytest.raises(DataError, match=r"check the network.*--source packages"):
         make("climbmix", tmp_path / "data", num_shards=1, base_url="http://127.0.0.1:9")
     assert not (tmp_path / "data").exists()

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.data.building import prepare
-from harness.data.dataset import SPLITS, Dataset
-from harness.data.readers import Fields, Tally, cut, read, text_files
-from harness.errors import DataError
+from hotloop.harness.data.building import prepare
+from hotloop.harness.data.dataset import SPLITS, Dataset
+from hotloop.harness.data.readers import Fields, Tally, cut, read, text_files
+from hotloop.harness.errors import DataError
 
 RANDOM = np.random.default_rng(7)
 WORDS = ["".join(RANDOM.choice(list("abcdefghijklmnopqrstuvwxyz"), RANDOM.integers(2, 9))) for _ in range(500)]

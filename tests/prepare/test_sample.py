@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness.data import building
+from hotloop.harness.data import building
 
 
 def sampled(*texts: str) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-import harness.data.building
-from harness.data.building import prepare
-from harness.data.dataset import Dataset, load_dataset
-from harness.errors import DataError
+import hotloop.harness.data.building
+from hotloop.harness.data.building import prepare
+from hotloop.harness.data.dataset import Dataset, load_dataset
+from hotloop.harness.errors import DataError
 
 
 def write(path: Path, count: int, word: str = "word") -> None:
@@ -99,13 +99,13 @@ def test_a_folder_that_is_prepared_into_itself(texts: Path) -> None:
 def test_text_that_changes_while_it_is_read(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, _ = make(texts)
     write(texts / "a.jsonl", 210)
-    written = harness.data.building._write
+    written = hotloop.harness.data.building._write
 
     def slow(*args: Any) -> None:
         written(*args)
         write(texts / "a.jsonl", 220)
 
-    monkeypatch.setattr(harness.data.building, "_write", slow)
+    monkeypatch.setattr(hotloop.harness.data.building, "_write", slow)
     with pytest.raises(DataError, match="changed while it was read; run the same command again"):
         make(texts)
     assert load_dataset(before.path).digest == before.digest
@@ -113,7 +113,7 @@ def test_text_that_changes_while_it_is_read(texts: Path, monkeypatch: pytest.Mon
 
 def test_another_version_of_the_packing(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(texts)
-    monkeypatch.setattr(harness.data.building, "PACKING_VERSION", 99)
+    monkeypatch.setattr(hotloop.harness.data.building, "PACKING_VERSION", 99)
     assert "packing_version 1 -> 99" in make(texts)[1][0]
 
 
@@ -155,7 +155,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(
         if path.name == "manifest.json":  # the last step
             raise error
 
-    monkeypatch.setattr(harness.data.building, "_put", stop)
+    monkeypatch.setattr(hotloop.harness.data.building, "_put", stop)
     with pytest.raises((KeyboardInterrupt, DataError)):
         make(texts)
     monkeypatch.undo()
@@ -167,7 +167,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(
 def test_a_file_system_that_cannot_exchange_folders(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(texts)
     write(texts / "c.jsonl", 30)
-    monkeypatch.setattr(harness.data.building.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(hotloop.harness.data.building.ctypes, "CDLL", lambda *_, **__: object())
     after, told = make(texts)
     assert "c.jsonl is new" in told[0]
     after.verify()

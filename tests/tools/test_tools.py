@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from harness.walls import project_root
+from hotloop.harness.paths import project_root
 
 TOOLS = project_root() / "tools"
 
@@ -143,13 +143,13 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
 
 def test_the_tests_that_a_change_touches() -> None:
     tests = {
-        Path("tests/a/test_x.py"): "from harness.wire import Wire\n",
-        Path("tests/a/test_y.py"): "from harness import wire\n",
+        Path("tests/a/test_x.py"): "from hotloop.harness.sandbox.wire import Wire\n",
+        Path("tests/a/test_y.py"): "from hotloop.harness.sandbox import wire\n",
         Path("tests/a/test_z.py"): "import harness.wires\n",
         Path("tests/b/test_t.py"): "import train\n",
     }
     touched = tool("touched").touched
-    assert [p.name for p in touched([Path("harness/wire.py")], tests)] == ["test_x.py", "test_y.py"]
+    assert [p.name for p in touched([Path("harness/sandbox/wire.py")], tests)] == ["test_x.py", "test_y.py"]
     assert [p.name for p in touched([Path("train.py"), Path("README.md")], tests)] == ["test_t.py"]
     assert [p.name for p in touched([Path("tests/a/helper.py")], tests)] == ["test_x.py", "test_y.py", "test_z.py"]
     assert [p.name for p in touched([Path("tests/b/test_t.py")], tests)] == ["test_t.py"]

@@ -1,0 +1,86 @@
+"""Whose turn it is: the agents in the user's order, each left alone for a while after it failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hotloop.agent_loop.agents.agent import Agent, AgentError
+
+__all__ = ["FIRST_WAIT_S", "LONGEST_WAIT_S", "REFUSALS", "Rota"]
+
+FIRST_WAIT_S = 15.0
+LONGEST_WAIT_S = 1800.0
+REFUSALS = 3  # edits in a row that cannot be run, which count as a failure
+
+
+@dataclass
+class _State:
+    agent: Agent
+    failures: int = 0
+    refusals: int = 0
+    until: float = 0.0  # infinite: it has nothing more to give
+
+
+class Rota:
+    """Args:
+    agents: the first that is not being left alone takes the turn.
+    clock: seconds, monotonic; tests pass their own.
+    """
+
+    def __init__(self, agents: Sequence[Agent], clock: Callable[[], float] = time.monotonic) -> None:
+        self._states = [_State(a) for a in agents]
+        self._clock = clock
+
+    @property
+    def agents(self) -> list[Agent]:
+        return [s.agent for s in self._states]
+
+    @property
+    def names(self) -> str:
+        return ", ".join(s.agent.name for s in self._states)
+
+    def pick(self, free_of_cost: bool = False) -> Agent | None:
+        """Whose turn it is; None where all are left alone.
+
+        Args:
+            free_of_cost: only those that no model's service is paid for.
+        """
+        able = [s.agent for s in self._states if s.until <= self._clock()]
+        return next((a for a in able if not (free_of_cost and a.ahead)), None)
+
+    def wait_s(self) -> float | None:
+        """How long until somebody may be asked; None where nobody has anything more to give."""
+        until = min(s.until for s in self._states)
+        return None if until == float("inf") else max(0.0, until - self._clock())
+
+    def worked(self, agent: Agent) -> None:
+        state = self._of(agent)
+        state.failures = state.refusals = 0
+
+    def failed(self, agent: Agent, error: AgentError) -> float:
+        """Leave it alone for twice as long as the last time, and for what its service asks; returns the seconds."""
+        state = self._of(agent)
+        state.failures += 1
+        wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(30, state.failures - 1))
+        wait = float("inf") if error.permanent else max(wait, error.retry_after_s)
+        state.until = self._clock() + wait
+        return wait
+
+    def refused(self, agent: Agent) -> None:
+        """Its edit could not be run. One is a slip; several in a row, and another agent takes over for a while."""
+        state = self._of(agent)
+        state.refusals += 1
+        if state.refusals >= REFUSALS:
+            state.refusals = 0
+            self.failed(agent, AgentError(f"{REFUSALS} edits in a row could not be run"))
+
+    def incumbent_changed(self) -> None:
+        """Who had nothing left to give for the old one may have for the new one."""
+        for state in self._states:
+            if state.until == float("inf") and not state.agent.ahead:
+                state.until, state.failures = 0.0, 0
+
+    def _of(self, agent: Agent) -> _State:
+        return next(s for s in self._states if s.agent is agent)

@@ -1,0 +1,1 @@
+"""The commands of `hotloop` that are about a night."""

@@ -1,0 +1,1 @@
+"""The night as it runs: the driver, an agent's turn, and what is shown of both."""

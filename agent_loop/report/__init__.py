@@ -1,0 +1,1 @@
+"""What a night leaves to look at: table, pictures, page."""
