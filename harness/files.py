@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: looked at before they are read."""
+"""Files that somebody else wrote, looked at before they are read; and ours, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["kind_of", "read_ordinary"]
+__all__ = ["kind_of", "read_ordinary", "write_whole"]
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
@@ -34,3 +34,10 @@ def read_ordinary(path: Path, most: int) -> bytes | None:
         return None
     with open(fd, "rb") as f:
         return f.read(most) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file by one that is whole, or leave it as it is. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -21,21 +21,33 @@ from typing import Any
 
 from git.exc import GitError
 
-from hotloop.agent_loop.agents.agent import Agent, AgentError
+from hotloop.agent_loop.agents.agent import Agent, AgentError, Tried
 from hotloop.agent_loop.agents.brief import Facts, quoted, write_brief
 from hotloop.agent_loop.agents.turn_order import Rota
-from hotloop.agent_loop.decide import Decision, judge
+from hotloop.agent_loop.decide import judge
+from hotloop.agent_loop.folder import Flight, NightFolder, Proposal
 from hotloop.agent_loop.gitrepo import Kept, NightRepo, said
 from hotloop.agent_loop.loop.background import Notifier, Reporter
 from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.turns import Preflight, Refused, Task, take_turn
-from hotloop.agent_loop.night import Flight, Night, Proposal, Row, Run
+from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.race import lessons, stopper
 from hotloop.agent_loop.report.files import write_tsv
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import DeviceError, HotloopError, RecordError, SandboxError
-from hotloop.harness.experiment import LOSSES, Event, Job, Settings, forget_weights, record, run_experiment
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.experiment import LOSSES, Event, Job, Settings, forget_weights, run_experiment
+from hotloop.harness.records.model import (
+    Decided,
+    Decision,
+    Judgement,
+    Kind,
+    NightBegun,
+    Origin,
+    Outcome,
+    Run,
+    Turn,
+    TurnResult,
+)
 from hotloop.harness.sandbox.process import end_all
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.text import one_line
@@ -111,7 +123,7 @@ class Driver:
 
     def __init__(
         self,
-        night: Night,
+        night: NightFolder,
         repo: NightRepo,
         agents: Sequence[Agent],
         slots: Sequence[Settings],
@@ -199,14 +211,14 @@ class Driver:
     def _next_run(self) -> Run | None:
         """The most pressing run that is not under way, entered into the flight."""
         active = {s.run.number for s in self.slots if s.run}
-        recorded = self.night.outcomes()
+        recorded = self.night.outcomes
         for run in self.flight.runs:
             if run.number not in active and run.number not in recorded:
                 return run
         if self._late():
             return None
         if not self.night.rows():
-            return None if self.flight.runs else self._new("baseline", self._base, "baseline", self.seed)
+            return None if self.flight.runs else self._new(Kind.BASELINE, self._base, "baseline", self.seed)
         if self.night.incumbent() is None:
             raise self._no_baseline()
         return self._noise_run() or self._second_seed_run() or self._experiment_run()
@@ -215,7 +227,7 @@ class Driver:
         commit = self._baseline_commit()
         for seed in range(self.seed + 1, self.seed + 1 + self.options.noise_seeds):
             if not self._was_begun(commit, seed):
-                return self._new("repeat", commit, f"baseline, seed {seed}", seed)
+                return self._new(Kind.REPEAT, commit, f"baseline, seed {seed}", seed)
         return None
 
     def _second_seed_run(self) -> Run | None:
@@ -223,10 +235,10 @@ class Driver:
         incumbent, seed = self._incumbent(), self.seed + 1
         for row in self.night.waiting() if self.options.second_seed else []:
             if not self._was_begun(incumbent.commit, seed):
-                return self._new("repeat", incumbent.commit, f"the incumbent, seed {seed}", seed)
+                return self._new(Kind.REPEAT, incumbent.commit, f"the incumbent, seed {seed}", seed)
             if not self._was_begun(row.commit, seed):
                 words = f"{row.description} (seed {seed})"
-                return self._new("confirm", row.commit, words, seed, incumbent.commit, row.agent)
+                return self._new(Kind.CONFIRM, row.commit, words, seed, incumbent.commit, row.origin.agent)
         return None
 
     def _experiment_run(self) -> Run | None:
@@ -240,12 +252,13 @@ class Driver:
 
     def _again(self) -> Proposal | None:
         """An edit that was better than what it was made from, before something else was kept."""
-        under_way = {r.again_of for r in self.flight.runs}
+        under_way = {r.origin.again_of for r in self.flight.runs}
         for row in self.night.to_try_again():
-            if row.number not in under_way and row.outcome:
+            if row.number not in under_way:
                 source = self.repo.source(row.commit)
-                words = row.description.removesuffix(f" (seed {row.outcome.seed})")
-                return Proposal(row.outcome.parent, source, words, row.agent, row.number, why=row.why)
+                words = row.description.removesuffix(f" (seed {row.run.seed})")
+                origin = Origin(row.origin.agent, why=row.origin.why, again_of=row.number)
+                return Proposal(row.run.parent, source, words, origin)
         return None
 
     def _committed(self, proposal: Proposal) -> Run | None:
@@ -263,7 +276,7 @@ class Driver:
             if (digest := syntax_hash(source)) in self._seen():
                 raise ProposalError("discard", f"not run, it was tried before: {words}")
         except ProposalError as e:
-            self._note_turn(proposal.agent, "refused", str(e), proposal)
+            self._note_turn(TurnResult.REFUSED, str(e), proposal.origin, proposal.description)
             self.flight.proposals = rest
             self.night.set_flight(self.flight)
             return None
@@ -275,11 +288,8 @@ class Driver:
         self._hashes[number] = digest
         if proposal.folder:
             self._move_turn(Path(proposal.folder), self.night.experiment_folder(number))
-        p = proposal
-        return self._enter(Run(
-            number, "experiment", commit, incumbent.commit, words, self.seed, p.agent, p.again_of, p.agent_s,
-            p.cost_usd, p.tokens, p.why,
-        ))  # fmt: skip
+        run = Run(number, Kind.EXPERIMENT, commit, incumbent.commit, words, self.seed, proposal.origin)
+        return self._enter(run)
 
     @staticmethod
     def _move_turn(folder: Path, to: Path) -> None:
@@ -289,8 +299,8 @@ class Driver:
             shutil.rmtree(to / "turn", ignore_errors=True)
             folder.rename(to / "turn")
 
-    def _new(self, kind: str, commit: str, words: str, seed: int, parent: str = "", agent: str = "") -> Run:
-        return self._enter(Run(self._next_number(), kind, commit, parent, words, seed, agent))
+    def _new(self, kind: Kind, commit: str, words: str, seed: int, parent: str = "", agent: str = "") -> Run:
+        return self._enter(Run(self._next_number(), kind, commit, parent, words, seed, Origin(agent)))
 
     def _enter(self, run: Run) -> Run:
         self.flight.runs.append(run)
@@ -301,29 +311,25 @@ class Driver:
         source = self.repo.source(run.commit)
         self._hashes.setdefault(run.number, syntax_hash(source))
         incumbent = self.night.incumbent()
-        budget = incumbent.outcome.budget if incumbent and incumbent.outcome else {}
-        baseline = next((r.outcome for r in self.night.rows() if r.kind == "baseline" and r.outcome), None)
-        parent = self.night.outcome_of(run.parent) if run.kind == "experiment" else None
+        baseline = next((r.outcome for r in self.night.rows() if r.kind == Kind.BASELINE), None)
+        parent = self.night.outcome_of(run.parent) if run.kind == Kind.EXPERIMENT else None
         race = None
         if self.options.race and parent is not None:
             known = lessons(self.night, self.night.noise(self.options.least_gain).floor_bpb)
             race = stopper(parent, known, self.repo.tag, run.number)
         pace, late = 1.0, 1.0
-        if baseline and run.kind != "baseline" and baseline.device == "cuda":  # a CPU's wall time is who else is there
-            pace, late = held_against(baseline.budget, baseline.training_s)
+        if (
+            baseline and run.kind != Kind.BASELINE and baseline.device == "cuda"
+        ):  # a CPU's wall time is who else is there
+            pace, late = held_against(baseline.budget, baseline.training.wall_s)
         slot.idle_s = time.monotonic() - slot.free_since
         job = Job(
+            run=run,
             source=source,
-            number=run.number,
             tag=self.repo.tag,
-            kind=run.kind,
-            commit=run.commit,
-            parent=run.parent,
-            description=run.description,
-            seed=run.seed,
             folder=self.night.experiment_folder(run.number),
-            incumbent_tokens=budget.get("tokens"),
-            baseline_cpu_s=baseline.training_cpu_s if baseline else None,
+            incumbent_tokens=incumbent.outcome.budget.tokens if incumbent else None,
+            baseline_cpu_s=baseline.training.cpu_s if baseline else None,
             pace=pace,
             late=late,
             cold=not slot.used or slot.idle_s > COLD_AFTER_S,
@@ -360,7 +366,7 @@ class Driver:
         number = self._next_number() + self.night.insisted  # so that whoever goes by it makes another edit at last
         source = self.repo.source(incumbent.commit)
         task = Task(
-            number, incumbent.commit, source, self.settings.preset.name, self.night.history(),
+            number, incumbent.commit, source, self.settings.preset.name, [Tried.told(r) for r in self.night.tried()],
             frozenset(self._seen()), self.night.new_turn_folder(), self._brief(agent, source), self.options.preflight,
         )  # fmt: skip
         self.view.turn(agent.name)
@@ -390,30 +396,25 @@ class Driver:
         elif isinstance(made, Refused):
             self.rota.refused(agent)
             syntax = syntax_hash(made.proposal.source) if made.proposal.source != task.source else ""
-            self._note_turn(agent.name, "refused", str(made), made.proposal, made.status, syntax)
+            proposal, status = made.proposal, Decision(made.status)
+            self._note_turn(TurnResult.REFUSED, str(made), proposal.origin, proposal.description, status, syntax)
             self.view.note(f"an edit of {agent.name} was refused ({made.status}): {made}")
         elif isinstance(made, AgentError):
             wait = self.rota.failed(agent, made)
-            spent = Proposal("", b"", "", agent.name, None, seconds, made.cost_usd, made.tokens)
-            self._note_turn(agent.name, "failed", str(made), spent)
+            self._note_turn(TurnResult.FAILED, str(made), Origin(agent.name, seconds, made.cost_usd, made.tokens))
             later = "it is not asked again" if wait == float("inf") else f"it is asked again in {wait:.0f} s"
             self.view.note(f"{agent.name}: {made}; {later}")
             if agent.ahead and (words := [w for w in self.night.unheard() if w.startswith(f"the agent {agent.name} ")]):
                 self.view.warn(words[0])
 
     def _note_turn(
-        self, agent: str, result: str, reason: str, spent: Proposal, status: str = "", syntax: str = ""
-    ) -> None:
+        self, result: TurnResult, reason: str, origin: Origin, description: str = "", status: Decision | None = None,
+        syntax: str = "",
+    ) -> None:  # fmt: skip
         """`syntax`: of an edit that cannot run, whatever the incumbent is."""
-        self.night.chain.append(
-            "turn",
-            {
-                "agent": agent, "result": result, "status": status, "reason": reason,
-                "description": spent.description, "seconds": spent.agent_s, "cost_usd": spent.cost_usd,
-                "tokens": spent.tokens, "why": spent.why, "again_of": spent.again_of,
-                "syntax": syntax,
-            },
-        )  # fmt: skip
+        self.night.append(Turn(
+            origin=origin, result=result, reason=reason, description=description, status=status, syntax=syntax
+        ))  # fmt: skip
 
     def _brief(self, agent: Agent, incumbent: bytes) -> Callable[[str], str]:
         """Written here, while nothing is appended; a refusal is put in later, by the turn's own thread."""
@@ -442,12 +443,13 @@ class Driver:
     # What has ended.
 
     def _on_ran(self, slot: Slot, outcome: Outcome) -> None:
-        if outcome.number not in self.night.outcomes():
-            record(self.night.chain, outcome)
-            if note := outcome.compiled.get("note"):
-                self.view.note(f"experiment {outcome.number}: {note}")
+        number = outcome.run.number
+        if number not in self.night.outcomes:
+            self.night.append(outcome)
+            if outcome.compiled and outcome.compiled.note:
+                self.view.note(f"experiment {number}: {outcome.compiled.note}")
         if slot.run is not None:
-            self._decided_slots[outcome.number] = (slot.index, slot.idle_s)
+            self._decided_slots[number] = (slot.index, slot.idle_s)
             slot.run, slot.free_since, slot.trouble = None, time.monotonic(), Trouble()
         self._decide_in_order()
 
@@ -460,7 +462,7 @@ class Driver:
 
     def _decide_in_order(self) -> None:
         for run in sorted(self.flight.runs, key=lambda r: r.number):
-            outcome = self.night.outcomes().get(run.number)
+            outcome = self.night.outcomes.get(run.number)
             if outcome is None:
                 return
             self._decide(run, outcome)
@@ -469,62 +471,45 @@ class Driver:
         """Record the decision where that was not done, then do what follows from it."""
         if all(r.number != run.number for r in self.night.rows()[-len(self.flight.runs) :]):
             self._record(run, outcome, self._decision(outcome))
-        row = next(r for r in reversed(self.night.rows()) if r.number == run.number)
-        if row.decision == "keep":
+        row = self.night.row(run.number)
+        assert row is not None
+        if row.decision == Decision.KEEP:
             self._set_branch()
             self.rota.incumbent_changed()
-        elif row.kind == "confirm":  # with it goes what it was to confirm
-            first = next(r.number for r in self.night.rows() if r.commit == outcome.commit)
+        elif row.kind == Kind.CONFIRM:  # with it goes what it was to confirm
+            first = next(r.number for r in self.night.rows() if r.commit == row.commit)
             forget_weights(self.night.experiment_folder(first))
         if self.settings.store:
             folder = self.night.experiment_folder(row.number)
-            self.settings.store.settle(folder, outcome.compiled.get("left"), kept=row.decision == "keep")
-        if row.decision not in ("keep", "marginal") and row.kind != "baseline":
+            left = outcome.compiled.left if outcome.compiled else None
+            self.settings.store.settle(folder, left, kept=row.decision == Decision.KEEP)
+        if row.decision not in (Decision.KEEP, Decision.MARGINAL) and row.kind != Kind.BASELINE:
             forget_weights(self.night.experiment_folder(row.number))
         self.flight.runs = [r for r in self.flight.runs if r.number != run.number]
         self.night.set_flight(self.flight)
         self._hashes.pop(run.number, None)
         self.view.finished(row, self.night)
         self._reports()
-        if row.kind == "baseline" and row.decision != "keep":
+        if row.kind == Kind.BASELINE and row.decision != Decision.KEEP:
             raise self._no_baseline()
-        if row.decision == "keep" and row.number > 0:
+        if row.decision == Decision.KEEP and row.number > 0:
             self._tell("kept", f"{self.repo.tag} #{row.number} {row.val_bpb:.6f}: {row.description}; {row.reason}")
 
-    def _decision(self, outcome: Outcome) -> Decision:
+    def _decision(self, outcome: Outcome) -> Judgement:
         noise, incumbent = self.night.noise(self.options.least_gain), self.night.incumbent()
         return judge(self.night, outcome, incumbent, self.repo.source, noise, self.options.second_seed)
 
-    def _record(self, run: Run, outcome: Outcome, decision: Decision) -> None:
+    def _record(self, run: Run, outcome: Outcome, judgement: Judgement) -> None:
         incumbent, gain = self.night.incumbent(), None
         if incumbent and outcome.val_bpb is not None:
             # A confirmation compares under its own seed; all others with the incumbent's score.
-            best = self.night.score_of(incumbent.commit, outcome.seed if outcome.kind == "confirm" else self.seed)
+            best = self.night.score_of(incumbent.commit, run.seed if run.kind == Kind.CONFIRM else self.seed)
             gain = None if best is None else best - outcome.val_bpb
         slot, idle_s = self._decided_slots.pop(run.number, (0, 0.0))
-        self.night.chain.append(
-            "decision",
-            {
-                "number": run.number,
-                "kind": run.kind,
-                "commit": run.commit,
-                "description": run.description,
-                "decision": decision.decision,
-                "reason": decision.reason,
-                "gain": gain,
-                "noise_bpb": self.night.noise(self.options.least_gain).floor_bpb,
-                "syntax": self._hashes.get(run.number) or self._syntax(run.commit),
-                "again": decision.again,
-                "again_of": run.again_of,
-                "agent": run.agent,
-                "agent_s": run.agent_s,
-                "cost_usd": run.cost_usd,
-                "tokens": run.tokens,
-                "why": run.why,
-                "slot": slot,
-                "idle_s": idle_s,
-            },
-        )
+        self.night.append(Decided(
+            run=run, judgement=judgement, gain=gain, noise_bpb=self.night.noise(self.options.least_gain).floor_bpb,
+            syntax=self._hashes.get(run.number) or self._syntax(run.commit), slot=slot, idle_s=idle_s,
+        ))  # fmt: skip
 
     def _syntax(self, commit: str) -> str:
         """Empty where git has the commit no more: what is recorded is decided all the same."""
@@ -535,18 +520,13 @@ class Driver:
 
     # The state.
 
-    def _night_settings(self) -> dict[str, Any]:
-        rule = self.options.budget or self.settings.preset.budget
-        return {
-            "preset": self.settings.preset.name,
-            "device": self.settings.device,
-            "threads": self.settings.threads,
-            "data": self.settings.dataset.digest,
-            "budget": [rule.kind, rule.amount],
-            "seed": self.seed,
-            "sandbox": self.settings.sandbox.level,
-            "repeatable": self.settings.repeatable,
-        }
+    def _night_settings(self) -> NightBegun:
+        settings = self.settings
+        return NightBegun(
+            preset=settings.preset.name, device=settings.device, threads=settings.threads,
+            data=settings.dataset.digest, budget=self.options.budget or settings.preset.budget, seed=self.seed,
+            sandbox=settings.sandbox.level, repeatable=settings.repeatable,
+        )  # fmt: skip
 
     def _catch_up(self, base: str) -> None:
         """Make up for what a killed driver left undone."""
@@ -561,9 +541,9 @@ class Driver:
         self.flight.runs = [r for r in self.flight.runs if r.number not in decided]
         known = {r.number for r in self.flight.runs}
         for o in self.night.undecided():
-            if o.number not in known:
-                self.flight.runs.append(Run(o.number, o.kind, o.commit, o.parent, o.description, o.seed))
-        for run in [r for r in self.flight.runs if r.number not in self.night.outcomes()]:
+            if o.run.number not in known:
+                self.flight.runs.append(o.run)
+        for run in [r for r in self.flight.runs if r.number not in self.night.outcomes]:
             try:
                 self.repo.source(run.commit)
             except HotloopError as e:
@@ -572,7 +552,7 @@ class Driver:
         if rows and self.night.incumbent() is None:
             raise self._no_baseline()
         for o in self.night.undecided():
-            self.view.note(f"experiment {o.number} was run and not decided; deciding now")
+            self.view.note(f"experiment {o.run.number} was run and not decided; deciding now")
         self._decide_in_order()
         if self.night.rows():
             self._set_branch()
@@ -613,7 +593,7 @@ class Driver:
     def _enough(self, with_proposals: bool = False) -> bool:
         if self.options.experiments is None:
             return False
-        count = self.night.experiments + sum(r.kind == "experiment" for r in self.flight.runs)
+        count = self.night.experiments + sum(r.kind == Kind.EXPERIMENT for r in self.flight.runs)
         return count + with_proposals * len(self.flight.proposals) >= self.options.experiments
 
     def _over(self) -> bool:
@@ -634,7 +614,7 @@ class Driver:
         """Its commits are those of the kept rows, with their numbers."""
         kept, before = [], None
         for row in self.night.rows():
-            if row.decision != "keep":
+            if row.decision != Decision.KEEP:
                 continue
             if before is not None:
                 kept.append(Kept(row.commit, kept_message(self.repo.tag, row, before), row.ended))
@@ -699,15 +679,15 @@ class Driver:
 
 def kept_message(tag: str, row: Row, before: Row) -> str:
     """Of the branch's commit for a kept experiment: what, how much, why."""
-    assert row.outcome is not None
-    o = row.outcome
+    o, training = row.outcome, row.outcome.training
     gain = "" if row.gain is None else f" ({row.gain:+.6f} against the incumbent)"
     return (
         f"{row.description}\n\n"
         f"val_bpb {row.val_bpb:.6f}{gain}\n"
         f"{row.reason}\n"
-        f"{o.tokens:,} tokens in {o.training_s:.1f} s, {o.num_params / 1e6:.1f} M parameters, {o.peak_mb:,.0f} MB\n\n"
+        f"{training.tokens:,} tokens in {training.wall_s:.1f} s, {o.num_params / 1e6:.1f} M parameters, "
+        f"{training.peak_mb:,.0f} MB\n\n"
         f"Experiment {row.number} of {tag}, after {before.number}"
-        + (f", by {row.agent}" if row.agent else "")
+        + (f", by {row.origin.agent}" if row.origin.agent else "")
         + f"; as it was run: {row.commit}\nRecord: {row.record}"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.records.model import EvaluatorTime
 from hotloop.harness.sandbox.process import Child
 from hotloop.harness.settings import Limits
 
@@ -64,10 +65,10 @@ class Bound:
                     f"may cost {self._limits.evaluate_step:g} times what training on one did",
                 )  # fmt: skip
 
-    def facts(self) -> dict[str, float]:
+    def times(self) -> EvaluatorTime:
         """Seconds, of the processor on a CPU: up to the first batch, and after it."""
         first_s = self._first_s or 0.0
-        return {"first_s": round(first_s, 3), "rest_s": round(self._spent_s - first_s, 3)}
+        return EvaluatorTime(round(first_s, 3), round(self._spent_s - first_s, 3))
 
     def _now(self) -> float:
         return self._child.cpu_s() if self._on_cpu else time.monotonic()

@@ -16,15 +16,17 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from hotloop.harness.errors import TrialError
 from hotloop.harness.gpu.between_runs import fresh
+from hotloop.harness.records.model import Audit, EvaluatorTime, Ledger, Scores
 from hotloop.harness.sandbox import residency
 from hotloop.harness.sandbox.levels import Policy, Sandbox, best
 from hotloop.harness.sandbox.process import Child, SharedMemory
@@ -81,9 +83,7 @@ def surprise(logits: npt.NDArray[np.float32], true: Rows) -> npt.NDArray[np.floa
     return np.where(finite, found, np.nan)
 
 
-def compare(
-    nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0
-) -> dict[str, Any]:
+def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0) -> Audit:
     """What B's logits say about A's numbers at the cuts.
 
     Args:
@@ -103,21 +103,21 @@ def compare(
     mismatches = int(np.count_nonzero(~(np.abs(difference) <= tolerance)))
     mean = float(difference.mean())
     allowed = MEAN_ERRORS * float(difference.std()) / math.sqrt(n) + MEAN_SLACK_NATS
-    figures = {
-        "cuts": n,
-        "tolerance_nats": tolerance,
-        "mismatches": mismatches,
-        "mismatches_allowed": most,
-        "largest_nats": float(np.abs(difference).max()),
-        "mean_nats": mean,
-        "mean_allowed_nats": allowed,
+    figures = Audit(
+        cuts=n,
+        tolerance_nats=tolerance,
+        mismatches=mismatches,
+        mismatches_allowed=most,
+        largest_nats=float(np.abs(difference).max()),
+        mean_nats=mean,
+        mean_allowed_nats=allowed,
         # The smallest share of falsified tokens that n cuts find with 99 % probability: 1 - 0.01^(1/n).
-        "detectable_share": 1.0 - 0.01 ** (1.0 / n),
-    }
+        detectable_share=1.0 - 0.01 ** (1.0 / n),
+    )
     if mismatches > most:
         raise TrialError(
             "invalid",
-            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.1g} nats): "
+            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures.largest_nats:.1g} nats): "
             f"it looks ahead, keeps state across rows, or its probabilities are none",
         )
     if abs(mean) > allowed:
@@ -147,19 +147,21 @@ def questions(
 
 @dataclass
 class Evaluation:
-    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`, `cost` what they computed.
+    """Scores, the audit's figures, the seconds of both, and of what both evaluators computed.
 
     `val_bpb_reference` is the same loss over the bytes that karpathy/autoresearch counts, which are more wherever a
     token is no whole characters; only it compares with scores published there.
+
+    Attributes:
+        nll: float32 [N, T], nats, of val and then of holdout.
     """
 
-    val_bpb: float = math.nan
-    val_bpb_reference: float = math.nan
-    holdout_bpb: float = math.nan
-    audit: dict[str, Any] = field(default_factory=dict)
-    ledger: dict[str, float] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
-    nll: npt.NDArray[np.float32] | None = None  # [N, T], nats, of val and then of holdout
+    scores: Scores
+    audit: Audit
+    ledger: Ledger
+    evaluate_time: EvaluatorTime
+    audit_time: EvaluatorTime
+    nll: npt.NDArray[np.float32]
 
 
 class Evaluator:
@@ -194,14 +196,13 @@ class Evaluator:
         self.token_bytes, self.reference_bytes = token_bytes, reference_bytes
         self.folder, self.threads, self._emit = folder, threads, on_event
         self._token_s, self.reference = token_s, reference
-        self._cost: dict[str, float] = {}
+        self._times: dict[str, EvaluatorTime] = {}
         self._served = False  # whether the evaluator at work has got a row
         self._since: tuple[int, int] | None = None  # what had been read when it got the first
 
     def run(self, weights: bytearray) -> Evaluation:
         """Raises TrialError: `invalid`, `nan`, `crash`, `oom` or `timeout`."""
-        result = Evaluation()
-        began = time.monotonic()
+        ledger, began = Ledger(), time.monotonic()
         scored = np.concatenate([self.val, self.holdout])
         nll = np.empty((len(scored), self.spec.seq_len), dtype=np.float32)
 
@@ -214,18 +215,20 @@ class Evaluator:
         if nll.min() < -1e-3:
             raise TrialError("invalid", "the model reported a negative loss")
         n = len(self.val)
-        result.val_bpb = bits_per_byte(nll[:n], self.val[:, 1:], self.token_bytes)
-        if self.reference_bytes is not None:
-            result.val_bpb_reference = bits_per_byte(nll[:n], self.val[:, 1:], self.reference_bytes)
-        result.holdout_bpb = bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes)
-        result.ledger["evaluate"] = time.monotonic() - began
+        true = self.val[:, 1:]
+        reference = None if self.reference_bytes is None else bits_per_byte(nll[:n], true, self.reference_bytes)
+        scores = Scores(
+            val_bpb=bits_per_byte(nll[:n], true, self.token_bytes),
+            holdout_bpb=bits_per_byte(nll[n:], self.holdout[:, 1:], self.token_bytes),
+            val_bpb_reference=reference,
+        )
+        ledger.evaluate = time.monotonic() - began
         began = time.monotonic()
-        result.audit, result.nll = self._audit(weights, nll, scored), nll
-        result.ledger["audit"] = time.monotonic() - began
-        result.cost = self._cost
-        return result
+        audit = self._audit(weights, nll, scored)
+        ledger.audit = time.monotonic() - began
+        return Evaluation(scores, audit, ledger, self._times["evaluate"], self._times["audit"], nll)
 
-    def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32], scored: Rows) -> dict[str, Any]:
+    def _audit(self, weights: bytearray, nll: npt.NDArray[np.float32], scored: Rows) -> Audit:
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
         reference = self.reference if self.reference is not None and self.reference.shape == nll.shape else None
         order, cuts = draw(nll, reference, len(self.val), rng)
@@ -241,7 +244,7 @@ class Evaluator:
             raise TrialError("nan", "the model's logits are not finite")
         device = self.spec.device
         figures = compare(nll[order, cuts], found, TOLERANCE_NATS[device], allowed_mismatches(len(rows), device))
-        return figures | {"reference": reference is not None}
+        return msgspec.structs.replace(figures, reference=reference is not None)
 
     def _answer(
         self, phase: str, weights: bytearray, rows: Rows, cuts: list[int] | None, width_out: int, take: Take
@@ -331,7 +334,7 @@ class Evaluator:
             give(index + _SLOTS)
             take(slice(start, start + count), answer)
             self._emit(Event(phase, (start + count) / len(rows)))
-        self._cost |= {f"{phase}_{k}": v for k, v in self._bound.facts().items()}
+        self._times[phase] = self._bound.times()
 
     def _expect(self, child: Child, kind: str, deadline: float) -> None:
         while not child.wire.waiting(min(LOOK_S, max(0.001, deadline - time.monotonic()))):

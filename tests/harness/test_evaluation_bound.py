@@ -50,7 +50,7 @@ def test_the_first_batch_is_apart() -> None:
     assert not over(bound)
     worker.used_s += 0.2
     assert over(bound)
-    assert bound.facts()["first_s"] == 6.9
+    assert bound.times().first_s == 6.9
 
 
 def test_no_first_batch_is_overtime() -> None:

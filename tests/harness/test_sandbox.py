@@ -32,7 +32,7 @@ from hotloop.harness.sandbox.probe import MUST
 from hotloop.harness.sandbox.probe_cuda import probe_cuda
 from hotloop.harness.sandbox.process import Child
 from hotloop.harness.sandbox.wire import Closed
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.session import Session
 from tests.harness.fake_nvml import H100, FakeNvml
 from tests.needs import at, sandbox
 
@@ -372,11 +372,12 @@ names = st.sampled_from(["bytes", "depth", "flops_per_token", "peak_mb", "rows",
 @given(st.dictionaries(names, values))
 @settings(max_examples=300, deadline=None)
 def test_whatever_a_trainer_says_is_a_status_or_a_sane_number(message: dict[str, Any]) -> None:
+    from hotloop.harness.records.model import Training
     from hotloop.harness.settings import PRESETS, Spec
 
     session = Session.__new__(Session)
     session.spec = Spec("laptop", "cpu", 1, 64, 256)
-    session.preset, session.result = PRESETS["laptop"], Trained()
+    session.preset, session.training = PRESETS["laptop"], Training()
     session._limits, session._emit, session._progress = session.preset.limits, lambda _: None, 0.5
     session._clock, session._stop = time.monotonic, None
     for call in (

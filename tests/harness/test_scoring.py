@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.records.model import EvaluatorTime
 from hotloop.harness.scoring.cuts import draw
 from hotloop.harness.scoring.evaluation import Evaluator, bits_per_byte, compare, questions, surprise
 from hotloop.harness.scoring.score import Noise, Score
@@ -61,8 +62,8 @@ def honest(n: int = 512, v: int = 97) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def test_an_honest_model_agrees_with_itself() -> None:
     nll, logits, true = honest()
     figures = compare(nll, surprise(logits, true), 2e-3)
-    assert figures["mismatches"] == 0
-    assert 0.008 < figures["detectable_share"] < 0.0091  # 1 - 0.01 ** (1 / 512)
+    assert figures.mismatches == 0
+    assert 0.008 < figures.detectable_share < 0.0091  # 1 - 0.01 ** (1 / 512)
 
 
 @pytest.mark.parametrize(
@@ -135,22 +136,23 @@ class Answering(Evaluator):
     def __init__(self, nll: np.ndarray) -> None:
         self.spec = Spec("laptop", "cpu", 1, 5, nll.shape[1])
         self.val, self.holdout = (np.zeros((len(nll) // 2, nll.shape[1] + 1), np.uint16) for _ in range(2))
-        self.token_bytes, self.nll, self._cost = np.ones(5, np.int32), nll, {}
+        self.token_bytes, self.nll, self._times = np.ones(5, np.int32), nll, {}
         self.reference_bytes = None
 
     def _answer(self, phase: str, weights: bytearray, rows: np.ndarray, cuts: object, width: int, take: Any) -> None:
         assert len(rows) == len(self.nll)
         take(slice(0, len(rows)), self.nll)
+        self._times |= {"evaluate": EvaluatorTime(0.0, 0.0), "audit": EvaluatorTime(0.0, 0.0)}
 
-    def _audit(self, weights: bytearray, nll: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
-        return {"cuts": len(nll)}
+    def _audit(self, weights: bytearray, nll: np.ndarray, scored: np.ndarray) -> Any:
+        return None
 
 
 @pytest.mark.parametrize(("value", "status"), [(-2e-3, "invalid"), (math.nan, "nan"), (math.inf, "nan")])
 @pytest.mark.parametrize("row", [0, 3])  # of val, of holdout
 def test_a_loss_that_cannot_be_is_no_score(value: float, status: str, row: int) -> None:
     nll = np.full((4, 6), 0.5, np.float32)
-    assert Answering(nll.copy()).run(bytearray()).val_bpb == pytest.approx(0.5 / math.log(2))
+    assert Answering(nll.copy()).run(bytearray()).scores.val_bpb == pytest.approx(0.5 / math.log(2))
     nll[row, 2] = value
     with pytest.raises(TrialError) as e:
         Answering(nll).run(bytearray())
