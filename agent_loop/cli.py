@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, say, watch
+from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, watch
+from hotloop.harness.command_line import exit_status, say
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.paths import SAME_CODE, import_root
-from hotloop.harness.text import flushed, forgiving, one_line, printable
+from hotloop.harness.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,37 +33,18 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        forgiving(stream)
-    try:
-        return _main(argv)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            flushed(stream)
+    return exit_status(lambda: _main(argv))
 
 
 def _main(argv: list[str]) -> int:
-    try:
-        if argv[:1] == ["prepare"]:  # prepare.py owns its flags
-            from hotloop import prepare
+    if argv[:1] == ["prepare"]:  # prepare.py owns its flags
+        from hotloop import prepare
 
-            return prepare.main(argv[1:])
-        args = _parser().parse_args(argv)
-        args.argv = argv
-        status: int = args.run(args)
-        return status
-    except HotloopError as e:
-        say(printable(str(e)))
-        return e.exit_code
-    except KeyboardInterrupt:
-        say("stopped")
-        return 130
-    except BrokenPipeError:  # nobody reads any more, as after `| head`
-        return 1
-    except OSError as e:  # the machine's fault: a full disk, a folder that may not be written
-        where = f"{e.filename}: " if e.filename else ""
-        say(f"{printable(where)}{e.strerror or e}; mend it and start the same command again")
-        return 1
+        return prepare.main(argv[1:])
+    args = _parser().parse_args(argv)
+    args.argv = argv
+    status: int = args.run(args)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.command_line import exit_status
+from hotloop.harness.errors import UsageError
 
 __all__ = ["add_parsers", "main"]
 
@@ -370,9 +371,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hotloop bench", description=__doc__)
     add_parsers(parser)
     args = parser.parse_args(argv)
-    try:
-        status: int = args.run(args)
-    except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
-        return e.exit_code
-    return status
+    return exit_status(lambda: args.run(args))

@@ -20,7 +20,8 @@ import torch
 from hotloop.bench import device as dev
 from hotloop.bench.runner import Setting, StepRunner
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.files import write_whole
+from hotloop.harness.tuning.notes import Notes
 from hotloop.harness.tuning.selection import Comparison, Member, Members, Selection, Start, TimeIsUp, Unfit, words
 from hotloop.kernels import tuning
 from hotloop.kernels.dispatch import TOGETHER, TRITON_OPERATORS

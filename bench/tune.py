@@ -41,9 +41,10 @@ from hotloop.bench.operators import OPERATORS
 from hotloop.bench.runner import die_with_parent
 from hotloop.bench.switches import UNFINISHED
 from hotloop.harness.errors import UsageError
+from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.tuning.notes import Notes
 from hotloop.harness.tuning.search import blame, entry, halving, out_of
 from hotloop.harness.tuning.selection import TimeIsUp, Unfit
 from hotloop.kernels import (
