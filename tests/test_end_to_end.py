@@ -19,8 +19,9 @@ from hotloop import prepare as prep
 from hotloop.agent_loop.agents.agent import Context, Turn
 from hotloop.agent_loop.commands.verify import checks
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-from hotloop.agent_loop.loop.driver import Driver, Options
+from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.loop.planner import Options
 from hotloop.agent_loop.night import Night
 from hotloop.harness.errors import UsageError
 from hotloop.harness.experiment import Settings
