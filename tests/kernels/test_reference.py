@@ -15,7 +15,7 @@ B, T, H, K = 2, 37, 4, 16
 
 
 def test_ours_is_the_package_that_is_imported_and_its_names_are_these() -> None:
-    assert Path(kernels.__file__).parent == Path(__file__).resolve().parents[2] / "kernels"
+    assert Path(kernels.__file__).resolve().parent == Path(__file__).resolve().parents[2] / "kernels"
     assert sorted(kernels.__all__) == [
         "KernelError", "Norm", "Squares", "TokenOrder", "adamw_", "apply_rope_norm", "attention", "document_offsets",
         "embedding", "implementations", "linear", "linear_fp8", "linear_qkv_rope_norm", "linear_residual", "mlp_relu2",
