@@ -24,7 +24,7 @@ from hotloop.harness.text import flushed, forgiving, one_line, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hotloop.agent_loop.commands.start import Evening
+    from hotloop.agent_loop.commands.start import NightCommand
 
 __all__ = ["main"]
 
@@ -355,27 +355,27 @@ def _loop(args: argparse.Namespace) -> int:
     from hotloop.harness.gpu.between_runs import alone
 
     named = bool(args.tag)
-    evening = start(args)  # every wrong flag ends here
-    again = [*args.argv, *([] if named else ["--tag", evening.tag])]
+    command = start(args)  # every wrong flag ends here
+    again = [*args.argv, *([] if named else ["--tag", command.tag])]
     # A terminal that is closed takes the view with it, not the night. A handler: what is ignored stays so in agents.
     signal.signal(signal.SIGHUP, lambda *_: None)
     if UNDER_WATCH in os.environ:
-        return _drive(evening, again)
-    for settings in evening.slots:  # a driver that was started again waits for its GPU as for any fault
+        return _drive(command, again)
+    for settings in command.slots:  # a driver that was started again waits for its GPU as for any fault
         if settings.device == "cuda":
             alone(settings.sandbox.gpu)
-    evening.try_cages()
+    command.try_cages()
     if args.no_watchdog:
-        return _drive(evening, again)
+        return _drive(command, again)
     code = SAME_CODE + "del sys.argv[1]; from hotloop.agent_loop.cli import main; sys.exit(main())"
-    return watch([sys.executable, "-c", code, import_root(), *again], evening.folder)
+    return watch([sys.executable, "-c", code, import_root(), *again], command.folder)
 
 
-def _drive(evening: Evening, again: list[str]) -> int:
+def _drive(command: NightCommand, again: list[str]) -> int:
     """The night, in the process that drives it; `again` are the arguments that go on with it."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return evening.drive(_console())
+        return command.drive(_console())
     except KeyboardInterrupt:
         say(f"stopped; to go on: {shlex.join(['hotloop', *again])}")
         return 130
