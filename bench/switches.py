@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from hotloop.bench import device as dev
-from hotloop.bench.runner import Setting, StepRunner
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.proof import device as dev
+from hotloop.harness.tuning.notes import UNFINISHED, Notes, write_whole
+from hotloop.harness.tuning.runner import Setting, StepRunner
 from hotloop.harness.tuning.selection import Comparison, Member, Members, Selection, Start, TimeIsUp, Unfit, words
 from hotloop.kernels import tuning
 from hotloop.kernels.dispatch import OPERATORS as TABLE
@@ -28,7 +28,6 @@ from hotloop.kernels.dispatch import OPERATORS as TABLE
 __all__ = ["COST_ALLOWED", "UNFINISHED", "chosen_environment", "determinism", "members_of", "setting_of", "switches"]
 
 COST_ALLOWED = 0.02  # of the speed, that repeatable results may cost before they are worth giving up
-UNFINISHED = 75  # exit status: the time was over, and the same command goes on
 KERNEL, ATTENTION, CONSTANT = "ours", "attention", "train.py"
 EXTRAS = ('FP8="mlp"', 'FP8="lm_head"', 'FP8="mlp lm_head e5m2"', "CUDA_GRAPHS=True")
 

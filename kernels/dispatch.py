@@ -129,7 +129,7 @@ def selection() -> dict[str, str]:
 def _selected(asked: str) -> dict[str, str]:
     if asked == "triton":
         return {name: "triton" for name, op in OPERATORS.items() if "triton" in op.implementations}
-    found = {}
+    found: dict[str, str] = {}
     for item in asked.split(",")[asked.split(",")[0] in ("auto", "reference") :]:
         name, _, chosen = item.strip().partition("=")
         chosen = chosen or "triton"
@@ -199,7 +199,8 @@ def implementation(operator: str, device: str) -> str:
 
 def choose(operator: str, device: str) -> bool:
     """True where a kernel of ours computes `operator`. Raises as `implementation`."""
-    return implementation(operator, device).startswith("triton")
+    chosen: str = implementation(operator, device)
+    return chosen.startswith("triton")
 
 
 def note(operator: str) -> None:

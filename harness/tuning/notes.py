@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Notes", "write_whole"]
+__all__ = ["UNFINISHED", "Notes", "write_whole"]
+
+UNFINISHED = 75  # exit status: the time was over, and the same command goes on
 
 
 def write_whole(path: Path, text: str) -> None:
