@@ -88,9 +88,7 @@ def test_a_file_where_nights_are_kept_is_one_line(
 
 def test_the_package_is_the_command(repo: Path) -> None:  # noqa: F811
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "hotloop", "best"], cwd=repo, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hotloop", "best"], cwd=repo, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no night" in done.stderr
 
 
