@@ -13,7 +13,9 @@ from typing import Any
 
 from hotloop.harness.files import write_whole
 
-__all__ = ["Notes"]
+__all__ = ["UNFINISHED", "Notes"]
+
+UNFINISHED = 75  # exit status: the time was over, and the same command goes on
 
 
 class Notes:
