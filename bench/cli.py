@@ -117,12 +117,12 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--out", type=Path, metavar="DIR", help="for the JSON; default: bench/results, --tiny none")
     quality.set_defaults(run=_quality)
 
-    walls = parts.add_parser("sandbox", help="training speed and start-up inside the sandbox against outside")
-    walls.add_argument("--pairs", type=int, default=7, metavar="N")
-    walls.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps of each training")
-    walls.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
-    walls.add_argument("--data", metavar="DIR")
-    walls.set_defaults(run=_sandbox)
+    inside = parts.add_parser("sandbox", help="training speed and start-up inside the sandbox against outside")
+    inside.add_argument("--pairs", type=int, default=7, metavar="N")
+    inside.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps of each training")
+    inside.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
+    inside.add_argument("--data", metavar="DIR")
+    inside.set_defaults(run=_sandbox)
 
     smoke = parts.add_parser("smoke", help="the rig itself on a CPU, at tiny shapes: no measurement")
     smoke.add_argument("--out", type=Path, default=Path("smoke.json"), metavar="FILE")

@@ -95,11 +95,11 @@ def settings_from(
     with _patience(device):
         for gpu in filter(None, mine):
             touch(gpu)
-        walls = best(level, unsafe, device, mine[0])
+        inside = best(level, unsafe, device, mine[0])
     if device == "cuda":
         sizes = [size for gpu in mine if (size := gpu_memory_gib(gpu)) is not None]
         wanted = replace(wanted, batch_divisor=batch_divisor(min(sizes, default=None)))
-    return Settings(wanted, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
+    return Settings(wanted, device, load_dataset(path), threads or threads_default(), inside, repeatable=repeatable)
 
 
 @contextlib.contextmanager
