@@ -320,7 +320,7 @@ def test_a_command_edits_describes_and_is_run(repo: Path) -> None:
         (EDIT + "open('new.py', 'w').write('y')", "invalid", "also changed: new.py"),
         ("import os; os.unlink('train.py'); os.symlink('/etc/hostname', 'train.py')", "invalid", "ordinary file"),
         ("open('train.py', 'w').write('def train(')", "crash", "does not parse"),
-        ("open('train.py', 'w').write('x = 1')", "crash", "does not define build_model"),
+        ("open('train.py', 'w').write('x = 1')", "crash", "no function build_model()"),
         ("open('train.py', 'a').write('\\n# a comment\\n')", "discard", "was tried before"),
         ("import os; os.unlink('train.py')", "invalid", "train.py is gone"),
         ("import os; os.unlink('train.py'); os.mkfifo('train.py')", "invalid", "ordinary file"),
