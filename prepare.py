@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _why_not_safe(dataset: Dataset) -> str:
     """What a sandbox cannot keep from train.py; empty where it can."""
-    from hotloop.harness.sandbox.levels import Sandbox, exposed_text, readable_text
+    from hotloop.harness.sandbox.policy import Sandbox
+    from hotloop.harness.sandbox.visible import exposed_text, readable_text
 
     if file := exposed_text(dataset):
         return f"{file} lies where train.py must be able to read, so no run will start with it; move the text elsewhere"

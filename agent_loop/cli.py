@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import shlex
 import signal
@@ -263,10 +264,11 @@ def _seal(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from hotloop.agent_loop.commands.start import cage_check
+    from hotloop.agent_loop.commands.start import sandbox_check as agents
+    from hotloop.bench.doctor import checks as kernels
     from hotloop.harness.doctor import main as doctor
 
-    return doctor(args, more=[cage_check])
+    return doctor(args, more=itertools.chain(kernels(), agents()))
 
 
 def _console() -> Console:
@@ -356,7 +358,7 @@ def _loop(args: argparse.Namespace) -> int:
     for settings in command.slots:  # a driver that was started again waits for its GPU as for any fault
         if settings.device == "cuda":
             alone(settings.sandbox.gpu)
-    command.try_cages()
+    command.try_sandboxes()
     if args.no_watchdog:
         return _drive(command, again)
     code = SAME_CODE + "del sys.argv[1]; from hotloop.agent_loop.cli import main; sys.exit(main())"

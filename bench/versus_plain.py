@@ -23,7 +23,7 @@ from hotloop.harness.scoring.evaluation import Evaluator
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session
+from hotloop.harness.training.session import Session, SessionConfig
 from hotloop.harness.tuning.overrides import with_constants
 
 __all__ = ["OURS", "PLAIN", "TOKENS", "Side", "main", "page", "pair_of", "source_of", "train_once"]
@@ -109,9 +109,10 @@ def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: 
     budget = Budget(BudgetRule("tokens", tokens))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        session = Session(
-            source, spec, preset, rows, budget, folder, settings.threads, sandbox=settings.sandbox
-        )  # fmt: skip
+        session = Session(SessionConfig(
+            source=source, spec=spec, preset=preset, rows=rows, budget=budget, folder=folder,
+            threads=settings.threads, sandbox=settings.sandbox,
+        ))  # fmt: skip
         evaluator = Evaluator(
             source, spec, preset, val[: preset.eval_rows], holdout[: preset.holdout_rows], rows, dataset.token_bytes,
             folder, settings.threads, sandbox=settings.sandbox,

@@ -25,8 +25,10 @@ from hotloop.harness.machine import check_device, environment, mfu_percent
 from hotloop.harness.preflight.lint import problem
 from hotloop.harness.records.record import OPEN_TEXT, Chain, Outcome, version
 from hotloop.harness.records.seal import verify_seal
-from hotloop.harness.sandbox.levels import Sandbox, best, exposed, exposed_text, readable_text
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.process import tail
+from hotloop.harness.sandbox.visible import exposed, exposed_text, readable_text
 from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Preset, Spec
@@ -34,8 +36,9 @@ from hotloop.harness.text import one_line, shorten
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.compile_cache import PACK, Store
 from hotloop.harness.training.conditions import Watch, is_machines_fault, warnings
-from hotloop.harness.training.prewarm import Prewarmer, Setup
-from hotloop.harness.training.session import Event, Session
+from hotloop.harness.training.prewarm import Prewarmer
+from hotloop.harness.training.session import Event, Session, SessionConfig
+from hotloop.harness.training.trainer import Setup
 
 __all__ = [
     "LOSSES",
@@ -229,25 +232,26 @@ def _try(
     outcome.compiled = {"given": given.as_dict() if given else None, "left": None, "note": note} if store else {}
 
     def session(budget: Budget) -> Session:
-        return Session(
-            job.source,
-            spec,
-            preset,
-            train,
-            budget,
-            job.folder,
-            settings.threads,
-            shown,
-            clock,
-            settings.sandbox,
-            job.baseline_cpu_s,
-            job.stop,
-            settings.prewarmer,
-            given,
-            store is not None,
-            settings.repeatable,
-            preset.warm_s if job.cold and settings.device == "cuda" else 0.0,
+        config = SessionConfig(
+            source=job.source,
+            spec=spec,
+            preset=preset,
+            rows=train,
+            budget=budget,
+            folder=job.folder,
+            threads=settings.threads,
+            sandbox=settings.sandbox,
+            repeatable=settings.repeatable,
+            on_event=shown,
+            clock=clock,
+            stop=job.stop,
+            baseline_cpu_s=job.baseline_cpu_s,
+            prewarmer=settings.prewarmer,
+            compiled=given,
+            ask_compiled=store is not None,
+            warm_s=preset.warm_s if job.cold and settings.device == "cuda" else 0.0,
         )
+        return Session(config)
 
     run = session(budget)
     began = clock()
@@ -310,12 +314,12 @@ def _promise_kept(session: Session, job: Job) -> bool:
     except TrialError as e:
         if not (first and e.status == "overtime" and session.budget.used):
             raise
-        if session.result.training_s <= session.preset.limits.overtime * session.budget.expected_s:
+        if session.result.training_s <= session.config.preset.limits.overtime * session.budget.expected_s:
             raise  # by its processor time
         return False
     if not first or job.kind != "baseline":
         return True
-    return session.budget.expected_s / session.preset.limits.overtime <= session.result.training_s
+    return session.budget.expected_s / session.config.preset.limits.overtime <= session.result.training_s
 
 
 def evaluated(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import hashlib
 import os
@@ -27,12 +26,11 @@ from hotloop.harness.gpu.neighbours import claim
 from hotloop.harness.gpu.nvml import Gpu
 from hotloop.harness.gpu.toolchain import torch_build
 from hotloop.harness.machine import check_device, gpu_memory_gib, threads_default
-from hotloop.harness.preflight.lint import MAX_BYTES
+from hotloop.harness.preflight.lint import MAX_BYTES, unfit
 from hotloop.harness.records.record import Chain, Lock, Outcome
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.scoring.score import Noise
 from hotloop.harness.settings import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
-from hotloop.harness.text import one_line
 from hotloop.harness.training.session import Event
 
 __all__ = [
@@ -96,11 +94,11 @@ def settings_from(
     with _patience(device):
         for gpu in filter(None, mine):
             touch(gpu)
-        walls = best(level, unsafe, device, mine[0])
+        inside = best(level, unsafe, device, mine[0])
     if device == "cuda":
         sizes = [size for gpu in mine if (size := gpu_memory_gib(gpu)) is not None]
         wanted = replace(wanted, batch_divisor=batch_divisor(min(sizes, default=None)))
-    return Settings(wanted, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
+    return Settings(wanted, device, load_dataset(path), threads or threads_default(), inside, repeatable=repeatable)
 
 
 @contextlib.contextmanager
@@ -231,18 +229,9 @@ def read_train_source(path: Path) -> bytes:
             raise UsageError(f"{path} cannot be read; start in the folder of train.py")
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
-    try:
-        tree = ast.parse(source, filename=str(path))
-    except Exception as e:  # RecursionError and MemoryError too
-        where = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
-        raise UsageError(f"{path}{where}: {words}; mend the file and run again") from None
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    missing = sorted({"build_model", "train"} - defined)
-    if missing:
-        raise UsageError(
-            f"{path} has no function {missing[0]}(); train.py must define build_model(spec) and train(run)"
-        )
+    reason, line = unfit(source)
+    if reason:
+        raise UsageError(f"{path}{f':{line}' * bool(line)} cannot be run: {reason}; mend the file and run again")
     return source
 
 

@@ -26,7 +26,8 @@ import numpy.typing as npt
 from hotloop.harness.errors import TrialError
 from hotloop.harness.gpu.between_runs import fresh
 from hotloop.harness.sandbox import residency
-from hotloop.harness.sandbox.levels import Policy, Sandbox, best
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child, SharedMemory
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.scoring.bound import Bound

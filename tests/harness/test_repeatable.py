@@ -15,7 +15,7 @@ from hotloop.harness.sandbox.process import child_environment
 from hotloop.harness.scoring.evaluation import Evaluator
 from hotloop.harness.settings import Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.session import Session, SessionConfig, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
 SPEC, PRESET = Spec("laptop", "cpu", 1, VOCAB, LENGTH), tiny_preset()
@@ -27,9 +27,10 @@ ASKED = (
 
 
 def train(folder: Path, source: bytes, repeatable: bool) -> Trained:
-    return Session(
-        source, SPEC, PRESET, tiny_rows(256, 0), Budget(PRESET.budget), folder, 1, repeatable=repeatable
-    ).run()  # fmt: skip
+    return Session(SessionConfig(
+        source=source, spec=SPEC, preset=PRESET, rows=tiny_rows(256, 0), budget=Budget(PRESET.budget), folder=folder,
+        threads=1, repeatable=repeatable,
+    )).run()  # fmt: skip
 
 
 @pytest.mark.parametrize(("repeatable", "asked"), [(True, "True :4096:8 1"), (False, "False None None")])
