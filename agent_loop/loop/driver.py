@@ -37,6 +37,7 @@ from hotloop.harness.errors import DeviceError, HotloopError, RecordError, Sandb
 from hotloop.harness.experiment import LOSSES, Event, Job, Settings, forget_weights, record, run_experiment
 from hotloop.harness.records.record import Outcome
 from hotloop.harness.sandbox.process import end_all
+from hotloop.harness.scoring.bound import Cost
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.text import one_line
 from hotloop.harness.training.budget import held_against
@@ -329,11 +330,18 @@ class Driver:
             cold=not slot.used or slot.idle_s > COLD_AFTER_S,
             budget=self.options.budget,
             stop=race,
-            reference=self.night.experiment_folder(0) / LOSSES,
+            reference=self.night.experiment_folder(incumbent.number) / LOSSES if incumbent else None,
+            baseline_cost=Cost.recorded(baseline.conditions) if baseline else None,
+            keep_below=self._keep_below(run, incumbent),
         )
         slot.run, slot.used = run, True
         self.view.started(slot.index, job)
         self._thread(self._train, slot, job)
+
+    def _keep_below(self, run: Run, incumbent: Row | None) -> float | None:
+        """The score above which a run cannot be kept, whatever is kept and measured while it runs; None to say none."""
+        best = self.night.score_of(incumbent.commit, self.seed) if incumbent and run.kind == "experiment" else None
+        return None if best is None else best + 2.0 * self.night.noise(self.options.least_gain).floor_bpb
 
     def _train(self, slot: Slot, job: Job) -> None:
         """In the slot's thread."""
