@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,8 @@ class EvaluatorProcess:
         self._ready = self._served = self._closed = False
         self.said = b""
         self.since: tuple[int, int] | None = None
-        policy = Policy.of("hotloop.harness.scoring.child", folder, source, spec.device, self._limits)
+        self._own = tempfile.TemporaryDirectory(dir=folder, prefix="evaluator-")
+        policy = Policy.of("hotloop.harness.scoring.child", Path(self._own.name), source, spec.device, self._limits)
         self._asked = SharedMemory(SLOTS * self._batch * (spec.seq_len + 1) * 2)
         self._answers = SharedMemory(SLOTS * self._batch * max(spec.seq_len, spec.vocab_size) * 4)
         self._log = os.memfd_create("log", os.MFD_CLOEXEC)
@@ -114,6 +116,7 @@ class EvaluatorProcess:
 
     def _free(self) -> None:
         os.close(self._log)
+        self._own.cleanup()
         for memory in (self._asked, self._answers):
             memory.close()
 
