@@ -6,10 +6,8 @@ chain.append(outcome)
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from hotloop.harness.data.dataset import Dataset
 from hotloop.harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
@@ -44,17 +43,20 @@ from hotloop.harness.records.model import (
     hotloop_version,
 )
 from hotloop.harness.records.seal import verify_seal
-from hotloop.harness.sandbox.levels import Sandbox, best, exposed, exposed_text, readable_text
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
+from hotloop.harness.sandbox.visible import exposed, exposed_text, readable_text
+from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Preset, Spec
 from hotloop.harness.text import one_line, shorten
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.compile_cache import PACK, Store
 from hotloop.harness.training.conditions import Watch, is_machines_fault, warnings
-from hotloop.harness.training.prewarm import Prewarmer, Setup
-from hotloop.harness.training.session import Event, Session
+from hotloop.harness.training.prewarm import Prewarmer
+from hotloop.harness.training.session import Event, Session, SessionConfig
+from hotloop.harness.training.trainer import Setup
 
 __all__ = [
     "LOSSES",
@@ -62,15 +64,17 @@ __all__ = [
     "Job",
     "Settings",
     "data_warnings",
-    "evaluated",
     "forget_weights",
+    "losses",
     "replayed",
     "run_experiment",
+    "scoring_of",
     "summary",
+    "token_seconds",
 ]
 
 LOG_BYTES = 1 << 20  # of a run's log, kept once it has ended
-LOSSES = "losses.npy"  # what the baseline lost on each token of val and holdout, float32 [N, T], nats
+LOSSES = "losses.npy"  # what a kept train.py lost on each token of val and holdout, float16 [N, T], nats
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ class Job:
         replay: the `budget` of a record, to be used as it stands; None otherwise.
         stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
             to stop the run as `raced`, or None.
-        reference: file of what the night's baseline lost on each token, which the audit looks by; None for none.
+        reference: file of what the incumbent lost on each token, which the audit looks by; None for none.
+        baseline_time: what the evaluation of the baseline computed, which bounds this one; None for a first run.
+        keep_below: the bpb above which it cannot be kept, so that less of it is audited; None to audit it fully.
         folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
@@ -105,6 +111,8 @@ class Job:
     replay: FixedBudget | None = None
     stop: Callable[[Curve, int], str | None] | None = None
     reference: Path | None = None
+    baseline_time: EvaluatorTime | None = None
+    keep_below: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,8 +182,7 @@ def run_experiment(
     if (verify_seal(), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
     total_s = time.monotonic() - began
-    for name in ("log.txt", "evaluate.txt"):
-        shorten(job.folder / name, LOG_BYTES)
+    shorten(job.folder / "log.txt", LOG_BYTES)
     training, facts = found.training, settings.dataset.facts()
     conditions = msgspec.structs.replace(
         seen, corrected=found.corrected, tried_again=found.tried_again, evaluate=found.evaluate_time,
@@ -253,10 +260,9 @@ def _try_twice(
 def _try(
     job: Job, settings: Settings, found: _Found, emit: Callable[[Event], None], clock: Callable[[], float]
 ) -> None:
-    preset, dataset, seed = settings.preset, settings.dataset, job.run.seed
+    preset, dataset = settings.preset, settings.dataset
     if reason := problem(job.source):
         raise TrialError("invalid", reason)
-    spec = Spec(preset.name, settings.device, seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor)
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens, job.pace, job.late)
     epoch_tokens, before = dataset.facts().epoch_tokens, ""
@@ -268,6 +274,8 @@ def _try(
             emit(Event("train", message=_repeated("will go", budget.tokens / epoch_tokens, epoch_tokens)))
         before = event.phase
         emit(event)
+        if event.phase == "calibrate":
+            evaluator.wait()  # from here on time counts, and nothing works beside it
 
     train = dataset.rows("train")
     store, setup = settings.store, settings.setup
@@ -275,50 +283,55 @@ def _try(
     found.compiled = Compiled(given.recorded() if given else None, note=note) if store else None
 
     def session(budget: Budget) -> Session:
-        return Session(
-            job.source,
-            spec,
-            preset,
-            train,
-            budget,
-            job.folder,
-            settings.threads,
-            shown,
-            clock,
-            settings.sandbox,
-            job.baseline_cpu_s,
-            job.stop,
-            settings.prewarmer,
-            given,
-            store is not None,
-            settings.repeatable,
-            preset.warm_s if job.cold and settings.device == "cuda" else 0.0,
+        config = SessionConfig(
+            source=job.source,
+            spec=_spec(settings, job.run.seed),
+            preset=preset,
+            rows=train,
+            budget=budget,
+            folder=job.folder,
+            threads=settings.threads,
+            sandbox=settings.sandbox,
+            repeatable=settings.repeatable,
+            on_event=shown,
+            clock=clock,
+            stop=job.stop,
+            baseline_cpu_s=job.baseline_cpu_s,
+            prewarmer=settings.prewarmer,
+            compiled=given,
+            ask_compiled=store is not None,
+            warm_s=preset.warm_s if job.cold and settings.device == "cuda" else 0.0,
         )
+        return Session(config)
 
-    run = session(budget)
-    began = clock()
-    try:
-        if not _promise_kept(run, job):
-            found.corrected = Corrected(run.training.wall_s, budget.expected_s)
-            budget = Budget(rule, sustained=budget.used / run.training.wall_s)
-            run = session(budget)
-            found.ledger.calibrate = clock() - began  # which is what the first try has become
-            run.run()
-    finally:
-        found.budget, found.training = budget.recorded(), run.training
-        found.ledger += run.ledger
-    found.weights_sha256 = hashlib.sha256(run.weights).hexdigest()
-    found.num_params = check_weights(run.weights)
-    (job.folder / "weights.safetensors").write_bytes(run.weights)
-    if store and run.compiled:
-        left, too_large = store.leave(run.compiled, setup, given, job.folder)
-        found.compiled = Compiled(
-            given.recorded() if given else None, left.recorded() if left else None, note or too_large
-        )
-        run.compiled = None
-    evaluation = evaluated(job.source, seed, run.training, settings, job.folder, run.weights, emit, job.reference)
-    if job.run.kind == Kind.BASELINE:
-        np.save(job.folder / LOSSES, evaluation.nll)
+    scoring = scoring_of(
+        job.source, job.run.seed, settings, job.folder, on_event=emit, reference=losses(job.reference),
+        baseline=job.baseline_time, keep_below=job.keep_below,
+    )  # fmt: skip
+    with Evaluator(scoring) as evaluator:  # its processes make their imports beside the trainer's
+        run = session(budget)
+        began = clock()
+        try:
+            if not _promise_kept(run, job):
+                found.corrected = Corrected(run.training.wall_s, budget.expected_s)
+                budget = Budget(rule, sustained=budget.used / run.training.wall_s)
+                run = session(budget)
+                found.ledger.calibrate = clock() - began  # which is what the first try has become
+                run.run()
+        finally:
+            found.budget, found.training = budget.recorded(), run.training
+            found.ledger += run.ledger
+        found.weights_sha256 = hashlib.sha256(run.weights).hexdigest()
+        found.num_params = check_weights(run.weights, preset.limits.spare_bytes)
+        (job.folder / "weights.safetensors").write_bytes(run.weights)
+        if store and run.compiled:
+            left, too_large = store.leave(run.compiled, setup, given, job.folder)
+            found.compiled = Compiled(
+                given.recorded() if given else None, left.recorded() if left else None, note or too_large
+            )
+            run.compiled = None
+        evaluation = evaluator.run(run.weights, token_seconds(run.training, settings.device))
+    np.save(job.folder / LOSSES, evaluation.nll.astype(np.float16))
     found.ledger += evaluation.ledger
     found.scores, found.audit = evaluation.scores, evaluation.audit
     found.evaluate_time, found.audit_time = evaluation.evaluate_time, evaluation.audit_time
@@ -336,53 +349,59 @@ def _promise_kept(session: Session, job: Job) -> bool:
     except TrialError as e:
         if not (first and e.status == "overtime" and session.budget.used):
             raise
-        if session.training.wall_s <= session.preset.limits.overtime * session.budget.expected_s:
+        if session.training.wall_s <= session.config.preset.limits.overtime * session.budget.expected_s:
             raise  # by its processor time
         return False
     if not first or job.run.kind != Kind.BASELINE:
         return True
-    return session.budget.expected_s / session.preset.limits.overtime <= session.training.wall_s
+    return session.budget.expected_s / session.config.preset.limits.overtime <= session.training.wall_s
 
 
-def evaluated(
+def scoring_of(
     source: bytes,
     seed: int,
-    training: Training,
     settings: Settings,
     folder: Path,
-    weights: bytearray,
     on_event: Callable[[Event], None] = lambda _: None,
-    reference: Path | None = None,
-) -> Evaluation:
-    """Score and audit weights.
-
-    Args:
-        seed, training: of the run that made them; what it cost bounds what their scoring may.
-        reference: the LOSSES of the night's baseline, where there are any.
-
-    Raises:
-        TrialError: see `Evaluator.run`.
-    """
+    reference: npt.NDArray[np.floating] | None = None,
+    baseline: EvaluatorTime | None = None,
+    keep_below: float | None = None,
+) -> Scoring:
+    """How a train.py is scored, on a folder that is there."""
     preset, dataset = settings.preset, settings.dataset
-    spec = Spec(preset.name, settings.device, seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor)
-    folder.mkdir(parents=True, exist_ok=True)
-    used_s = training.cpu_s if settings.device == "cpu" else training.wall_s
-    return Evaluator(
-        source,
-        spec,
-        preset,
-        dataset.rows("val")[: preset.eval_rows],
-        dataset.rows("holdout")[: preset.holdout_rows],
-        dataset.rows("train"),
-        dataset.token_bytes,
-        folder,
-        settings.threads,
-        on_event,
-        settings.sandbox,
-        dataset.reference_bytes,
-        used_s / training.tokens if training.tokens else None,
-        np.load(reference, allow_pickle=False) if reference and reference.exists() else None,
-    ).run(weights)
+    return Scoring(
+        source=source,
+        spec=_spec(settings, seed),
+        preset=preset,
+        val=dataset.rows("val")[: preset.eval_rows],
+        holdout=dataset.rows("holdout")[: preset.holdout_rows],
+        train=dataset.rows("train"),
+        token_bytes=dataset.token_bytes,
+        reference_bytes=dataset.reference_bytes,
+        folder=folder,
+        threads=settings.threads,
+        sandbox=settings.sandbox,
+        on_event=on_event,
+        reference=reference,
+        baseline=baseline,
+        keep_below=keep_below,
+    )
+
+
+def losses(path: Path | None) -> npt.NDArray[np.floating] | None:
+    """The LOSSES of a train.py; None where there are none."""
+    return np.load(path, allow_pickle=False) if path is not None and path.exists() else None
+
+
+def token_seconds(training: Training, device: str) -> float | None:
+    """What training on a token cost, of the processor on a CPU; None for one that has no token."""
+    used_s = training.cpu_s if device == "cpu" else training.wall_s
+    return used_s / training.tokens if training.tokens else None
+
+
+def _spec(settings: Settings, seed: int) -> Spec:
+    preset, dataset = settings.preset, settings.dataset
+    return Spec(preset.name, settings.device, seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor)
 
 
 def _environment(settings: Settings) -> Environment:
@@ -462,6 +481,6 @@ def summary(outcome: Outcome) -> str:
 
 
 def forget_weights(folder: Path) -> None:
-    """Remove the weights of a discarded experiment; its record and log stay."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(folder / "weights.safetensors")
+    """Remove the weights and losses of a discarded experiment; its record and log stay."""
+    for name in ("weights.safetensors", LOSSES):
+        (folder / name).unlink(missing_ok=True)

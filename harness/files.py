@@ -1,9 +1,10 @@
-"""Files that somebody else wrote, looked at before they are read; and ours, written whole or not at all."""
+"""Files that somebody else wrote, looked at before they are read; and our own, written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 __all__ = ["kind_of", "read_ordinary", "write_whole"]
@@ -36,8 +37,22 @@ def read_ordinary(path: Path, most: int) -> bytes | None:
         return f.read(most) if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file by one that is whole, or leave it as it is. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Replace a file, so that a reader, and a kill at any moment, finds the old one or the new one.
+
+    Its folder is made. A link is replaced, not followed. Nothing waits for the disk: what must outlast a power cut is a
+    record.
+
+    Raises:
+        OSError: the path is a folder, or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(fd, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise

@@ -27,9 +27,7 @@ def remember(chain: Path, entries: int, head: str) -> None:
     """Best effort: a record that is on the disk is never lost because this is not."""
     with contextlib.suppress(OSError, RuntimeError):
         path = place(chain)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"path": str(chain.resolve()), "entries": entries, "head": head}
-        write_whole(path, json.dumps(told).encode() + b"\n")
+        write_whole(path, json.dumps({"path": str(chain.resolve()), "entries": entries, "head": head}) + "\n")
 
 
 def remembered(chain: Path) -> tuple[int, str] | None:

@@ -263,7 +263,10 @@ class Scores(Record, frozen=True):
 
 
 class Audit(Record, frozen=True):
-    """What evaluator B said of A's numbers, in nats; see `harness.scoring.evaluation`."""
+    """What evaluator B said of A's numbers, in nats; see `harness.scoring.audit`.
+
+    `reference`: it looked where the incumbent was beaten; `full`: not the smaller one of a run that cannot be kept.
+    """
 
     cuts: int
     tolerance_nats: float
@@ -274,6 +277,7 @@ class Audit(Record, frozen=True):
     mean_allowed_nats: float
     detectable_share: float
     reference: bool = False
+    full: bool = True
 
 
 class ClockMhz(Record, frozen=True):

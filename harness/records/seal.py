@@ -36,7 +36,7 @@ def write_seal(root: Path | None = None) -> Path:
     """Seal the files as they are now; returns the path of the seal."""
     root = root or project_root()
     path = root / SEAL_FILE
-    write_whole(path, json.dumps(current_manifest(root), indent=1).encode() + b"\n")
+    write_whole(path, json.dumps(current_manifest(root), indent=1) + "\n")
     return path
 
 

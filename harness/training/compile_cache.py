@@ -28,7 +28,7 @@ from typing import Any
 
 from hotloop.harness.records.chain import canonical
 from hotloop.harness.records.model import PackFacts
-from hotloop.harness.training.prewarm import Setup
+from hotloop.harness.training.trainer import Setup
 
 __all__ = ["GENERATIONS", "PACK", "Pack", "Store", "collect", "decode", "encode", "lay_out"]
 

@@ -25,8 +25,9 @@ from hotloop.agent_loop.agents.agent import Agent
 from hotloop.agent_loop.agents.builtin import BuiltinAgent, constants
 from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-from hotloop.agent_loop.loop.driver import Driver, Options
+from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.loop.planner import Options
 from hotloop.agent_loop.report.files import print_results
 from hotloop.harness.experiment import Event, Job, Settings
 from hotloop.harness.records.chain import Chain, Lock

@@ -20,7 +20,7 @@ from hotloop.agent_loop.agents.agent import AgentError, Context, Tried, Turn
 from hotloop.agent_loop.agents.brief import MAX_TOKENS, Facts, most_tokens, write_brief
 from hotloop.agent_loop.agents.contract import in_force, signatures
 from hotloop.agent_loop.cli import main
-from hotloop.agent_loop.commands.start import Evening
+from hotloop.agent_loop.commands.start import NightCommand
 from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.race import Lesson, Rate, false_stops, lessons, thresholds
 from hotloop.agent_loop.report.files import tsv_text
@@ -105,7 +105,7 @@ def test_after_ctrl_c_the_very_command_is_printed(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hotloop.agent_loop.commands.start, "settings_of", lambda _: scripted.SETTINGS)
-    monkeypatch.setattr(Evening, "drive", interrupted)
+    monkeypatch.setattr(NightCommand, "drive", interrupted)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(repo)
     tag = ["--tag", "my night"[:2]] if named else []
@@ -122,7 +122,7 @@ class Never:
     name, ahead = "codex", True
 
     def propose(self, context: Context) -> Turn:
-        raise AgentError("its cage [/b] does not start", permanent=True)
+        raise AgentError("its box [/b] does not start", permanent=True)
 
 
 def test_an_agent_that_never_worked_is_said_loudly(
@@ -132,7 +132,7 @@ def test_an_agent_that_never_worked_is_said_loudly(
 ) -> None:
     from hotloop.agent_loop.agents.builtin import BuiltinAgent
 
-    words = "the agent codex was asked for and never made an edit; 1 turns failed, lastly: its cage [/b] does not start"
+    words = "the agent codex was asked for and never made an edit; 1 turns failed, lastly: its box [/b] does not start"
     night = scripted.drive(repo, "t", 1, agent=[Never(), BuiltinAgent(1)])
     out = " ".join(capsys.readouterr().out.split())
     assert out.count(f"WARNING: {words}") == 2  # when it failed, and at the end

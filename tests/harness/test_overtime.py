@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,16 +38,17 @@ class Card:
         self.settings = settings(folder, "cpu", monkeypatch)
         self.folder = folder
         monkeypatch.setattr(Session, "run", self._run())
-        monkeypatch.setattr(experiment, "check_weights", lambda _: 1)
+        monkeypatch.setattr(experiment, "check_weights", lambda *_: 1)
         quick, audit = EvaluatorTime(0.0, 0.0), Audit(1, 0.0, 0, 0, 0.0, 0.0, 0.0, 1.0)
         scored = Evaluation(Scores(1.0, 1.0, 1.0), audit, Ledger(), quick, quick, np.zeros((1, 1), np.float32))
-        monkeypatch.setattr(experiment, "evaluated", lambda *_: scored)
+        evaluator = SimpleNamespace(run=lambda *_: scored, wait=lambda: None)
+        monkeypatch.setattr(experiment, "Evaluator", lambda _: contextlib.nullcontext(evaluator))
 
     def _run(card) -> Any:
         def run(self: Session) -> None:
             budget, training = self.budget, self.training
             self._child = SimpleNamespace(hidden_cpu_s=0.0)  # type: ignore[assignment]
-            card.warmed.append(self._warm_s)
+            card.warmed.append(self.config.warm_s)
             budget.measured(SHAPE, [card.calibrates * STEP_S] * 3, 10**12)
             budget.charges = budget.charges or {SHAPE: float(SHAPE.tokens)}
             budget.fix()

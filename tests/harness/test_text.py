@@ -19,7 +19,9 @@ from hotloop.harness.errors import DataError
 from hotloop.harness.experiment import Event, Job, Settings, data_warnings, run_experiment
 from hotloop.harness.records.chain import Chain
 from hotloop.harness.records.model import OPEN_TEXT, DataFacts
-from hotloop.harness.sandbox.levels import Sandbox, best, readable_text
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
+from hotloop.harness.sandbox.visible import readable_text
 from hotloop.harness.settings import BudgetRule
 from tests.builders import LAPTOP, make_decision, make_run
 from tests.harness.conftest import tiny_preset, tiny_source
@@ -50,7 +52,7 @@ def job(folder: Path, tokens: int) -> Job:
     return Job(make_run(0, "baseline"), tiny_source(), "t", folder, budget=BudgetRule("tokens", tokens))
 
 
-def test_a_run_without_walls_says_so_in_every_view(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_run_without_a_sandbox_says_so_in_every_view(tmp_path: Path, dataset: Dataset) -> None:
     settings = Settings(PRESET, "cpu", dataset, 1, Sandbox(0))
     events: list[Event] = []
     epoch = 40 * 64

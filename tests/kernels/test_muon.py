@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,21 +9,18 @@ from torch import Tensor
 
 import train
 from hotloop.kernels import reference
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
 POLYNOMIALS = train.POLAR_EXPRESS
 
 
 def run(script: str) -> None:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
     script = (
         "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import muon, reference\ntorch.manual_seed(0)\n"
         + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, HOTLOOP_KERNELS="triton", TRITON_INTERPRET="1")
 
 
 # ---- what train.py computed before the operator was one
@@ -135,7 +127,7 @@ def test_the_triangles_tiles_are_each_found_once() -> None:
 def test_symmetric_products_at_awkward_sizes_in_poisoned_memory() -> None:
     """fp32 and fp16, one tile to several, both tile sizes, all variants; the mirror has the tile's bits."""
     run("""
-from hotloop.bench.accuracy import poisoned_memory
+from hotloop.harness.proof.accuracy import poisoned_memory
 from hotloop.kernels import tuning
 cases = [(1, 1, 1), (2, 5, 3), (1, 64, 65), (2, 65, 64), (1, 130, 40), (1, 257, 20)]
 for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 5e-4)):
