@@ -150,20 +150,29 @@ def budget_from(args: argparse.Namespace) -> BudgetRule | None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every command which trains has."""
-    parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="size of it all")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--data", metavar="DIR", help="a folder made by hotloop prepare")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (results depend on it; default 2)")
-    parser.add_argument("--sandbox", default="auto", choices=["auto", "L3", "L2", "L1", "L0"], help="default: the best")
-    parser.add_argument("--unsafe-no-sandbox", action="store_true", help="go on where no sandbox works")
-    parser.add_argument(
-        "--fast-nondeterministic", action="store_true", help="do not ask the training for results that repeat to the "
-        "bit; its records compare with none that were made with (what it gains: hotloop bench determinism)"
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--preset", default="auto", choices=["auto", *sorted(PRESETS)],
+        help="sizes of model, text and budget (auto: h100 with a GPU, laptop without)",
     )  # fmt: skip
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budget-seconds", type=float, metavar="S", help="training seconds, by calibration")
-    budget.add_argument("--budget-flops", type=float, metavar="F", help="counted operations")
-    budget.add_argument("--budget-tokens", type=float, metavar="N", help="training tokens")
+    training.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the preset's")
+    training.add_argument("--data", metavar="DIR", help="a folder that `hotloop prepare` made (default: the preset's)")
+    training.add_argument("--threads", type=int, metavar="N", help="CPU threads, on which scores depend (default: 2)")
+    training.add_argument(
+        "--sandbox", default="auto", choices=["auto", "L3", "L2", "L1", "L0"],
+        help="its level (auto: the best that works here; see hotloop doctor)",
+    )  # fmt: skip
+    training.add_argument(
+        "--unsafe-no-sandbox", action="store_true", help="run train.py without protection where no sandbox works"
+    )
+    training.add_argument(
+        "--fast-nondeterministic", action="store_true", help="let trainings be faster and not repeat bit by bit; their "
+        "scores do not compare with those of other nights (hotloop bench determinism measures the gain)"
+    )  # fmt: skip
+    budget = training.add_mutually_exclusive_group()
+    budget.add_argument("--budget-seconds", type=float, metavar="S", help="train for S seconds, as calibrated")
+    budget.add_argument("--budget-flops", type=float, metavar="F", help="train for F counted operations")
+    budget.add_argument("--budget-tokens", type=float, metavar="N", help="train on N tokens (default: the preset's)")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

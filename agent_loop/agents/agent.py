@@ -2,7 +2,7 @@
 
 An agent is given a worktree with the incumbent's train.py, edits that file, and returns one line that says what it
 tried. It may fail in every way, and the night goes on: `AgentError` where it gave no edit (the next agent of the list
-takes over while this one is left alone for a while), `ProposalError` where its edit cannot be run.
+takes over while this one is paused), `ProposalError` where its edit cannot be run.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class AgentError(HotloopError):
 
     Args:
         reason: one line.
-        retry_after_s: how long the service asked to be left alone; 0 where it said nothing.
+        retry_after_s: how long the service asked to wait; 0 where it said nothing.
         permanent: another try cannot help (a wrong key, a model that does not exist).
         cost_usd, tokens: what the turn cost all the same.
     """
