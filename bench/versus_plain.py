@@ -19,7 +19,7 @@ from hotloop.harness.errors import HotloopError, TrialError, UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.machine import gpus, mfu_percent
 from hotloop.harness.paths import project_root
-from hotloop.harness.scoring.evaluation import Evaluator
+from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Spec
 from hotloop.harness.training.budget import Budget
@@ -113,14 +113,16 @@ def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: 
             source=source, spec=spec, preset=preset, rows=rows, budget=budget, folder=folder,
             threads=settings.threads, sandbox=settings.sandbox,
         ))  # fmt: skip
-        evaluator = Evaluator(
-            source, spec, preset, val[: preset.eval_rows], holdout[: preset.holdout_rows], rows, dataset.token_bytes,
-            folder, settings.threads, sandbox=settings.sandbox,
+        scoring = Scoring(
+            source=source, spec=spec, preset=preset, val=val[: preset.eval_rows], train=rows, folder=folder,
+            holdout=holdout[: preset.holdout_rows], token_bytes=dataset.token_bytes, threads=settings.threads,
+            sandbox=settings.sandbox,
         )  # fmt: skip
         try:
             trained = session.run()
-            check_weights(trained.weights)
-            scored = evaluator.run(trained.weights)
+            check_weights(trained.weights, preset.limits.spare_bytes)
+            with Evaluator(scoring) as evaluator:
+                scored = evaluator.run(trained.weights)
         except TrialError as e:
             raise HotloopError(f"{name}, seed {seed}, ended as {e.status}: {e.reason}") from None
     rate = trained.tokens / trained.training_s

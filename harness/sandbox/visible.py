@@ -100,10 +100,18 @@ def device_nodes(device: str, only: str = "", caps: Sequence[str] = ()) -> list[
 
 def exposed(path: Path) -> bool:
     """Whether children can read `path`, because it lies in a folder that they need."""
-    real = path.resolve()
-    return any(real.is_relative_to(Path(p).resolve()) for p in (*SYSTEM, *ETC, *python_and_code())) and not any(
-        real.is_relative_to(Path(p).resolve()) for p in hidden_text()
-    )
+    return _below(path, *_readable())
+
+
+def _readable() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The real paths that children can read below, and those below these that they cannot."""
+    whole = (*SYSTEM, *ETC, *python_and_code())
+    return tuple(os.path.realpath(p) + "/" for p in whole), tuple(os.path.realpath(p) + "/" for p in hidden_text())
+
+
+def _below(path: Path, shown: tuple[str, ...], hidden: tuple[str, ...]) -> bool:
+    real = os.path.realpath(path) + "/"
+    return real.startswith(shown) and not real.startswith(hidden)
 
 
 def exposed_text(dataset: Dataset) -> Path | None:
@@ -113,7 +121,8 @@ def exposed_text(dataset: Dataset) -> Path | None:
     source = Path(dataset.source)
     folder = source if source.is_dir() else source.parent
     files = (folder / name for name in dataset.manifest["text"]["files"])
-    return next((f for f in files if exposed(f) and f.exists()), None)
+    readable = _readable()  # once: there may be very many files
+    return next((f for f in files if _below(f, *readable) and f.exists()), None)
 
 
 def readable_text(source: str, sandbox: Sandbox) -> str:

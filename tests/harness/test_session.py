@@ -16,7 +16,7 @@ import torch
 
 from hotloop.harness import single
 from hotloop.harness.errors import TrialError
-from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
+from hotloop.harness.scoring.evaluation import Evaluation, Evaluator, Scoring
 from hotloop.harness.settings import BudgetRule, Preset, Spec
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.session import Event, Session, SessionConfig, Trained
@@ -52,9 +52,16 @@ def train(folder: Path, source: bytes, **kwargs: Any) -> Trained:
     return session(folder, source, **kwargs).run()
 
 
+def scoring(folder: Path, source: bytes, preset: Preset | None = None, **more: Any) -> Scoring:
+    return Scoring(
+        source=source, spec=SPEC, preset=preset or tiny.tiny_preset(), val=VAL, holdout=HOLDOUT, train=TRAIN,
+        token_bytes=BYTES, folder=folder, threads=1, **more,
+    )  # fmt: skip
+
+
 def evaluate(folder: Path, source: bytes, weights: bytearray, preset: Preset | None = None) -> Evaluation:
     preset = preset or tiny.tiny_preset()
-    return Evaluator(source, SPEC, preset, VAL, HOLDOUT, TRAIN, BYTES, folder, 1).run(weights)
+    return Evaluator(scoring(folder, source, preset)).run(weights)
 
 
 def failure(call: Any) -> TrialError:
