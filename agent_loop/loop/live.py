@@ -252,9 +252,7 @@ class View:
 
     def _row(self, current: _Current) -> list[Text | ProgressBar]:
         event = current.event
-        words = one_line(f"#{current.job.number} {current.job.description}")
-        limit = max(20, self.console.width - 96)
-        words = words if len(words) <= limit else words[: limit - 1] + "…"
+        words = one_line(f"#{current.job.number} {current.job.description}", max(20, self.console.width - 96))
         facts = [f"{time.monotonic() - current.began:5.1f} s"]
         if event.loaded_mb:
             facts.append(f"{event.loaded_mb:,.0f} MB loaded")

@@ -15,6 +15,7 @@ import traceback
 from typing import Any
 
 from hotloop.harness.sandbox.wire import Wire
+from hotloop.harness.text import one_line
 
 __all__ = ["child_main", "failure", "load_train_module", "make_ready", "prepare_torch"]
 
@@ -85,7 +86,7 @@ def load_train_module(path: str = "train.py") -> Any:
 def failure(e: BaseException) -> tuple[str, str]:
     """The status and the one-line reason of an exception that reached the top."""
     names = {c.__name__ for c in type(e).__mro__}
-    text = " ".join(str(e).split())[:300]
+    text = one_line(str(e), 300)
     reason = f"{type(e).__name__}: {text}" if text else type(e).__name__
     frames = [f for f in traceback.extract_tb(e.__traceback__) if os.path.basename(f.filename) == "train.py"]
     if frames:
