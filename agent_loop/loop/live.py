@@ -93,8 +93,10 @@ class _Output:
 
 
 class View:
-    """Args:
-    log: where the lines are kept as well; None for nowhere.
+    """What the user sees of a night while it runs: lines, and one status line for each device.
+
+    Args:
+        log: where the lines are kept as well; None for nowhere.
     """
 
     def __init__(self, console: Console, log: Path | None = None) -> None:

@@ -46,9 +46,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """Attributes:
-    key: what decides its split, empty for the text itself; the same for all parts of one file.
-    place: the line, row, item or part of its file that it is, from 1.
+    """A piece of text that is split, packed and scored as one.
+
+    Attributes:
+        key: what decides its split, empty for the text itself; the same for all parts of one file.
+        place: the line, row, item or part of its file that it is, from 1.
     """
 
     text: str

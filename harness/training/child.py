@@ -143,10 +143,10 @@ def _train(wire: Wire, memories: list[int]) -> None:
     module = load_train_module()
     wire.send("imported", implementations=implementations())
 
-    class Mapped:  # what Ring needs of a SharedMemory, from an inherited descriptor
+    class _Mapped:  # what Ring needs of a SharedMemory, from an inherited descriptor
         map = mmap.mmap(memories[0], SLOTS * SLOT_BYTES)
 
-    run = Run(Spec(**hello["spec"]), wire, Ring(Mapped))  # type: ignore[arg-type]
+    run = Run(Spec(**hello["spec"]), wire, Ring(_Mapped))  # type: ignore[arg-type]
     try:
         module.train(run)
     except Submitted:
