@@ -310,19 +310,19 @@ def _show(args: argparse.Namespace) -> int:
 def _ablate(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands.ablate import ablate
     from hotloop.agent_loop.commands.show import night_named
+    from hotloop.agent_loop.folder import NightFolder
     from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-    from hotloop.agent_loop.night import Night
     from hotloop.agent_loop.report.files import draw
-    from hotloop.harness.records.record import Lock
+    from hotloop.harness.records.chain import Lock
     from hotloop.harness.single import budget_from, settings_of
 
     folder = night_named(args.tag).folder
     settings = settings_of(args)
     repo = open_repo(Path.cwd())
     with Lock(folder / "lock"):
-        night = Night(folder)
-        for body in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
-            print(f"#{body['number']:<4} {body['verdict']:<10} {one_line(body['reason'])}", flush=True)
+        night = NightFolder(folder)
+        for left_out in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
+            print(f"#{left_out.number:<4} {left_out.verdict:<10} {one_line(left_out.reason)}", flush=True)
     draw(str(folder), str(Path.cwd()))
     print(f"all: {folder / 'report.html'}")
     return 0

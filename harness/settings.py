@@ -10,7 +10,17 @@ from typing import Any, Literal
 
 from hotloop.harness.errors import UsageError
 
-__all__ = ["PRESETS", "BudgetRule", "Limits", "Preset", "Spec", "auto_preset", "batch_divisor", "preset_named"]
+__all__ = [
+    "PRESETS",
+    "BudgetKind",
+    "BudgetRule",
+    "Limits",
+    "Preset",
+    "Spec",
+    "auto_preset",
+    "batch_divisor",
+    "preset_named",
+]
 
 BudgetKind = Literal["seconds", "flops", "tokens"]
 
@@ -51,6 +61,9 @@ class BudgetRule:
 
     kind: BudgetKind
     amount: float
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.kind}"
 
 
 @dataclass(frozen=True)

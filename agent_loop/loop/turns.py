@@ -12,11 +12,13 @@ from pathlib import Path
 
 from hotloop.agent_loop.agents.agent import Agent, AgentError, Context, Tried, Turn
 from hotloop.agent_loop.agents.brief import Facts, quoted, write_brief
+from hotloop.agent_loop.folder import Proposal
 from hotloop.agent_loop.gitrepo import NightRepo
-from hotloop.agent_loop.night import Night, Proposal, Run
+from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import HotloopError
 from hotloop.harness.experiment import Settings
+from hotloop.harness.records.model import Origin, Run
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.text import one_line, shorten
 
@@ -103,19 +105,18 @@ def take_turn(agent: Agent, repo: NightRepo, task: Task) -> Proposal:
         turn = _asked(agent, context, cost, tokens)
         words = one_line(turn.description, DESCRIPTION) or "an edit without a description"
         cost, tokens = cost + turn.cost_usd, tokens + turn.tokens
-        made = (words, agent.name, None, time.monotonic() - began, cost, tokens, str(task.folder),
-                one_line(turn.why, DESCRIPTION))  # fmt: skip
+        origin = Origin(agent.name, time.monotonic() - began, cost, tokens, one_line(turn.why, DESCRIPTION))
         try:
             source = repo.proposed(task.base)
             if source == task.source:
                 raise AgentError("the agent left train.py as it was", cost_usd=cost, tokens=tokens)
             _check(source, words, task)
-            return Proposal(task.base, source, *made)
+            return Proposal(task.base, source, words, origin, str(task.folder))
         except ProposalError as e:
             _keep(task.folder, source)
             last = attempt == 2 or not task.mend or not agent.ahead or e.status != "crash"
             if last:
-                raise Refused(e, Proposal(task.base, source, *made)) from None
+                raise Refused(e, Proposal(task.base, source, words, origin, str(task.folder))) from None
             refused = str(e)
             repo.prepare(task.base)
             (repo.worktree / "train.py").write_bytes(source)

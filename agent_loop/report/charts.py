@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.report.markup import FONT, Frame, Html, Label, clip, h, join, place, svg, text_width, ticks
 from hotloop.agent_loop.report.tally import Tally
-from hotloop.harness.records.record import FAILURES
+from hotloop.harness.records.model import Decision, Kind
 
 __all__ = ["curves", "drift", "progress", "timeline"]
 
@@ -25,7 +25,7 @@ def progress(tally: Tally, width: int) -> Html | None:
     scored = [(r, r.val_bpb) for r in tally.tried if r.val_bpb is not None]
     if not scored:
         return None
-    kept = sorted(((r, b) for r, b in scored if r.decision == "keep"), key=lambda p: p[0].number)
+    kept = sorted(((r, b) for r, b in scored if r.decision == Decision.KEEP), key=lambda p: p[0].number)
     last = max(r.number for r in tally.rows)
     low, high = _score_range([b for _, b in scored], [b for _, b in kept], tally.floor)
     frame = Frame(width, 340 if width > 600 else 300, -0.5, last + 0.5, low, high)
@@ -38,7 +38,7 @@ def progress(tally: Tally, width: int) -> Html | None:
         parts.append(h("path", d=frame.path(line, step=True), class_="best"))
     # One path for all that were not kept: a line of no length with round ends is a dot.
     dots = "".join(
-        f"M{frame.x(r.number):.1f} {frame.y(b):.1f}h0" for r, b in scored if r.decision != "keep" and b <= high
+        f"M{frame.x(r.number):.1f} {frame.y(b):.1f}h0" for r, b in scored if r.decision != Decision.KEEP and b <= high
     )
     parts.append(h("path", d=dots, class_="dots") if dots else None)
     above = [(r, b) for r, b in scored if b > high]
@@ -81,7 +81,9 @@ def _kept_labels(frame: Frame, kept: Sequence[tuple[Row, float]], others: Sequen
     """Numbers of the kept ones, with their names where there is room on a wide chart."""
     labels = []
     for row, bpb in kept:
-        name = [f"#{row.number} {clip(row.description, 36)}"] if frame.width > 600 and row.kind == "experiment" else []
+        name = (
+            [f"#{row.number} {clip(row.description, 36)}"] if frame.width > 600 and row.kind == Kind.EXPERIMENT else []
+        )
         labels.append(Label(frame.x(row.number), frame.y(bpb), [*name, f"#{row.number}"]))
     area = (frame.left, frame.top, frame.width - 2, frame.height - frame.bottom)
     # Nor over the line: points on it, closer to each other than a text is high.
@@ -159,7 +161,7 @@ def timeline(tally: Tally, width: int) -> Html | None:
         left, right = frame.x(min(b.begin_s for b in mine)), frame.x(max(b.end_s for b in mine))
         parts.append(h("rect", x=round(left, 1), y=top, width=round(right - left, 1), height=BAR_HEIGHT, class_="idle"))
         for bar in mine:
-            kind = "failed" if bar.decision in FAILURES else bar.decision
+            kind = "failed" if bar.decision.failed else bar.decision
             tall = {"keep": BAR_HEIGHT, "marginal": 22, "failed": 10}.get(kind, 16)
             took = bar.end_s - bar.begin_s
             wide = frame.x(bar.end_s) - frame.x(bar.begin_s) - (0.6 if took / span > 0.005 else 0)
@@ -194,8 +196,7 @@ def curves(rows: Sequence[tuple[str, str, Row]], width: int) -> Html | None:
     """Training losses over tokens: rows of class, name and run. None where none has a curve."""
     lines = []
     for kind, name, row in rows:
-        curve = row.outcome.curve if row.outcome else []
-        tokens = row.outcome.tokens if row.outcome else 0
+        curve, tokens = row.outcome.training.curve, row.outcome.training.tokens
         if len(curve) > 1 and tokens:
             every = -(-len(curve) // CURVE_POINTS)
             thin = [*curve[::every], *([curve[-1]] if (len(curve) - 1) % every else [])]

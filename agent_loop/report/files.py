@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import branch_of
 from hotloop.agent_loop.night import Night, Row
 from hotloop.harness.files import write_whole
+from hotloop.harness.records.model import Decision
 from hotloop.harness.text import forgiving, one_line
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def tsv_text(night: Night) -> str:
     lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
     for row in night.tried():
         bpb = row.val_bpb or 0.0
-        memory = row.outcome.peak_mb / 1024 if row.outcome and row.val_bpb else 0.0
+        memory = row.outcome.training.peak_mb / 1024 if row.val_bpb else 0.0
         lines.append(f"{row.commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{row.decision}\t{_cell(row.description)}")
     return "\n".join(lines) + "\n"
 
@@ -54,13 +56,13 @@ _NOTHING = {
 }  # fmt: skip
 
 
-def write_tsv(night: Night) -> Path:
+def write_tsv(night: NightFolder) -> Path:
     path = night.folder / "results.tsv"
     write_whole(path, tsv_text(night).encode())
     return path
 
 
-def write_progress(night: Night) -> Path | None:
+def write_progress(night: NightFolder) -> Path | None:
     """progress.png: every score, the kept ones named, the best so far as a line. None without a score."""
     rows = night.tried()
     scored = [(i, r, r.val_bpb) for i, r in enumerate(rows) if r.val_bpb is not None]
@@ -81,10 +83,10 @@ def write_progress(night: Night) -> Path | None:
     return path
 
 
-def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int, Row, float]]) -> None:
+def _draw(figure: Figure, night: NightFolder, rows: list[Row], scored: list[tuple[int, Row, float]]) -> None:
     axes = figure.subplots()
-    kept = [(i, r, b) for i, r, b in scored if r.decision == "keep"]
-    others = [(i, b) for i, r, b in scored if r.decision != "keep"]
+    kept = [(i, r, b) for i, r, b in scored if r.decision == Decision.KEEP]
+    others = [(i, b) for i, r, b in scored if r.decision != Decision.KEEP]
     if others:
         axes.scatter([i for i, _ in others], [b for _, b in others], c="#bbbbbb", s=22, zorder=2, label="Discarded")
     if kept:
@@ -107,11 +109,8 @@ def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int,
     axes.set_ylim(low - margin, high + margin * 1.6)
     axes.set_xlim(-0.5, max(len(rows) - 0.2, 1.5))
     axes.locator_params(axis="x", integer=True)
-    outcome = scored[0][1].outcome
-    where = (
-        "CPU" if outcome is None or outcome.device == "cpu" else (outcome.environment.get("gpu") or {}).get("name", "")
-    )
-    count = len(rows) - 1
+    outcome, count = scored[0][1].outcome, len(rows) - 1
+    where = "CPU" if outcome.device == "cpu" else outcome.where
     title = f"{night.folder.name}: {count} experiments, {max(len(kept) - 1, 0)} kept ({where} figures)"
     axes.set_title(title, parse_math=False)
     axes.set_xlabel("Experiment")
@@ -126,13 +125,13 @@ def draw(folder: str, repo: str) -> None:
 
     from hotloop.agent_loop.report.page import write_page
 
-    night = Night.reading(Path(folder))
+    night = NightFolder.reading(Path(folder))
     write_progress(night)
     with Repo(repo) as opened:
         write_page(night, opened)
 
 
-def print_results(night: Night, console: Console) -> None:
+def print_results(night: NightFolder, console: Console) -> None:
     """The results table, and where everything is."""
     forgiving(console.file)
     table = Table(title=Text(f"Night {night.folder.name}"), title_justify="left", pad_edge=False)
@@ -149,13 +148,13 @@ def print_results(night: Night, console: Console) -> None:
         texts = (str(row.number), row.decision, bpb, gain, row.description, row.reason)
         table.add_row(*(Text(t, style=colour if i == 1 else "") for i, t in enumerate(texts)))
     console.print(table)
-    for words in dict.fromkeys(r.outcome.open_text for r in night.rows() if r.outcome and r.outcome.open_text):
+    for words in dict.fromkeys(r.outcome.open_text for r in night.rows() if r.outcome.open_text):
         console.print(f"WARNING: {words}", style="yellow", highlight=False, soft_wrap=True, markup=False)
-    kept = [r.val_bpb for r in night.tried() if r.decision == "keep" and r.val_bpb is not None]
+    kept = [r.val_bpb for r in night.tried() if r.decision == Decision.KEEP and r.val_bpb is not None]
     if len(kept) > 1:
         share = (kept[0] - kept[-1]) / kept[0]
         console.print(Text(f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f} ({share:.2%} better than the baseline)"))
-    raced = [r for r in night.rows() if r.decision == "raced"]
+    raced = [r for r in night.rows() if r.decision == Decision.RACED]
     if raced:
         from hotloop.agent_loop.race import false_stops, lessons
 

@@ -18,7 +18,7 @@ from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child
 from hotloop.harness.settings import Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, SessionConfig, Trained
+from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
@@ -33,7 +33,7 @@ HANG = (
 )
 
 
-def train(folder: Path, sandbox: Sandbox, stall_s: float = 20.0, **changes: str) -> Trained:
+def train(folder: Path, sandbox: Sandbox, stall_s: float = 20.0, **changes: str) -> Session:
     preset = tiny_preset().with_limits(stall_s=stall_s)
     budget = Budget(preset.budget)
     return Session(SessionConfig(
