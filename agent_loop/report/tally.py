@@ -13,7 +13,7 @@ from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.night import Row
 from hotloop.harness.records.model import Decision, Kind, Ledger, LeftOut, Outcome, Worth
 
-__all__ = ["GROUPS", "Bar", "Gain", "Tally"]
+__all__ = ["GROUPS", "Bar", "Gain", "Point", "Progress", "Tally"]
 
 GROUPS = (Worth.CONFIRMED, Worth.MARGINAL, Worth.RETRACTED)
 
@@ -43,6 +43,30 @@ class Bar:
     end_s: float
     decision: Decision
     name: str
+
+
+Point = tuple[Row, float]  # a run and its val_bpb
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What each picture of a night's scores shows.
+
+    Attributes:
+        kept, others: in the order of their numbers; of the others, those that are on the chart, and those `above` it.
+        line: (number, val_bpb) of the incumbents, to the end of the chart.
+        floor: the noise floor, on both sides of the line; 0 where it was not measured.
+        low, high: what the axis shows: all that was kept; a run that went wrong must not flatten the rest.
+    """
+
+    kept: list[Point]
+    others: list[Point]
+    above: list[Point]
+    line: list[tuple[float, float]]
+    floor: float
+    low: float
+    high: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,26 @@ class Tally:
     def floor(self) -> float:
         """The noise floor that the last decision was made with."""
         return self.rows[-1].decided.noise_bpb if self.rows else 0.0
+
+    @cached_property
+    def progress(self) -> Progress | None:
+        """None without a score."""
+        scored = [(r, r.val_bpb) for r in self.tried if r.val_bpb is not None]
+        if not scored:
+            return None
+        kept = sorted((p for p in scored if p[0].decision == Decision.KEEP), key=lambda p: p[0].number)
+        scores, floor = sorted(bpb for _, bpb in scored), self.floor
+        most = max((bpb for _, bpb in kept), default=scores[len(scores) // 2])
+        span = max(most - scores[0], 2 * floor, 1e-4)
+        top = max(bpb for bpb in scores if bpb <= most + 0.4 * span)
+        margin = max(0.1 * span, 1.2 * floor)
+        others = [p for p in scored if p[0].decision != Decision.KEEP]
+        end = max(r.number for r in self.rows) + 0.5
+        line = [(float(r.number), bpb) for r, bpb in kept]
+        return Progress(
+            kept, [p for p in others if p[1] <= top], [p for p in others if p[1] > top],
+            [*line, (end, line[-1][1])] if line else [], floor, scores[0] - margin, top + margin, end,
+        )  # fmt: skip
 
     # Gains.
 

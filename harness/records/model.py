@@ -326,6 +326,8 @@ class Conditions(Record, frozen=True):
 
 
 class GpuFacts(Record, frozen=True):
+    """A GPU as nvidia-smi writes it."""
+
     name: str = ""
     memory: str = ""
     driver: str = ""
