@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hotloop.harness.command_line import exit_status
 from hotloop.harness.data.building import prepare
 from hotloop.harness.data.dataset import SPLITS, Dataset, default_data_dir, load_dataset
 from hotloop.harness.data.packing import PACKINGS, Packer
 from hotloop.harness.data.readers import DOCUMENT_CHARS, FORMATS
 from hotloop.harness.data.tokenizer import Tokenizer
-from hotloop.harness.errors import HotloopError
 
 __all__ = ["Dataset", "Packer", "Tokenizer", "default_data_dir", "load_dataset", "main", "prepare"]
 
@@ -54,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mirror", metavar="URL", help="climbmix: in place of https://huggingface.co (or HF_ENDPOINT)")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: downloads at a time")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
         name = args.preset if args.preset != "auto" else "laptop" if args.device == "cpu" else preset_here()
         preset = preset_named(name)
         dataset = prepare(
@@ -71,18 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             mirror=args.mirror,
             report=print,
         )
-    except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("hotloop: stopped; nothing half-written was left, and what was there before is there", file=sys.stderr)
-        return 130
-    if why := _why_not_safe(dataset):
-        print(f"WARNING: {why}")
-    rows = ", ".join(f"{s} {dataset.manifest['splits'][s]['rows']:,}" for s in SPLITS)
-    print(f"{dataset.path}\nrows of {dataset.seq_len} tokens: {rows}")
-    print(_next(dataset, name, args.preset == "auto", args.device))
-    return 0
+        if why := _why_not_safe(dataset):
+            print(f"WARNING: {why}")
+        rows = ", ".join(f"{s} {dataset.manifest['splits'][s]['rows']:,}" for s in SPLITS)
+        print(f"{dataset.path}\nrows of {dataset.seq_len} tokens: {rows}")
+        print(_next(dataset, name, args.preset == "auto", args.device))
+        return 0
+
+    return exit_status(run, "stopped; nothing half-written was left, and what was there before is there")
 
 
 def _why_not_safe(dataset: Dataset) -> str:

@@ -372,8 +372,9 @@ def train(run: Run) -> None:
     hp = hyperparameters(run.spec)
     on_gpu = run.spec.device == "cuda"
     model = build_model(run.spec)
-    optimizer = build_optimizer(model, hp, compiled=on_gpu)
-    loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True) if on_gpu else model.loss
+    compiled = kernels.compiled(run.spec.device)
+    optimizer = build_optimizer(model, hp, compiled)
+    loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True) if compiled else model.loss
     rows = hp.TOTAL_BATCH_SIZE // run.spec.seq_len
     micro_rows = min(rows, max(1, hp.DEVICE_BATCH_SIZE // run.spec.batch_divisor))
     if rows < 1 or rows % micro_rows:

@@ -16,15 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, say, watch
+from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, watch
+from hotloop.harness.command_line import exit_status, say
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.paths import SAME_CODE, import_root
-from hotloop.harness.text import flushed, forgiving, one_line, printable
+from hotloop.harness.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hotloop.agent_loop.commands.start import Evening
+    from hotloop.agent_loop.commands.start import NightCommand
 
 __all__ = ["main"]
 
@@ -32,37 +33,18 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        forgiving(stream)
-    try:
-        return _main(argv)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            flushed(stream)
+    return exit_status(lambda: _main(argv))
 
 
 def _main(argv: list[str]) -> int:
-    try:
-        if argv[:1] == ["prepare"]:  # prepare.py owns its flags
-            from hotloop import prepare
+    if argv[:1] == ["prepare"]:  # prepare.py owns its flags
+        from hotloop import prepare
 
-            return prepare.main(argv[1:])
-        args = _parser().parse_args(argv)
-        args.argv = argv
-        status: int = args.run(args)
-        return status
-    except HotloopError as e:
-        say(printable(str(e)))
-        return e.exit_code
-    except KeyboardInterrupt:
-        say("stopped")
-        return 130
-    except BrokenPipeError:  # nobody reads any more, as after `| head`
-        return 1
-    except OSError as e:  # the machine's fault: a full disk, a folder that may not be written
-        where = f"{e.filename}: " if e.filename else ""
-        say(f"{printable(where)}{e.strerror or e}; mend it and start the same command again")
-        return 1
+        return prepare.main(argv[1:])
+    args = _parser().parse_args(argv)
+    args.argv = argv
+    status: int = args.run(args)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -355,27 +337,27 @@ def _loop(args: argparse.Namespace) -> int:
     from hotloop.harness.gpu.between_runs import alone
 
     named = bool(args.tag)
-    evening = start(args)  # every wrong flag ends here
-    again = [*args.argv, *([] if named else ["--tag", evening.tag])]
+    command = start(args)  # every wrong flag ends here
+    again = [*args.argv, *([] if named else ["--tag", command.tag])]
     # A terminal that is closed takes the view with it, not the night. A handler: what is ignored stays so in agents.
     signal.signal(signal.SIGHUP, lambda *_: None)
     if UNDER_WATCH in os.environ:
-        return _drive(evening, again)
-    for settings in evening.slots:  # a driver that was started again waits for its GPU as for any fault
+        return _drive(command, again)
+    for settings in command.slots:  # a driver that was started again waits for its GPU as for any fault
         if settings.device == "cuda":
             alone(settings.sandbox.gpu)
-    evening.try_cages()
+    command.try_cages()
     if args.no_watchdog:
-        return _drive(evening, again)
+        return _drive(command, again)
     code = SAME_CODE + "del sys.argv[1]; from hotloop.agent_loop.cli import main; sys.exit(main())"
-    return watch([sys.executable, "-c", code, import_root(), *again], evening.folder)
+    return watch([sys.executable, "-c", code, import_root(), *again], command.folder)
 
 
-def _drive(evening: Evening, again: list[str]) -> int:
+def _drive(command: NightCommand, again: list[str]) -> int:
     """The night, in the process that drives it; `again` are the arguments that go on with it."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return evening.drive(_console())
+        return command.drive(_console())
     except KeyboardInterrupt:
         say(f"stopped; to go on: {shlex.join(['hotloop', *again])}")
         return 130

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hotloop.bench import device as dev
 from hotloop.bench import results
 from hotloop.bench.check.processes import ALL_KERNELS, INTERPRETER, run_kernels
-from hotloop.bench.operators import OPERATORS
-from hotloop.bench.tune import tuned
 from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.proof import device as dev
+from hotloop.harness.proof.operators import OPERATORS
+from hotloop.harness.tuning.configurations import tuned
 from hotloop.kernels.attend import ranking_key
 
 __all__ = ["main", "ranking"]

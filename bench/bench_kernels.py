@@ -22,10 +22,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from hotloop import kernels
-from hotloop.bench import device as dev
-from hotloop.bench.accuracy import bitwise_repeats, check, fresh, outputs, upstream
-from hotloop.bench.operators import OPERATORS, Operator
 from hotloop.bench.peers import PEERS, available
+from hotloop.harness.proof import device as dev
+from hotloop.harness.proof.accuracy import bitwise_repeats, check, fresh, outputs, upstream
+from hotloop.harness.proof.operators import OPERATORS, Operator
 from hotloop.kernels import reference
 
 ON_GPU = torch.cuda.is_available()

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.command_line import exit_status
+from hotloop.harness.errors import UsageError
 
 __all__ = ["add_parsers", "main"]
 
@@ -157,10 +158,10 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from hotloop.bench import device as dev
     from hotloop.bench import results
     from hotloop.bench.check.processes import ALL_KERNELS, run_kernels
-    from hotloop.bench.operators import OPERATORS
+    from hotloop.harness.proof import device as dev
+    from hotloop.harness.proof.operators import OPERATORS
 
     unknown = sorted(set(args.operator) - set(OPERATORS))
     if unknown:
@@ -184,9 +185,9 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from hotloop.bench import device as dev
     from hotloop.bench.check.command import main as check
     from hotloop.bench.check.parts import PARTS
+    from hotloop.harness.proof import device as dev
     from hotloop.harness.single import read_train_source
 
     _check_minutes(args)
@@ -227,9 +228,9 @@ def _gate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from hotloop.bench import device as dev
-    from hotloop.bench.tune import KERNELS
-    from hotloop.bench.tune import main as tune
+    from hotloop.harness.proof import device as dev
+    from hotloop.harness.tuning.configurations import KERNELS
+    from hotloop.harness.tuning.configurations import main as tune
 
     _check_minutes(args)
     if unknown := sorted(set(args.operator) - set(KERNELS)):
@@ -245,8 +246,8 @@ def _step(args: argparse.Namespace) -> int:
     import torch
 
     from hotloop.bench.step import main as step
-    from hotloop.bench.step import settle
     from hotloop.harness.single import read_train_source
+    from hotloop.harness.tuning.step import settle
 
     preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
     read_train_source(args.train)
@@ -270,8 +271,8 @@ def _determinism(args: argparse.Namespace) -> int:
 
 
 def _switches(args: argparse.Namespace) -> int:
-    from hotloop.bench import device as dev
     from hotloop.bench.switches import EXTRAS, stamp, switches
+    from hotloop.harness.proof import device as dev
     from hotloop.harness.single import read_train_source
     from hotloop.harness.tuning.notes import Notes
 
@@ -287,8 +288,8 @@ def _switches(args: argparse.Namespace) -> int:
 
 def _notes(name: str) -> Path:
     """Where a long measurement on this GPU keeps what it found."""
-    from hotloop.bench import device as dev
     from hotloop.bench import results
+    from hotloop.harness.proof import device as dev
 
     return results.folder_of(dev.identity()["device"]) / "work" / f"{name}.json"
 
@@ -370,9 +371,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hotloop bench", description=__doc__)
     add_parsers(parser)
     args = parser.parse_args(argv)
-    try:
-        status: int = args.run(args)
-    except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
-        return e.exit_code
-    return status
+    return exit_status(lambda: args.run(args))

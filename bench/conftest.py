@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    from hotloop.bench.device import facts
+    from hotloop.harness.proof.device import facts
 
     machine_info.clear()  # host names and the like are nobody's business
     machine_info.update(facts())

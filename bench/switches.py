@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from hotloop.bench import device as dev
-from hotloop.bench.runner import Setting, StepRunner
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.files import write_whole
+from hotloop.harness.proof import device as dev
+from hotloop.harness.tuning.notes import UNFINISHED, Notes
+from hotloop.harness.tuning.runner import Setting, StepRunner
 from hotloop.harness.tuning.selection import Comparison, Member, Members, Selection, Start, TimeIsUp, Unfit, words
 from hotloop.kernels import tuning
-from hotloop.kernels.dispatch import TOGETHER, TRITON_OPERATORS
+from hotloop.kernels.dispatch import OPERATORS as TABLE
 
 __all__ = ["COST_ALLOWED", "UNFINISHED", "chosen_environment", "determinism", "members_of", "setting_of", "switches"]
 
 COST_ALLOWED = 0.02  # of the speed, that repeatable results may cost before they are worth giving up
-UNFINISHED = 75  # exit status: the time was over, and the same command goes on
 KERNEL, ATTENTION, CONSTANT = "ours", "attention", "train.py"
 EXTRAS = ('FP8="mlp"', 'FP8="lm_head"', 'FP8="mlp lm_head e5m2"', "CUDA_GRAPHS=True")
 
@@ -40,8 +40,19 @@ def members_of(asked: Iterable[str], backends: Iterable[str] = ()) -> list[Membe
     its backends.
     """
     asked = frozenset(asked)
-    alone = [name for name in TRITON_OPERATORS if name in asked - TOGETHER - {ATTENTION}]
-    names = [*alone, *([",".join(sorted(TOGETHER))] if TOGETHER & asked else [])]
+    alone = [
+        n
+        for n, op in TABLE.items()
+        if n in asked and n != ATTENTION and "triton" in op.implementations and not op.together
+    ]
+    names = [
+        *alone,
+        *(
+            [",".join(n for n, op in TABLE.items() if op.together)]
+            if any(TABLE[n].together for n in asked if n in TABLE)
+            else []
+        ),
+    ]
     found = [Member(name, KERNEL) for name in names]
     if ATTENTION in asked:
         found += [Member(ATTENTION, name) for name in dict.fromkeys((*backends, "triton"))]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from hotloop.harness.command_line import exit_status
 from hotloop.harness.data.dataset import default_data_dir, load_dataset
 from hotloop.harness.errors import DataError, DeviceError, HotloopError, UsageError
 from hotloop.harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
@@ -31,7 +32,7 @@ from hotloop.harness.records.record import Chain, Lock, Outcome
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.scoring.score import Noise
 from hotloop.harness.settings import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
-from hotloop.harness.text import forgiving, one_line
+from hotloop.harness.text import one_line
 from hotloop.harness.training.session import Event
 
 __all__ = [
@@ -334,16 +335,7 @@ def main(path: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     args.train = path
-    for stream in (sys.stdout, sys.stderr):
-        forgiving(stream)
-    try:
-        return run_command(args)
-    except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("hotloop: stopped; nothing was recorded", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run_command(args), "stopped; nothing was recorded")
 
 
 def _printer() -> Callable[[Event], None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from hotloop.kernels.adamw import adamw_
 from hotloop.kernels.attend import attention, document_offsets
-from hotloop.kernels.dispatch import KernelError, implementations
+from hotloop.kernels.dispatch import KernelError, compiled, implementations
 from hotloop.kernels.fp8 import linear_fp8
 from hotloop.kernels.linear_cross_entropy import softcap_linear_cross_entropy
 from hotloop.kernels.linear_qkv import linear_qkv_rope_norm
@@ -36,6 +36,7 @@ __all__ = [
     "adamw_",
     "apply_rope_norm",
     "attention",
+    "compiled",
     "document_offsets",
     "embedding",
     "implementations",

@@ -68,9 +68,10 @@ def _plan(device: str) -> Plan:
 def _make_plan(device: str) -> Plan:
     # HOTLOOP_KERNELS speaks of our kernels alone: it asks for ours by name, leaves ours out, or (auto, triton) leaves
     # the choice to the ranking. Through the interpreter, on a CPU, nothing else runs that could be ranked.
-    ours = dispatch.ASKED == "auto" or "attention" in dispatch.wanted()
-    named = ours and dispatch.ASKED != "auto" and (dispatch.ASKED != "triton" or device != "cuda")
-    forced = ASKED or ("triton" if named else "")
+    chosen = dispatch.selection().get("attention", "")
+    ours = dispatch.auto() or chosen == "triton"
+    named = chosen and (dispatch.ASKED != "triton" or device != "cuda")
+    forced = ASKED or (chosen if named else "")
     if forced and forced not in NAMES:
         raise KernelError(f"HOTLOOP_ATTENTION={forced!r} is no backend; they are {', '.join(NAMES)}")
     unable = {name: why for name, backend in BACKENDS.items() if (why := _unable(backend, device))}

@@ -1,16 +1,22 @@
 """Which implementation of an operation runs: chosen once a process, by capability, and never silently.
 
-A Triton kernel can run on tensors of a CUDA device of compute capability 8.0 or newer. By default those of DEFAULTS
-do: the ones that were measured to win end to end on a GPU. `HOTLOOP_KERNELS` asks for something else: `reference` for
-none, `triton` for all, or operators with commas between (those of TOGETHER as one); what is asked for and cannot run is
-an error. Attention has more than two implementations and a ranking of its own (`kernels.attend`): `triton` leaves it to
-that, and only its name asks for ours. Where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What
-the vendor's library computes needs no kernel of ours and is not named there: it runs where the hardware can, and under
-`reference` nowhere.
+OPERATORS is the one table: each operation's implementations by name. What a machine runs of it, that machine has proven
+and measured (`hotloop tune`), and the harness passes it on as `HOTLOOP_KERNELS`:
+
+    auto         references, compiled; attention by its ranking (`kernels.attend`)
+    reference    nothing but references, for attention too
+    triton       every kernel of ours; attention by its ranking
+    NAMES        with commas between: `operator`, for our kernel, or `operator=implementation`; after a first `auto`
+                 attention stays with its ranking
+
+What is asked for and cannot run is an error. A Triton kernel can run on tensors of a CUDA device of compute capability
+8.0 or newer; where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's library
+computes (`linear_fp8`) is not chosen: it runs where the hardware can, and under `reference` nowhere.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -22,39 +28,59 @@ from hotloop.kernels import cache_key, tuning
 from hotloop.kernels.architectures import ARCHITECTURES
 
 __all__ = [
-    "DEFAULTS",
     "HAVE_TRITON",
-    "TOGETHER",
-    "TRITON_OPERATORS",
-    "VENDOR_OPERATORS",
+    "OPERATORS",
     "CompileCase",
     "KernelError",
+    "Operator",
     "asked",
+    "auto",
     "choose",
+    "compiled",
     "describe",
+    "implementation",
     "implementations",
     "note",
+    "selection",
 ]
 
+
+class Operator(NamedTuple):
+    """What can compute an operation.
+
+    Attributes:
+        implementations: from the one that is expected to be the fastest.
+        together: each operation of such a group takes what another leaves, so they run together or not at all.
+    """
+
+    implementations: tuple[str, ...] = ("triton", "reference")
+    together: str = ""
+
+
+OPERATORS = {
+    "adamw_": Operator(),
+    "attention": Operator(("flash3", "torch", "flash4", "flash2", "cudnn", "flex", "triton", "reference")),
+    "embedding": Operator(),
+    "linear": Operator(),
+    "linear_fp8": Operator(("vendor", "reference")),
+    "linear_qkv_rope_norm": Operator(),
+    "linear_residual": Operator(together="stream"),
+    "mlp_relu2": Operator(),
+    "muon_": Operator(),
+    "norm_linear_qkv": Operator(together="stream"),
+    "norm_mlp_relu2": Operator(together="stream"),
+    "qkv_rope_norm": Operator(),
+    "residual_rms_norm": Operator(),
+    "softcap_cross_entropy_": Operator(),
+    "softcap_linear_cross_entropy": Operator(("triton", "triton-exp", "triton-chunked", "reference")),
+    "step": Operator(("compiled", "eager")),  # train.py's pass as a whole: by torch.compile, or as it is written
+}
 # Importing Triton takes a third of a second, in every process of every experiment, so a torch without CUDA goes without
 # unless kernels are asked for.
 ASKED = os.environ.get("HOTLOOP_KERNELS", "auto")
-WANT_TRITON = torch.version.cuda is not None or ASKED not in ("auto", "reference")
+WANT_TRITON = torch.version.cuda is not None or ASKED not in ("auto", "reference", "auto,step=compiled")
 HAVE_TRITON = WANT_TRITON and importlib.util.find_spec("triton") is not None
-
-# Operations that have a Triton kernel; the others have only their reference so far.
-TRITON_OPERATORS = (
-    "adamw_", "attention", "embedding", "linear", "linear_qkv_rope_norm", "linear_residual", "mlp_relu2", "muon_",
-    "norm_linear_qkv", "norm_mlp_relu2", "qkv_rope_norm", "residual_rms_norm", "softcap_cross_entropy_",
-    "softcap_linear_cross_entropy",
-)  # fmt: skip
-# Each of these takes what another leaves, so they run together or not at all.
-TOGETHER = frozenset({"linear_residual", "norm_linear_qkv", "norm_mlp_relu2"})
-# No kernel is a default before it was measured to win end to end on a GPU (docs/performance.md).
-DEFAULTS: frozenset[str] = frozenset()
 REFERENCE_OPERATORS = ("apply_rope_norm", "rms_norm")
-# Operations whose fast form is the vendor library's; each says in `describe` whether it runs.
-VENDOR_OPERATORS = ("linear_fp8",)
 # Operators that choose among more than their kernel and their reference: name -> what runs on a device type.
 describe: dict[str, Callable[[str], str]] = {}
 
@@ -89,18 +115,50 @@ _decided: dict[str, tuple[bool, str]] = {}
 _asked: set[str] = set()
 
 
-def wanted() -> frozenset[str]:
-    """The operators whose kernels `HOTLOOP_KERNELS` asks for. Raises KernelError for a name that has none."""
-    if ASKED in ("auto", "reference", "triton"):
-        return DEFAULTS if ASKED == "auto" else frozenset(TRITON_OPERATORS if ASKED == "triton" else ())
-    names = frozenset(n.strip() for n in ASKED.split(","))
-    unknown = sorted(names - set(TRITON_OPERATORS))
-    if unknown:
-        raise KernelError(
-            f"HOTLOOP_KERNELS={ASKED!r}: {unknown[0]!r} is no kernel; say auto, reference, triton, or some of "
-            f"{','.join(TRITON_OPERATORS)}"
+def auto() -> bool:
+    """Whether what is not named is chosen by what was measured."""
+    return ASKED.split(",")[0] == "auto"
+
+
+def selection() -> dict[str, str]:
+    """Operator -> the implementation that `HOTLOOP_KERNELS` asks for. Raises KernelError for a name that has none."""
+    return _selected(ASKED)
+
+
+@functools.cache
+def _selected(asked: str) -> dict[str, str]:
+    if asked == "triton":
+        return {name: "triton" for name, op in OPERATORS.items() if "triton" in op.implementations}
+    found: dict[str, str] = {}
+    for item in asked.split(",")[asked.split(",")[0] in ("auto", "reference") :]:
+        name, _, chosen = item.strip().partition("=")
+        chosen = chosen or "triton"
+        if name not in OPERATORS or chosen not in OPERATORS[name].implementations:
+            names = ", ".join(OPERATORS[name].implementations) if name in OPERATORS else ""
+            why = f"{name} has {names}, and not {chosen!r}" if names else f"{name!r} is no kernel"
+            raise KernelError(
+                f"HOTLOOP_KERNELS={asked!r}: {why}; say auto, reference, triton, or some of {','.join(OPERATORS)}"
+            )
+        group = OPERATORS[name].together
+        found |= dict.fromkeys(
+            (n for n, op in OPERATORS.items() if n == name or (group and op.together == group)), chosen
         )
-    return names | TOGETHER if names & TOGETHER else names
+    return found
+
+
+def wanted() -> frozenset[str]:
+    """The operators whose kernels of ours are asked for."""
+    return frozenset(name for name, chosen in selection().items() if chosen.startswith("triton"))
+
+
+def compiled(device: str) -> bool:
+    """Whether a pass over tensors of this device type is compiled: on a GPU, and on a CPU where that is asked for."""
+    note("step")
+    return _step(device) == "compiled"
+
+
+def _step(device: str) -> str:
+    return selection().get("step", "compiled" if device == "cuda" else "eager")
 
 
 def _decide(device: str) -> tuple[bool, str]:
@@ -129,14 +187,20 @@ def _capable(device: str) -> tuple[bool, str]:
 
 
 @torch.compiler.assume_constant_result  # it is decided once a process; a graph needs no guard for it
-def choose(operator: str, device: str) -> bool:
-    """True where the Triton kernel of `operator` runs on tensors of this device type.
+def implementation(operator: str, device: str) -> str:
+    """The name of what computes `operator` on tensors of this device type.
 
     Raises:
         KernelError: `HOTLOOP_KERNELS` asks for what cannot run.
     """
     note(operator)
-    return _decide(device)[0] and operator in wanted()
+    return selection().get(operator, "reference") if _decide(device)[0] else "reference"
+
+
+def choose(operator: str, device: str) -> bool:
+    """True where a kernel of ours computes `operator`. Raises as `implementation`."""
+    chosen: str = implementation(operator, device)
+    return chosen.startswith("triton")
 
 
 def note(operator: str) -> None:
@@ -154,13 +218,15 @@ def implementations() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     can, why = _decide(device)
     table = dict.fromkeys(REFERENCE_OPERATORS, "reference: no kernel yet")
-    for name in (*TRITON_OPERATORS, *VENDOR_OPERATORS):
-        if name in describe:
+    for name in OPERATORS:
+        if name == "step":
+            table[name] = _step(device)
+        elif name in describe:
             table[name] = describe[name](device)
         elif can and name in wanted():
-            table[name] = f"triton: {why}"
+            table[name] = f"{selection()[name]}: {why}"
         elif can:
-            table[name] = f"reference: {'asked for' if ASKED != 'auto' else 'its kernel is not a default'}"
+            table[name] = f"reference: {'asked for' if not auto() else 'not chosen on this machine'}"
         else:
             table[name] = f"reference: {why}"
     return table

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hotloop.kernels import product, reference, tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
-from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, implementation
 from hotloop.kernels.fp8 import check_fp8, input_gradient, linear_fp8, scaled_product
 from hotloop.kernels.softcap_cross_entropy import check, launch
 from hotloop.kernels.weight_gradient import weight_gradient
@@ -365,10 +365,13 @@ def softcap_linear_cross_entropy(
         raise KernelError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
     if fp8 and method not in (None, "inplace"):
         raise KernelError(f"in 8 bits the loss has the method inplace, not {method}")
-    if not choose("softcap_linear_cross_entropy", x.device.type):
+    chosen = implementation("softcap_linear_cross_entropy", x.device.type)
+    if chosen == "reference":
         if fp8:
             return reference.mean_cross_entropy(linear_fp8(x, weight, fp8), targets, softcap)
         return reference.softcap_linear_cross_entropy(x, weight, targets, softcap)
+    if not fp8:
+        method = method or chosen.removeprefix("triton").removeprefix("-") or None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

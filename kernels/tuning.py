@@ -1,4 +1,4 @@
-"""Launch configurations found by measurement, as data: `kernels/tuned/<gpu>.json`, written by `bench/tune.py`.
+"""Launch configurations found by measurement, as data: `kernels/tuned/<gpu>.json`, as `hotloop tune` found them.
 
 Nothing is tuned while a model trains: start-up stays short and two runs launch the same kernels. A GPU without a file
 gets the file of the nearest one (the same compute capability, then the nearest number of multiprocessors), which
@@ -90,7 +90,7 @@ _trial: dict[str, dict[str, int]] = {}
 
 @contextlib.contextmanager
 def trial(kernel: str, config: dict[str, int]) -> Iterator[None]:
-    """Launch a kernel with this configuration meanwhile: how `bench/tune.py` tries one."""
+    """Launch a kernel with this configuration meanwhile: how one is tried."""
     _trial[kernel] = config
     try:
         yield

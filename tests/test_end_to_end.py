@@ -19,8 +19,9 @@ from hotloop import prepare as prep
 from hotloop.agent_loop.agents.agent import Context, Turn
 from hotloop.agent_loop.commands.verify import checks
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-from hotloop.agent_loop.loop.driver import Driver, Options
+from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.loop.planner import Options
 from hotloop.agent_loop.night import Night
 from hotloop.harness.errors import UsageError
 from hotloop.harness.experiment import Settings
@@ -398,8 +399,9 @@ def test_the_package_installs_whole(tmp_path: Path) -> None:
     done = call(tmp_path, sys.executable, "-I", "-c", code)
     assert done.returncode == 0, done.stderr
     assert str(target) in done.stdout
-    assert (target / "bench" / "results" / "compile.json").exists()
-    assert (target / "bench" / "pytest.ini").exists()
+    assert (target / "hotloop" / "bench" / "results" / "compile.json").exists()
+    assert (target / "hotloop" / "bench" / "pytest.ini").exists()
+    assert [p.name for p in target.iterdir() if not p.name.endswith((".dist-info", "bin"))] == ["hotloop"]
     entry = next(target.glob("hotloop-*.dist-info")) / "entry_points.txt"
     assert "hotloop = hotloop.agent_loop.cli:main" in entry.read_text()
 

@@ -1,14 +1,15 @@
-"""Whose turn it is: the agents in the user's order, each left alone for a while after it failed."""
+"""Whose turn it is: the agents in the user's order, each paused for a while after it failed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hotloop.agent_loop.agents.agent import Agent, AgentError
+from hotloop.agent_loop.backoff import Backoff
 
-__all__ = ["FIRST_WAIT_S", "LONGEST_WAIT_S", "REFUSALS", "Rota"]
+__all__ = ["FIRST_WAIT_S", "LONGEST_WAIT_S", "REFUSALS", "TurnOrder"]
 
 FIRST_WAIT_S = 15.0
 LONGEST_WAIT_S = 1800.0
@@ -18,14 +19,15 @@ REFUSALS = 3  # edits in a row that cannot be run, which count as a failure
 @dataclass
 class _State:
     agent: Agent
-    failures: int = 0
+    backoff: Backoff = field(default_factory=lambda: Backoff(FIRST_WAIT_S, LONGEST_WAIT_S))
     refusals: int = 0
+    invalid: Backoff = field(default_factory=lambda: Backoff(FIRST_WAIT_S, LONGEST_WAIT_S))
     until: float = 0.0  # infinite: it has nothing more to give
 
 
-class Rota:
+class TurnOrder:
     """Args:
-    agents: the first that is not being left alone takes the turn.
+    agents: the first that is not paused takes the turn.
     clock: seconds, monotonic; tests pass their own.
     """
 
@@ -42,7 +44,7 @@ class Rota:
         return ", ".join(s.agent.name for s in self._states)
 
     def pick(self, free_of_cost: bool = False) -> Agent | None:
-        """Whose turn it is; None where all are left alone.
+        """Whose turn it is; None where all are paused.
 
         Args:
             free_of_cost: only those that no model's service is paid for.
@@ -57,14 +59,12 @@ class Rota:
 
     def worked(self, agent: Agent) -> None:
         state = self._of(agent)
-        state.failures = state.refusals = 0
+        state.backoff.tries = state.refusals = 0
 
     def failed(self, agent: Agent, error: AgentError) -> float:
-        """Leave it alone for twice as long as the last time, and for what its service asks; returns the seconds."""
+        """Pause it for twice as long as the last time, and for what its service asks; returns the seconds."""
         state = self._of(agent)
-        state.failures += 1
-        wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(30, state.failures - 1))
-        wait = float("inf") if error.permanent else max(wait, error.retry_after_s)
+        wait = float("inf") if error.permanent else max(state.backoff.next_s(), error.retry_after_s)
         state.until = self._clock() + wait
         return wait
 
@@ -76,11 +76,20 @@ class Rota:
             state.refusals = 0
             self.failed(agent, AgentError(f"{REFUSALS} edits in a row could not be run"))
 
+    def ran(self, name: str, decision: str) -> None:
+        """A run of its edit is decided. One that is `invalid` is a slip; one after the other pauses it, ever longer."""
+        for state in self._states:
+            if state.agent.name == name and decision != "invalid":
+                state.invalid.tries = 0
+            elif state.agent.name == name:
+                slip, wait_s = state.invalid.tries == 0, state.invalid.next_s()
+                state.until = state.until if slip else max(state.until, self._clock() + wait_s)
+
     def incumbent_changed(self) -> None:
         """Who had nothing left to give for the old one may have for the new one."""
         for state in self._states:
             if state.until == float("inf") and not state.agent.ahead:
-                state.until, state.failures = 0.0, 0
+                state.until, state.backoff.tries = 0.0, 0
 
     def _of(self, agent: Agent) -> _State:
         return next(s for s in self._states if s.agent is agent)

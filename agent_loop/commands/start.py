@@ -21,8 +21,9 @@ from hotloop.agent_loop.agents.registry import make_agent
 from hotloop.agent_loop.agents.sandbox import Cage, text_of, try_cage
 from hotloop.agent_loop.gitrepo import NightRepo, Repo, free_tag, open_repo, said
 from hotloop.agent_loop.loop.background import Notifier, Reporter
-from hotloop.agent_loop.loop.driver import Driver, Options
+from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.loop.planner import Options
 from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.report.files import print_results
 from hotloop.agent_loop.source import ProposalError
@@ -39,11 +40,11 @@ from hotloop.harness.text import one_line
 from hotloop.harness.training.compile_cache import Store
 from hotloop.harness.training.prewarm import Prewarmer
 
-__all__ = ["Evening", "cage_check", "hidden_from_agents", "start"]
+__all__ = ["NightCommand", "cage_check", "hidden_from_agents", "start"]
 
 
 @dataclass
-class Evening:
+class NightCommand:
     """A night that can begin. `notify` is the user's command, empty for none; `prewarm`: see its module."""
 
     tag: str
@@ -128,7 +129,7 @@ class Evening:
         return [w for w in found if w]
 
 
-def start(args: argparse.Namespace) -> Evening:
+def start(args: argparse.Namespace) -> NightCommand:
     """Raises UsageError, DataError, DeviceError or SandboxError, each with what to do."""
     _check_numbers(args)
     repo = open_repo(Path.cwd())
@@ -164,7 +165,7 @@ def start(args: argparse.Namespace) -> Evening:
     prewarm = args.prewarm == "on" or (args.prewarm == "auto" and settings.device == "cuda")
     if args.compile_cache:
         settings = dataclasses.replace(settings, store=Store(runs / tag / "compiled"))
-    return Evening(tag, runs / tag, repo, agents, _slots(args.gpus, settings), options, args.notify or "", prewarm)
+    return NightCommand(tag, runs / tag, repo, agents, _slots(args.gpus, settings), options, args.notify or "", prewarm)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotloop.agent_loop.agents.agent import Agent, AgentError, Context, Tried, Turn
+from hotloop.agent_loop.agents.brief import Facts, quoted, write_brief
 from hotloop.agent_loop.gitrepo import NightRepo
-from hotloop.agent_loop.night import Proposal
+from hotloop.agent_loop.night import Night, Proposal, Run
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import HotloopError
+from hotloop.harness.experiment import Settings
+from hotloop.harness.settings import BudgetRule
 from hotloop.harness.text import one_line, shorten
 
-__all__ = ["Refused", "Task", "take_turn"]
+__all__ = ["Preflight", "Refused", "Task", "brief_writer", "take_turn"]
 
 Preflight = Callable[[bytes, Path], None]
 LOG_BYTES = 256 * 1024  # of a turn's log, kept once it has ended
@@ -54,6 +57,37 @@ class Refused(ProposalError):
     def __init__(self, error: ProposalError, proposal: Proposal) -> None:
         super().__init__(error.status, str(error))
         self.proposal = proposal
+
+
+def brief_writer(
+    night: Night, under_way: list[Run], settings: Settings, budget: BudgetRule | None, least_gain: float | None,
+    devices: int, baseline: bytes, incumbent: bytes, blind: bool,
+) -> Callable[[str], str]:  # fmt: skip
+    """The brief, as a function of why the agent's last edit was refused.
+
+    It is written here, while nothing is appended; a refusal is put in later, by the turn's own thread.
+
+    Args:
+        baseline, incumbent: their train.py.
+    """
+    preset, dataset = settings.preset, settings.dataset
+    facts = Facts(
+        budget or preset.budget,
+        preset.seq_len,
+        getattr(dataset, "vocab_size", preset.vocab_size),
+        getattr(dataset, "source", preset.source),
+        f"{f'{devices} GPUs' if devices > 1 else settings.device}, {settings.threads} threads",
+        baseline,
+        incumbent,
+        blind,
+    )
+
+    def written(refused: str) -> str:
+        return write_brief(night, preset.name, list(under_way), refused, least_gain, facts=facts)
+
+    ready, mark = written(""), "%" * 400  # as long as what takes its place
+    with_refusal = written(mark)
+    return lambda refused: with_refusal.replace(quoted(mark, 400), quoted(refused, 400)) if refused else ready
 
 
 def take_turn(agent: Agent, repo: NightRepo, task: Task) -> Proposal:

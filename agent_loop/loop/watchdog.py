@@ -10,12 +10,14 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["CRASHED", "UNDER_WATCH", "say", "watch"]
+from hotloop.agent_loop.backoff import Backoff
+from hotloop.harness.command_line import say
+
+__all__ = ["CRASHED", "UNDER_WATCH", "watch"]
 
 UNDER_WATCH = "HOTLOOP_UNDER_WATCH"  # in the driver's environment
 CRASHED = 70  # the driver's exit status for what is a bug of ours
@@ -34,18 +36,19 @@ def watch(
         folder: the night's: `records.jsonl` shows whether it gets anywhere, `heartbeat` whether it is alive.
         stuck_s: without a heartbeat, after which it is killed.
     """
-    tries = 0
+    backoff = Backoff(first_wait_s)
     while True:
         before = _size(folder)
         code = _once(argv, folder, stuck_s, look_s)
         if code >= 0 and code != CRASHED:
             return code
-        tries = 1 if _size(folder) > before else tries + 1
+        if _size(folder) > before:
+            backoff.tries = 0
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else "crashed; the traceback is above"
-        if tries > TRIES:
+        if backoff.tries == TRIES:
             say(f"the driver {how}, {TRIES} times without a new record; giving up")
             return 1
-        wait = first_wait_s * 2 ** (tries - 1)
+        wait = backoff.next_s()
         say(f"the driver {how}; it goes on from its records in {wait:.0f} s")
         time.sleep(wait)
 
@@ -74,12 +77,6 @@ def _once(argv: Sequence[str], folder: Path, stuck_s: float, look_s: float) -> i
     finally:
         for number, handler in was.items():
             signal.signal(number, handler)
-
-
-def say(text: str) -> None:
-    """A line on stderr, where anybody may have closed it."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"hotloop: {text}", file=sys.stderr, flush=True)
 
 
 def _beat(folder: Path) -> int:

@@ -25,10 +25,11 @@ from hotloop.bench.check.parts import PARTS, Bench, Part, forget
 from hotloop.bench.check.processes import OUT_OF_TIME, commit
 from hotloop.bench.switches import UNFINISHED
 from hotloop.harness.errors import DeviceError
+from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
 from hotloop.harness.records.seal import current_manifest
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.tuning.notes import Notes
 
 __all__ = ["main", "stamp"]
 
@@ -143,7 +144,7 @@ def _asked(what: str, device: str) -> dict[str, Any]:
     """`identity` or `facts` of the device, by a process of its own: one that has used the GPU stays there, and no
     experiment is begun while somebody computes on it.
     """
-    code = f"import json; from hotloop.bench.device import {what}; print(json.dumps({what}()))"
+    code = f"import json; from hotloop.harness.proof.device import {what}; print(json.dumps({what}()))"
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     done = subprocess.run([sys.executable, "-c", code], cwd=project_root(), env=env, capture_output=True, text=True)
     if done.returncode:

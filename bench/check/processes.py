@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.bench import results
-from hotloop.bench.operators import OPERATORS
 from hotloop.harness.errors import HotloopError
 from hotloop.harness.paths import import_root, project_root
+from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.sandbox.process import tail
 
 __all__ = ["ALL_KERNELS", "INTERPRETER", "OUT_OF_TIME", "call", "commit", "run_kernels", "smoke"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hotloop.bench.tune import Candidate, Card, Config
+from hotloop.harness.tuning.configurations import Candidate, Card, Config
 from hotloop.kernels import muon, tuning
 from hotloop.kernels.compiling import Launch, recorded, without_driver
 

@@ -33,7 +33,7 @@ IN_CI = (80, 90, 120)
 
 def modules() -> list[str]:
     """The kernel files that ship Triton kernels."""
-    from hotloop.bench.operators import OPERATORS
+    from hotloop.harness.proof.operators import OPERATORS
 
     return sorted({op.module for op in OPERATORS.values() if op.module})
 

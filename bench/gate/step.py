@@ -144,8 +144,8 @@ def _registers(configurations: Iterable[dict[str, int]]) -> str:
 
 def _ideal() -> dict[str, float]:
     """Bytes of a step by group, everything fused that can be: `bench.step`'s floor, and the optimizer's operators."""
-    from hotloop.bench.operators import OPERATORS
     from hotloop.bench.step import FLOOR
+    from hotloop.harness.proof.operators import OPERATORS
 
     adamw, muon = OPERATORS["adamw_"], OPERATORS["muon_"]
     banks = ((32, 512, 512), (8, 512, 2048), (8, 2048, 512))  # the blocks' matrices

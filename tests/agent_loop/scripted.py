@@ -24,8 +24,9 @@ from hotloop.agent_loop import gitrepo, night
 from hotloop.agent_loop.agents.agent import Agent
 from hotloop.agent_loop.agents.builtin import BuiltinAgent, constants
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-from hotloop.agent_loop.loop.driver import Driver, Options
+from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
+from hotloop.agent_loop.loop.planner import Options
 from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.report.files import print_results
 from hotloop.harness.experiment import Event, Job, Settings

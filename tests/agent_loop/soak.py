@@ -102,7 +102,7 @@ if __name__ == "__main__":
     repo, tag, experiments, FAULTS = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "faults"
     hotloop.agent_loop.agents.turn_order.FIRST_WAIT_S = 0.01
     hotloop.agent_loop.agents.turn_order.LONGEST_WAIT_S = 0.05
-    hotloop.agent_loop.loop.driver.Trouble.__init__ = lambda self: self.__dict__.update(since=None, pause_s=0.01)  # type: ignore[method-assign]
+    hotloop.agent_loop.loop.driver.FIRST_PAUSE_S = 0.01
     hotloop.agent_loop.loop.driver.LONGEST_PAUSE_S = 0.05
     if FAULTS:
         fill_the_disk_now_and_then()

@@ -14,8 +14,8 @@ import pytest
 from hotloop.agent_loop.agents.agent import CommandAgent
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
 from hotloop.agent_loop.agents.sandbox import Cage, everything_but, outermost, text_of, try_cage
-from hotloop.agent_loop.commands.start import Evening
-from hotloop.agent_loop.loop.driver import Options
+from hotloop.agent_loop.commands.start import NightCommand
+from hotloop.agent_loop.loop.planner import Options
 from hotloop.harness.data.readers import kind_of
 from hotloop.harness.errors import SandboxError, UsageError
 from hotloop.harness.sandbox.bounds import Bounds
@@ -228,15 +228,15 @@ def test_what_an_agent_prints_has_a_cap_while_it_runs(
 
 
 def test_the_cages_of_a_night_are_tried_before_it_begins(repo: Path, places: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
-    def evening(*agents: object) -> Evening:
-        return Evening("t", repo / "runs" / "t", git.Repo(repo), list(agents), [], Options(), "")  # type: ignore[arg-type]
+    def command(*agents: object) -> NightCommand:
+        return NightCommand("t", repo / "runs" / "t", git.Repo(repo), list(agents), [], Options(), "")  # type: ignore[arg-type]
 
-    evening(BuiltinAgent(1)).try_cages()
+    command(BuiltinAgent(1)).try_cages()
     assert not (repo / "runs" / "t").exists()
     good = agent(1, "pass", places)
-    evening(good, good, BuiltinAgent(1)).try_cages()
+    command(good, good, BuiltinAgent(1)).try_cages()
     assert not list((repo / "runs" / "t").iterdir())
     bad = agent(1, "pass", places)
     bad.cage = dataclasses.replace(bad.cage, hidden=(Path(sys.base_prefix).resolve(), Path("/usr"), Path("/bin")))
     with pytest.raises(SandboxError, match="no agent can start in its cage"):
-        evening(bad).try_cages()
+        command(bad).try_cages()

@@ -18,7 +18,7 @@ from hotloop.agent_loop.agents.agent import AgentError, Context, Turn
 from hotloop.agent_loop.agents.brief import MAX_TOKENS, Facts, most_tokens, write_brief
 from hotloop.agent_loop.agents.contract import in_force, signatures
 from hotloop.agent_loop.cli import main
-from hotloop.agent_loop.commands.start import Evening
+from hotloop.agent_loop.commands.start import NightCommand
 from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.race import Lesson, Rate, false_stops, lessons, thresholds
 from hotloop.agent_loop.report.files import tsv_text
@@ -88,9 +88,7 @@ def test_a_file_where_nights_are_kept_is_one_line(
 
 def test_the_package_is_the_command(repo: Path) -> None:  # noqa: F811
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "agent_loop", "best"], cwd=repo, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hotloop", "best"], cwd=repo, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no night" in done.stderr
 
 
@@ -106,7 +104,7 @@ def test_after_ctrl_c_the_very_command_is_printed(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hotloop.agent_loop.commands.start, "settings_of", lambda _: scripted.SETTINGS)
-    monkeypatch.setattr(Evening, "drive", interrupted)
+    monkeypatch.setattr(NightCommand, "drive", interrupted)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(repo)
     tag = ["--tag", "my night"[:2]] if named else []

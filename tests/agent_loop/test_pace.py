@@ -94,8 +94,8 @@ def test_a_night_on_a_gpu_that_somebody_uses_does_not_begin(
     """Only where the user starts it: a driver that its watchdog starts again waits, as for any fault of the machine."""
     ours = Gpu(0, "GPU-aa")
     slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=ours))]
-    evening = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_cages=lambda: None)
-    monkeypatch.setattr("hotloop.agent_loop.commands.start.start", lambda _: evening)
+    command = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_cages=lambda: None)
+    monkeypatch.setattr("hotloop.agent_loop.commands.start.start", lambda _: command)
     asked: list[Gpu] = []
 
     def alone(gpu: Gpu) -> None:

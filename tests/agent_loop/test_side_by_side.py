@@ -20,11 +20,11 @@ import pytest
 import hotloop.agent_loop.loop.driver
 from hotloop.agent_loop.agents.agent import AgentError, Turn
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
-from hotloop.agent_loop.agents.turn_order import FIRST_WAIT_S, LONGEST_WAIT_S, Rota
-from hotloop.agent_loop.commands.start import Evening
+from hotloop.agent_loop.agents.turn_order import FIRST_WAIT_S, LONGEST_WAIT_S, TurnOrder
+from hotloop.agent_loop.commands.start import NightCommand
 from hotloop.agent_loop.commands.verify import checks
 from hotloop.agent_loop.loop.background import Notifier
-from hotloop.agent_loop.loop.driver import Options
+from hotloop.agent_loop.loop.planner import Options
 from hotloop.agent_loop.loop.watchdog import CRASHED, watch
 from hotloop.harness.errors import DeviceError, HotloopError, UsageError
 from hotloop.harness.machine import Gpu
@@ -57,14 +57,14 @@ class Edits:
 def test_each_gpu_gets_a_trainer_of_its_own_ahead_of_time(tmp_path: Path) -> None:
     gpus = [Gpu(i, f"GPU-{i}") for i in (0, 1)]
     slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=gpu)) for gpu in gpus]
-    evening = Evening("t", tmp_path, None, [], slots, Options(), "", prewarm=True)  # type: ignore[arg-type]
-    with evening._prewarmed() as made:
+    command = NightCommand("t", tmp_path, None, [], slots, Options(), "", prewarm=True)  # type: ignore[arg-type]
+    with command._prewarmed() as made:
         prewarmers = [s.prewarmer for s in made]
         assert [p._setup.sandbox.gpu for p in prewarmers] == gpus
         assert len({p._folder for p in prewarmers}) == 2
         assert made == slots  # nothing else is different
     assert all(p._closed for p in prewarmers)
-    with replace(evening, prewarm=False)._prewarmed() as made:
+    with replace(command, prewarm=False)._prewarmed() as made:
         assert made is slots
 
 
@@ -158,7 +158,6 @@ def test_a_gain_over_an_older_incumbent_is_tried_again_on_top_of_the_new_one(rep
 def test_faults_of_the_machine_are_waited_out(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
 
     monkeypatch.setattr(hotloop.agent_loop.loop.driver, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(hotloop.agent_loop.loop.driver.Trouble, "__init__", _short_pause)
     faults = [DeviceError("the GPU fell off the bus"), OSError(28, "No space left on device"), HotloopError("no disk")]
     real, calls = os.write, 0
 
@@ -190,7 +189,7 @@ def test_a_gpu_that_stays_lost_ends_the_night_with_its_line_and_nothing_is_lost(
     repo: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
 
-    monkeypatch.setattr(hotloop.agent_loop.loop.driver.Trouble, "__init__", _short_pause)
+    monkeypatch.setattr(hotloop.agent_loop.loop.driver, "FIRST_PAUSE_S", 0.05)
     tried: list[int] = []
 
     def lost(job: Any, settings: Any, on_event: Any) -> Any:
@@ -205,10 +204,6 @@ def test_a_gpu_that_stays_lost_ends_the_night_with_its_line_and_nothing_is_lost(
     assert len(tried) > 1 and set(tried) == {2}  # waited for, and the same run again
     scripted.drive(repo, "t", 3)
     assert table(repo, "t") == table(repo, "calm")
-
-
-def _short_pause(self: Any, since: float | None = None, pause_s: float = 0.05) -> None:
-    self.since, self.pause_s = since, pause_s
 
 
 def test_the_night_does_not_wait_for_an_agent_whose_edit_would_never_run(repo: Path) -> None:  # noqa: F811
@@ -255,26 +250,44 @@ class Now:
         return self.s
 
 
-def test_an_agent_that_fails_is_left_alone_for_ever_longer_and_the_next_takes_over() -> None:
+def test_an_agent_that_fails_is_paused_for_ever_longer_and_the_next_takes_over() -> None:
     first, last, now = Edits(), BuiltinAgent(1), Now()
-    rota = Rota([first, last], now)
+    turn_order = TurnOrder([first, last], now)
     waits = []
     for _ in range(9):
-        assert rota.pick() is first
-        waits.append(rota.failed(first, AgentError("down")))
-        assert rota.pick() is last
+        assert turn_order.pick() is first
+        waits.append(turn_order.failed(first, AgentError("down")))
+        assert turn_order.pick() is last
         now.s += waits[-1]
     assert waits[:3] == [FIRST_WAIT_S, 2 * FIRST_WAIT_S, 4 * FIRST_WAIT_S]
     assert waits[-1] == LONGEST_WAIT_S
-    rota.worked(first)
-    assert rota.failed(first, AgentError("slow down", retry_after_s=100.0)) == 100.0
-    rota.failed(first, AgentError("wrong key", permanent=True))
+    turn_order.worked(first)
+    assert turn_order.failed(first, AgentError("slow down", retry_after_s=100.0)) == 100.0
+    turn_order.failed(first, AgentError("wrong key", permanent=True))
     now.s += 1e9
-    assert rota.pick() is last
-    rota.failed(last, AgentError("nothing left", permanent=True))
-    assert (rota.pick(), rota.wait_s()) == (None, None)
-    rota.incumbent_changed()
-    assert rota.pick() is last  # which has new constants to try
+    assert turn_order.pick() is last
+    turn_order.failed(last, AgentError("nothing left", permanent=True))
+    assert (turn_order.pick(), turn_order.wait_s()) == (None, None)
+    turn_order.incumbent_changed()
+    assert turn_order.pick() is last  # which has new constants to try
+
+
+def test_an_agent_whose_runs_are_invalid_again_and_again_is_paused_for_ever_longer() -> None:
+    first, last, now = Edits(), BuiltinAgent(1), Now()
+    turn_order = TurnOrder([first, last], now)
+    turn_order.ran(first.name, "invalid")
+    assert turn_order.pick() is first  # a slip
+    for wait_s in (2 * FIRST_WAIT_S, 4 * FIRST_WAIT_S):
+        turn_order.worked(first)  # that it has an edit to run says nothing for it
+        turn_order.ran(first.name, "invalid")
+        assert turn_order.pick() is last and turn_order.wait_s() == 0.0
+        now.s += wait_s - 1
+        assert turn_order.pick() is last
+        now.s += 1
+        assert turn_order.pick() is first
+    turn_order.ran(first.name, "discard")
+    turn_order.ran(first.name, "invalid")
+    assert turn_order.pick() is first
 
 
 # ---- the watchdog

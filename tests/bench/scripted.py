@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hotloop.bench.tune import Candidate, Config
+from hotloop.harness.tuning.configurations import Candidate, Config
 from hotloop.kernels.compiling import Launch
 
 RATIOS = {1: 0.8, 2: 1.3, 3: 1.1, 4: 9.0, 5: 9.0, 6: 9.0, 7: 0.9}  # 4 faults, 5 hangs, 6 is wrong

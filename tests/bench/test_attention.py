@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hotloop.bench.accuracy import check
 from hotloop.bench.attention import ranking
-from hotloop.bench.operators import OPERATORS
 from hotloop.bench.results import Row
-from hotloop.bench.tune import tuned
+from hotloop.harness.proof.accuracy import check
+from hotloop.harness.proof.operators import OPERATORS
+from hotloop.harness.tuning.configurations import tuned
 from hotloop.kernels import attend, reference, tuning
 
 FACTS = {"device": "NVIDIA H100", "capability": [9, 0], "multiprocessors": 132, "torch": "2.13.0", "host": "x"}

@@ -15,8 +15,8 @@ from hotloop.bench.check import command as check
 from hotloop.bench.check import parts, predictions
 from hotloop.bench.check.parts import PARTS, Bench, Part
 from hotloop.bench.cli import main
-from hotloop.bench.operators import OPERATORS
 from hotloop.bench.switches import UNFINISHED
+from hotloop.harness.proof.operators import OPERATORS
 from tests.harness.conftest import TINY
 
 ROOT = Path(__file__).resolve().parents[2]

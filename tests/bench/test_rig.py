@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from hotloop.bench import device as dev
 from hotloop.bench import peers, results
 from hotloop.bench.cli import main
 from hotloop.bench.gate import configurations as gate
-from hotloop.bench.operators import OPERATORS
 from hotloop.bench.step import group_of
+from hotloop.harness.proof import device as dev
+from hotloop.harness.proof.operators import OPERATORS
 from hotloop.kernels import attention_backends, flash, mlp, product, tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 
@@ -110,7 +110,7 @@ def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hotloop.bench.device.gpus", list)
+    monkeypatch.setattr("hotloop.harness.proof.device.gpus", list)
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     write(tmp_path / "base.json", entry("x"))
     write(tmp_path / "other.json", entry("x"), device="NVIDIA A100")

@@ -17,11 +17,11 @@ import torch
 
 from hotloop.bench import step, switches
 from hotloop.bench.cli import main
-from hotloop.bench.runner import Setting, StepRunner
 from hotloop.bench.step import device_spans, idle_of, profile_step
 from hotloop.bench.switches import UNFINISHED, determinism, members_of, setting_of
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.tuning.notes import Notes
+from hotloop.harness.tuning.runner import Setting, StepRunner
 from hotloop.harness.tuning.selection import Answer, Member, Members, Unfit, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_a_gap_fails_the_command(
         "cpu_figures": False,
     }  # fmt: skip
     monkeypatch.setattr(step, "profile_step", lambda *_: found)
-    monkeypatch.setattr(step, "settle", lambda _: None)
+    monkeypatch.setattr("hotloop.harness.tuning.step.settle", lambda _: None)
     assert main(["step", "--train", str(ROOT / "train.py")]) == status
     page = capsys.readouterr().out
     assert words in page

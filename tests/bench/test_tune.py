@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hotloop.bench import tune
-from hotloop.bench.switches import UNFINISHED
+from hotloop.harness.tuning import configurations as tune
+from hotloop.harness.tuning.notes import UNFINISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = "tests.bench.scripted:KERNELS"
@@ -48,7 +48,7 @@ def test_what_faults_hangs_or_is_wrong_is_out_and_the_rest_is_searched(tmp_path:
 def test_a_tuning_that_is_out_of_time_or_killed_goes_on(tmp_path: Path, trace: Path) -> None:
     """What was in flight when it was killed is no candidate's fault."""
     notes, chance = tmp_path / "notes.json", random.Random(1)
-    code = "from pathlib import Path; from hotloop.bench.tune import *; "
+    code = "from pathlib import Path; from hotloop.harness.tuning.configurations import *; "
     code += f"main(['tame'], Path({str(notes)!r}), table={TABLE!r})"
     assert tune.main(["tame"], notes, 1e-6, lambda _: None, TABLE) == UNFINISHED
     for _ in range(2):

@@ -14,7 +14,7 @@ from hotloop.harness import experiment
 from hotloop.harness.errors import TrialError
 from hotloop.harness.experiment import Job, replayed, run_experiment
 from hotloop.harness.records.record import Outcome
-from hotloop.harness.scoring.evaluation import Evaluation
+from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
 from hotloop.harness.settings import PRESETS, BudgetRule
 from hotloop.harness.training.budget import Budget, Shape, held_against
 from hotloop.harness.training.session import Session
@@ -36,9 +36,10 @@ class Card:
         self.settings = settings(folder, "cpu", monkeypatch)
         self.folder = folder
         monkeypatch.setattr(Session, "run", self._run())
-        monkeypatch.setattr(experiment, "check_weights", lambda _: 1)
+        monkeypatch.setattr(experiment, "check_weights", lambda *_: 1)
+        monkeypatch.setattr(Evaluator, "__enter__", lambda self: self)
         scored = Evaluation(1.0, 1.0, 1.0, nll=np.zeros((1, 1), np.float32))
-        monkeypatch.setattr(experiment, "evaluated", lambda *_: scored)
+        monkeypatch.setattr(Evaluator, "run", lambda *_: scored)
 
     def _run(card) -> Any:
         def run(self: Session) -> None:

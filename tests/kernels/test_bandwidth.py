@@ -229,8 +229,8 @@ def test_every_tile_computes_the_same_by_descriptors_and_by_pointers() -> None:
     """
     run("""
 import dataclasses
-from hotloop.bench.accuracy import check
-from hotloop.bench.operators import OPERATORS
+from hotloop.harness.proof.accuracy import check
+from hotloop.harness.proof.operators import OPERATORS
 from hotloop.kernels import linear_cross_entropy, linear_qkv, mlp
 qkv = ("linear_qkv_rope_norm", linear_qkv, "", ((16, 1, 32), (16, 2, 16), (64, 1, 64), (32, 2, 32)))
 heads = dict(H=3, G=1, K=64), dict(H=4, G=4, K=16), dict(H=2, G=1, K=128)

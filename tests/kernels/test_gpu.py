@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hotloop import kernels
-from hotloop.bench import device as dev
-from hotloop.bench.accuracy import bitwise_repeats, check
-from hotloop.bench.operators import OPERATORS
 from hotloop.harness.paths import project_root
+from hotloop.harness.proof import device as dev
+from hotloop.harness.proof.accuracy import bitwise_repeats, check
+from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.settings import PRESETS, Spec
 from hotloop.harness.training.child import load_train_module
 from hotloop.kernels import attend, reference

@@ -135,7 +135,7 @@ def test_the_triangles_tiles_are_each_found_once() -> None:
 def test_symmetric_products_at_awkward_sizes_in_poisoned_memory() -> None:
     """fp32 and fp16, one tile to several, both tile sizes, all variants; the mirror has the tile's bits."""
     run("""
-from hotloop.bench.accuracy import poisoned_memory
+from hotloop.harness.proof.accuracy import poisoned_memory
 from hotloop.kernels import tuning
 cases = [(1, 1, 1), (2, 5, 3), (1, 64, 65), (2, 65, 64), (1, 130, 40), (1, 257, 20)]
 for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 5e-4)):

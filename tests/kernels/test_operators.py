@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from hotloop import kernels
-from hotloop.bench.accuracy import check, results, upstream
-from hotloop.bench.operators import OPERATORS, Operator
+from hotloop.harness.proof.accuracy import check, results, upstream
+from hotloop.harness.proof.operators import OPERATORS, Operator
 from hotloop.kernels import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,8 +114,8 @@ def test_the_kernel_is_right_through_the_interpreter(name: str) -> None:
     run(
         f"""
 import torch, kernels
-from hotloop.bench.accuracy import check
-from hotloop.bench.operators import OPERATORS
+from hotloop.harness.proof.accuracy import check
+from hotloop.harness.proof.operators import OPERATORS
 torch.manual_seed(0)
 op = OPERATORS[{name!r}]
 assert kernels.implementations()[op.name] == "triton: interpreter"
@@ -137,7 +137,7 @@ def test_every_registered_operator_passes_opcheck_and_is_in_the_table() -> None:
     pytest.importorskip("triton")
     run("""
 import torch, kernels
-from hotloop.bench.operators import OPERATORS
+from hotloop.harness.proof.operators import OPERATORS
 registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("hotloop::")}
 assert registered == {name for op in OPERATORS.values() for name in op.torch_ops}, registered
 def randn(*shape): return torch.randn(*shape, requires_grad=True)

@@ -45,7 +45,7 @@ def test_parts_are_few_and_each_is_long(m: int, n: int, d: int) -> None:
 def test_sums_in_parts_against_fp64_in_poisoned_memory_and_to_the_bit() -> None:
     """One part, several, a last one that is shorter, and lengths that no block divides; sizes and tiles alike."""
     run("""
-from hotloop.bench.accuracy import poisoned_memory
+from hotloop.harness.proof.accuracy import poisoned_memory
 seen = set()
 for rows, columns in ((32, 64), (64, 32)):
     config = dict(VENDOR=0, ROWS=rows, COLUMNS=columns, DEPTH=16, GROUP=4, TMA=0, num_warps=4, num_stages=3)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hotloop import kernels
-from hotloop.bench.operators import Operator
+from hotloop.harness.proof.operators import Operator
 from hotloop.kernels import reference
 
 __all__ = ["Errors", "bitwise_repeats", "check", "fresh", "poisoned_memory", "results"]

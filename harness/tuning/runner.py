@@ -4,7 +4,7 @@ A comparison of two ways to run the step wants them in turns, and a way is chose
 compiled once, that waits between its turns and gives back the memory that it does not need meanwhile. What faults ends
 its own process, and what hangs is ended.
 
-    python -c "from hotloop.bench.runner import serve; serve()" TRAIN PRESET REPEATABLE [NAME=VALUE ...]
+    python -c "from hotloop.harness.tuning.runner import serve; serve()" TRAIN PRESET REPEATABLE [NAME=VALUE ...]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["Setting", "StepRunner", "die_with_parent", "serve"]
 READY_S = 400.0  # imports, the first step with its compilation, and two answers' steps
 TURN_S = 90.0
 ANSWER_STEPS = 5
-_CODE = "from hotloop.bench.runner import serve; serve()"
+_CODE = "from hotloop.harness.tuning.runner import serve; serve()"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Turns:
     def __init__(self, train: Path, preset: str, constants: Sequence[str], repeatable: bool) -> None:
         import torch
 
-        from hotloop.bench.step import settle, step_of
+        from hotloop.harness.tuning.step import settle, step_of
 
         settle(repeatable)
         self._torch = torch
@@ -195,7 +195,7 @@ class _Turns:
         return found
 
     def turn(self) -> dict[str, Any]:
-        from hotloop.bench.step import time_step
+        from hotloop.harness.tuning.step import time_step
 
         step_s = time_step(self._step.once, 3 if self._on_gpu else 1)
         self._pause()

@@ -35,15 +35,15 @@ from typing import Any
 import torch
 
 from hotloop import kernels
-from hotloop.bench import device as dev
-from hotloop.bench.accuracy import fresh, outputs, upstream
-from hotloop.bench.operators import OPERATORS
-from hotloop.bench.runner import die_with_parent
-from hotloop.bench.switches import UNFINISHED
 from hotloop.harness.errors import UsageError
+from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
+from hotloop.harness.proof import device as dev
+from hotloop.harness.proof.accuracy import fresh, outputs, upstream
+from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.tuning.notes import UNFINISHED, Notes
+from hotloop.harness.tuning.runner import die_with_parent
 from hotloop.harness.tuning.search import blame, entry, halving, out_of
 from hotloop.harness.tuning.selection import TimeIsUp, Unfit
 from hotloop.kernels import (
@@ -68,8 +68,8 @@ __all__ = ["KERNELS", "Candidate", "Card", "child", "main", "search", "tuned"]
 
 HANG_S = 120.0  # after which a candidate that is being tried counts as hanging
 CHUNK = 8  # candidates to a core that are compiled between two looks at the clock
-TABLE = "hotloop.bench.tune:KERNELS"
-_CHILD = "from hotloop.bench.tune import child; child()"
+TABLE = "hotloop.harness.tuning.configurations:KERNELS"
+_CHILD = "from hotloop.harness.tuning.configurations import child; child()"
 Config = dict[str, int]
 
 
