@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -157,11 +158,14 @@ class Planner:
         )
 
     def _keep_below(self, run: Run) -> float | None:
-        """The score above which a run cannot be kept, whatever is measured while it runs; None where any may be."""
-        if run.kind != "experiment" or self.night.incumbent() is None:
+        """The score above which a run cannot be kept; None where any may be, or what it says decides of others."""
+        rows = self.night.rows()
+        if run.kind == "repeat" and run.commit == rows[0].commit:  # the user's own file
+            return -math.inf
+        if run.kind != "experiment" or any(r.kind == "repeat" for r in self.flight.runs):  # the floor may yet grow
             return None
         best = self.night.score_of(self.incumbent.commit, self.options.seed)
-        return None if best is None else best + 2.0 * self.night.noise(self.options.least_gain).floor_bpb
+        return None if best is None else best + self.night.noise(self.options.least_gain).floor_bpb
 
     # Agents.
 
