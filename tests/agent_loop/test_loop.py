@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from hotloop.agent_loop.cli import main
 from hotloop.agent_loop.commands.verify import checks
 from hotloop.agent_loop.gitrepo import free_tag, open_repo
 from hotloop.agent_loop.night import Night
+from hotloop.agent_loop.report.tables import drift_sentence
+from hotloop.agent_loop.report.tally import Tally
 from hotloop.harness.errors import DiskFullError, HotloopError, LockedError, RecordError, UsageError
 from hotloop.harness.records.record import Lock
 from hotloop.harness.sandbox.levels import best
@@ -282,6 +285,28 @@ def test_a_baseline_that_fails_ends_the_night(repo: Path) -> None:
 
     with pytest.raises(HotloopError, match="baseline itself ended as oom: CUDA out of memory"):
         scripted.drive(repo, "t", 3, runner=broken)
+
+
+# ---- val against holdout
+
+
+@pytest.mark.parametrize(("carries", "words"), [(0.0, "overfits to val"), (0.7, "selection"), (1.0, "no sign of")])
+def test_a_night_that_overfits_on_purpose_is_told_by_its_holdout(repo: Path, carries: float, words: str) -> None:
+    """Val moves by luck alone, and what is lucky there is kept; so much of it is there on the holdout."""
+    luck = random.Random(4)
+
+    def lucky(job: Any, settings: Any, on_event: Any) -> Any:
+        outcome = scripted.run(job, settings, on_event)
+        if outcome.status == "ok":
+            gain = luck.gauss(0.0, 0.1) if job.kind == "experiment" else 0.0
+            outcome.val_bpb, outcome.holdout_bpb = 2.0 - gain, 2.1 - carries * gain + luck.gauss(0.0, 0.001)
+        return outcome
+
+    night = scripted.drive(repo, "t", 14, runner=lucky, least_gain=0.01, second_seed=False)
+    tally = Tally(night)
+    assert len(tally.paired) >= 2
+    assert words in drift_sentence(tally)
+    assert sum(r.gain for r in tally.paired) > 0.1  # type: ignore[misc]
 
 
 # ---- the command agent
