@@ -92,7 +92,7 @@ class Limits:
     evaluate_s: float = 600.0
     evaluate_first_s: float = 120.0
     evaluate_step: float = 3.0
-    evaluate_baseline: float = 3.0
+    evaluate_baseline: float = 5.0
     spare_bytes: int = 16 << 20
     overtime: float = 1.03
     overtime_cpu: float = 1.5
@@ -173,9 +173,9 @@ PRESETS = {
         calibrate_s=0.5,
         calibrate_steps=2,
         noise_seeds=2,
-        audit_cuts=400,
+        audit_cuts=320,
         limits=Limits(
-            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=6.0, evaluate_step=1.0, spare_bytes=512 << 10
+            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=3.5, evaluate_step=0.65, spare_bytes=512 << 10
         ),
     ),
 }
