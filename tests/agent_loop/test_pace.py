@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from hotloop.agent_loop import cli
-from hotloop.agent_loop.loop import driver as loop
+from hotloop.agent_loop.loop import driver
 from hotloop.agent_loop.loop.watchdog import UNDER_WATCH
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.experiment import Job
 from hotloop.harness.gpu.nvml import Gpu
-from hotloop.harness.sandbox.levels import Sandbox
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import Budget, Shape
 from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
@@ -75,12 +75,12 @@ def test_a_device_is_cold_after_a_pause_and_after_a_restart(repo: Path, monkeypa
         jobs.append(job)
         return scripted.run(job, settings, on_event)
 
-    monkeypatch.setattr(loop, "COLD_AFTER_S", 1e9)
+    monkeypatch.setattr(driver, "COLD_AFTER_S", 1e9)
     scripted.drive(repo, "t", 1, runner=runner, noise_seeds=1, quiet=True)
     assert [j.cold for j in jobs] == [True, False, False]
     scripted.drive(repo, "t", 3, runner=runner, noise_seeds=1, quiet=True)
     assert [j.cold for j in jobs[3:]] == [True, False]
-    monkeypatch.setattr(loop, "COLD_AFTER_S", 0.0)
+    monkeypatch.setattr(driver, "COLD_AFTER_S", 0.0)
     time.sleep(0.01)
     scripted.drive(repo, "t", 5, runner=runner, noise_seeds=1, quiet=True)
     assert [j.cold for j in jobs[5:]] == [True, True]
@@ -94,7 +94,7 @@ def test_a_night_on_a_gpu_that_somebody_uses_does_not_begin(
     """Only where the user starts it: a driver that its watchdog starts again waits, as for any fault of the machine."""
     ours = Gpu(0, "GPU-aa")
     slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=ours))]
-    command = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_cages=lambda: None)
+    command = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_sandboxes=lambda: None)
     monkeypatch.setattr("hotloop.agent_loop.commands.start.start", lambda _: command)
     asked: list[Gpu] = []
 

@@ -7,12 +7,11 @@ with every kernel through Triton's interpreter; loss and every gradient must agr
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,7 +87,7 @@ import json, sys
 import torch
 from hotloop.harness.settings import Spec
 from hotloop.kernels.fuse import compiler
-edits = json.load(sys.stdin)
+from tests import warm
 source = open("train.py").read()
 for name, changes in edits.items():
     torch._dynamo.reset()
@@ -125,12 +124,12 @@ for name, changes in edits.items():
 """
 
 
+INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1", "HOTLOOP_ATTENTION": "reference"}
+
+
 def fused(edits: dict[str, list[tuple[str, str]]]) -> dict[str, str]:
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1", "HOTLOOP_ATTENTION": "reference"}
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, input=json.dumps(edits))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    said = warm.output(f"edits = {edits!r}\n{SCRIPT}", **INTERPRETER)
+    return dict(json.loads(line) for line in said.splitlines() if line.startswith("["))
 
 
 @pytest.mark.parametrize("group", [SAME, LESS], ids=["the same", "less"])
@@ -205,8 +204,6 @@ assert max(float((a - b).norm() / b.norm()) for a, b in zip(found, want)) < 2e-5
 def test_another_model_fuses_what_is_the_same() -> None:
     """Three blocks, grouped heads, no value embeddings, half a branch; its head is a product with the table."""
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", SECOND], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = warm.output(SECOND, **INTERPRETER)
     words = "qkv 3 of 3, mlp 3 of 3, residual 3 of 6, loss 0 of 1, embedding 1 of 1"
-    assert done.stdout.partition(";")[0] == words
+    assert said.partition(";")[0] == words

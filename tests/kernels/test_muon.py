@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,21 +9,18 @@ from torch import Tensor
 
 import train
 from hotloop.kernels import reference
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
 POLYNOMIALS = train.POLAR_EXPRESS
 
 
 def run(script: str) -> None:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
     script = (
-        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import muon, reference\ntorch.manual_seed(0)\n"
-        + script
+        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import reference\n"
+        "from hotloop.kernels.optimizer import muon\ntorch.manual_seed(0)\n" + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, HOTLOOP_KERNELS="triton", TRITON_INTERPRET="1")
 
 
 # ---- what train.py computed before the operator was one
@@ -245,7 +237,7 @@ refused("three numbers", (5, [(1.0, 2.0)]))
 
 def test_a_bank_of_few_tiles_gets_small_ones() -> None:
     """The baseline's shapes: 32 squares of 512 fill a GPU with 128 x 128 tiles, 8 tall ones do not."""
-    from hotloop.kernels import muon
+    from hotloop.kernels.optimizer import muon
 
     assert muon.config_key(32, 512, False) == "16 bit many" and muon.default_config("16 bit many")["TILE"] == 128
     assert muon.config_key(8, 512, False) == "16 bit few" and muon.default_config("16 bit few")["TILE"] == 64

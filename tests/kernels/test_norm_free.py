@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 EPS = 2.0**-23
@@ -88,13 +87,11 @@ def test_the_qkv_projections_gradients_by_what_attention_took() -> None:
 
 def run(script: str) -> None:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "qkv,mlp,residual", "TRITON_INTERPRET": "1"}
     script = (
         "import torch\nfrom hotloop.kernels import operators, reference\n"
         "from hotloop.kernels.block.stream import squares\ntorch.manual_seed(0)\n" + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, **{"HOTLOOP_KERNELS": "qkv,mlp,residual", "TRITON_INTERPRET": "1"})
 
 
 STREAM = """

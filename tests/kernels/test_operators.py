@@ -6,9 +6,6 @@ The interpreter must be asked for before Triton is imported, so what needs it ru
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from hotloop import kernels
 from hotloop.harness.proof.accuracy import check, results, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
 from hotloop.kernels import operators, reference
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
@@ -102,10 +100,7 @@ def test_a_wrong_kernel_is_found() -> None:
 
 
 def run(script: str, kernels: str = "triton") -> str:
-    env = os.environ | INTERPRETER | {"HOTLOOP_KERNELS": kernels}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return warm.output(script, **INTERPRETER | {"HOTLOOP_KERNELS": kernels})
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.module])
@@ -140,7 +135,8 @@ for shape, sizes in {sizes}.items():
 def test_every_registered_operator_passes_opcheck_and_is_in_the_table() -> None:
     pytest.importorskip("triton")
     run("""
-import torch, kernels
+import torch
+from hotloop import kernels
 from hotloop.harness.proof.operators import OPERATORS
 registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("hotloop::")}
 assert registered == {name for op in OPERATORS.values() for name in op.torch_ops}, registered

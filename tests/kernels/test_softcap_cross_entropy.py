@@ -5,12 +5,11 @@ The interpreter must be asked for before Triton is imported, so each check is a 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 pytest.importorskip("triton")
 
@@ -18,11 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return warm.output(script, **env)
 
 
 INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from hotloop.kernels import reference
 from hotloop.kernels.head.embedding import PLAIN_PIECE, embedding, sorted_embedding, token_order, token_rows
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = [0, 1, PLAIN_PIECE, PLAIN_PIECE + 1, 5 * PLAIN_PIECE + 5, 0]  # of each token
@@ -89,6 +87,4 @@ assert f"({PLAIN_PIECE}, {V + M // PLAIN_PIECE}, {D})" not in backward, backward
 _, (_, plain) = both(lambda n, t, *_: embedding(n, t))
 assert "index_put" in plain  # what this is instead of
 """
-    env = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    warm.output(script, **{"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "CUDA_VISIBLE_DEVICES": ""})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotloop.kernels.gemm import weight_gradient as wg
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str) -> None:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
     script = (
         "import torch\nfrom hotloop.kernels import operators, tuning\n"
         "from hotloop.kernels.block.stream import squares\n"
         "from hotloop.kernels.gemm import weight_gradient as wg\n"
         "torch.manual_seed(0)\n" + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, **{"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"})
 
 
 def test_parts_fill_whole_waves_at_the_baselines_shapes() -> None:
