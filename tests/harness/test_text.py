@@ -22,6 +22,9 @@ from hotloop.harness.sandbox.levels import Sandbox, best, readable_text
 from hotloop.harness.settings import BudgetRule
 from tests.harness.conftest import tiny_preset, tiny_source
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 PRESET = tiny_preset(seq_len=64, vocab_size=320)
 
 
