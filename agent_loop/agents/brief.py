@@ -18,7 +18,7 @@ from hotloop.agent_loop.agents.contract import in_force, signatures
 from hotloop.agent_loop.night import Night, Row
 from hotloop.harness.records.model import Decision, Outcome, Run
 from hotloop.harness.settings import BudgetRule
-from hotloop.harness.text import printable
+from hotloop.harness.text import cut, printable
 
 __all__ = ["MAX_TOKENS", "Facts", "most_tokens", "quoted", "write_brief"]
 
@@ -231,7 +231,7 @@ def _changes(baseline: bytes, incumbent: bytes) -> tuple[str, ...]:
     old, new = (text.decode("utf-8", "replace").splitlines() for text in (baseline, incumbent))
     for line in [*difflib.unified_diff(old, new, n=1, lineterm="")][2:]:
         shown = printable(line.expandtabs(4)).replace("`", "'")
-        rows.append(f"    {shown if len(shown) <= 140 else shown[:137] + '...'}")
+        rows.append(f"    {cut(shown, 140)}")
     return tuple(rows)
 
 
