@@ -41,7 +41,7 @@ from hotloop.harness.text import one_line
 from hotloop.harness.training.compile_cache import Store
 from hotloop.harness.training.prewarm import Prewarmer
 
-__all__ = ["NightCommand", "hidden_from_agents", "sandbox_check", "start"]
+__all__ = ["NightCommand", "hidden_from_agents", "night_command", "sandbox_check"]
 
 
 @dataclass
@@ -130,7 +130,7 @@ class NightCommand:
         return [w for w in found if w]
 
 
-def start(args: argparse.Namespace) -> NightCommand:
+def night_command(args: argparse.Namespace) -> NightCommand:
     """Raises UsageError, DataError, DeviceError or SandboxError, each with what to do."""
     _check_numbers(args)
     repo = open_repo(Path.cwd())

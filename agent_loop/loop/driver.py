@@ -27,6 +27,7 @@ from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options, Planner
 from hotloop.agent_loop.loop.recorder import Recorder
 from hotloop.agent_loop.loop.turns import Refused, Task, brief_writer, take_turn
+from hotloop.agent_loop.loop.watchdog import HEARTBEAT
 from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.source import syntax_hash
 from hotloop.harness.errors import DeviceError, HotloopError, RecordError, SandboxError
@@ -35,10 +36,9 @@ from hotloop.harness.records.model import Decision, Kind, Origin, Outcome, Run, 
 from hotloop.harness.sandbox.process import end_all
 from hotloop.harness.text import one_line
 
-__all__ = ["HEARTBEAT", "Driver", "Runner"]
+__all__ = ["Driver", "Runner"]
 
 Runner = Callable[[Job, Settings, Callable[[Event], None]], Outcome]
-HEARTBEAT = "heartbeat"
 COLD_AFTER_S = 60.0  # without a run a card has cooled down, so it is warmed before the next calibration
 BEAT_S = 2.0  # how often the driver looks around while nothing happens
 FIRST_PAUSE_S, LONGEST_PAUSE_S, TROUBLE_S = 2.0, 300.0, 15.0  # the user is told of a pause as long as the last
@@ -326,6 +326,7 @@ class Driver:
     def _decide(self) -> None:
         for run in self.recorder.to_decide():
             row = self.recorder.decide(run)
+            self.turn_order.ran(row.run.origin.agent, row.decision)
             if row.decision == Decision.KEEP:
                 self.turn_order.incumbent_changed()
             self.view.finished(row, self.night)

@@ -38,7 +38,6 @@ class Task:
         brief: a function of why the agent's last edit was refused (empty at first).
         seen: syntax hashes of what was tried or is under way.
         preflight: raises ProposalError for an edit that would crash; None for no such check.
-        mend: whether an edit that does not run is given back to the agent once.
     """
 
     number: int
@@ -50,7 +49,6 @@ class Task:
     folder: Path
     brief: Callable[[str], str]
     preflight: Preflight | None = None
-    mend: bool = True
 
 
 class Refused(ProposalError):
@@ -76,8 +74,8 @@ def brief_writer(
     facts = Facts(
         budget or preset.budget,
         preset.seq_len,
-        getattr(dataset, "vocab_size", preset.vocab_size),
-        getattr(dataset, "source", preset.source),
+        dataset.vocab_size,
+        dataset.source,
         f"{f'{devices} GPUs' if devices > 1 else settings.device}, {settings.threads} threads",
         baseline,
         incumbent,
@@ -113,11 +111,10 @@ def take_turn(agent: Agent, repo: NightRepo, task: Task) -> Proposal:
             _check(source, words, task)
             return Proposal(task.base, source, words, origin, str(task.folder))
         except ProposalError as e:
-            _keep(task.folder, source)
-            last = attempt == 2 or not task.mend or not agent.ahead or e.status != "crash"
-            if last:
+            (task.folder / "refused.py").write_bytes(source)
+            if attempt == 2 or not agent.ahead or e.status != "crash":
                 raise Refused(e, Proposal(task.base, source, words, origin, str(task.folder))) from None
-            refused = str(e)
+            refused = str(e)  # it goes back to its agent once
             repo.prepare(task.base)
             (repo.worktree / "train.py").write_bytes(source)
     raise AssertionError("unreachable")
@@ -146,7 +143,3 @@ def _check(source: bytes, description: str, task: Task) -> None:
         raise ProposalError("discard", f"not run, it was tried before: {description}")
     if task.preflight:
         task.preflight(source, task.folder)
-
-
-def _keep(folder: Path, source: bytes) -> None:
-    (folder / "refused.py").write_bytes(source)

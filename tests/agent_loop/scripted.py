@@ -35,7 +35,7 @@ from hotloop.harness.records.model import FixedBudget, Ledger, Outcome, Status
 from hotloop.harness.settings import PRESETS
 from tests.builders import make_outcome
 
-DATA: Any = SimpleNamespace(digest="d", path=Path("nowhere"), source="packages")
+DATA: Any = SimpleNamespace(digest="d", path=Path("nowhere"), source="packages", vocab_size=2048)
 SETTINGS = Settings(PRESETS["laptop"], "cpu", DATA, 1)
 
 

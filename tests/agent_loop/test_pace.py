@@ -97,7 +97,7 @@ def test_a_night_on_a_gpu_that_somebody_uses_does_not_begin(
     ours = Gpu(0, "GPU-aa")
     slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=ours))]
     command = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_sandboxes=lambda: None)
-    monkeypatch.setattr("hotloop.agent_loop.commands.start.start", lambda _: command)
+    monkeypatch.setattr("hotloop.agent_loop.commands.start.night_command", lambda _: command)
     asked: list[Gpu] = []
 
     def alone(gpu: Gpu) -> None:
