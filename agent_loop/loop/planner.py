@@ -158,9 +158,8 @@ class Planner:
         )
 
     def _keep_below(self, run: Run) -> float | None:
-        """The score above which a run cannot be kept; None where any may be, or what it says decides of others."""
-        rows = self.night.rows()
-        if run.kind == "repeat" and run.commit == rows[0].commit:  # the user's own file
+        """The score above which a run cannot be kept; None where any may be."""
+        if run.kind == "repeat":
             return -math.inf
         if run.kind != "experiment" or any(r.kind == "repeat" for r in self.flight.runs):  # the floor may yet grow
             return None

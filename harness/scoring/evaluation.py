@@ -29,6 +29,7 @@ from hotloop.harness.sandbox import residency
 from hotloop.harness.sandbox.levels import Sandbox, best
 from hotloop.harness.scoring.audit import (
     SAMPLE,
+    STEADY_NATS,
     TOLERANCE_NATS,
     allowed_mismatches,
     compare,
@@ -154,13 +155,21 @@ class Evaluator:
         Raises:
             TrialError: `invalid`, `nan`, `crash`, `oom`, `overtime` or `timeout`.
         """
+        s = self.scoring
         try:
-            return self._run(weights, token_s)
+            result = self._run(weights, token_s)
+            if result.audit.get("largest_nats", 0.0) > STEADY_NATS[s.spec.device]:
+                first, self._result = result, Evaluation()
+                result = self._run(weights, token_s)  # a replay is to find the same score
+                result.audit["again"] = {"val_bpb": first.val_bpb, "largest_nats": first.audit["largest_nats"]}
+                for phase, seconds in first.ledger.items():
+                    result.ledger[phase] += seconds
+            return result
         finally:
             self._open.close()
             # Of one size whatever was printed: a later train.py may be able to ask for it.
             said = b"".join(self._said)[-LOG_BYTES:].ljust(LOG_BYTES, b"\n")
-            (self.scoring.folder / "evaluate.txt").write_bytes(said)
+            (s.folder / "evaluate.txt").write_bytes(said)
 
     def _run(self, weights: bytearray, token_s: float | None) -> Evaluation:
         s, result = self.scoring, self._result
