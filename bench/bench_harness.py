@@ -15,7 +15,7 @@ from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Preset, Spec, preset_named
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.feed import SLOT_BYTES, SLOTS, Ring, RowOrder
-from hotloop.harness.training.session import Session
+from hotloop.harness.training.session import Session, SessionConfig
 
 ROWS, LENGTH, VOCAB = 256, 2048, 8192  # one optimizer step of the GPU preset: 524,288 tokens
 
@@ -76,8 +76,9 @@ def test_a_training_of_no_work(benchmark: BenchmarkFixture, tmp_path: Path, rows
 
     def run() -> int:
         rule = BudgetRule("tokens", 4 * LENGTH)
-        session = Session(SOURCE, spec, preset, rows, Budget(rule), tmp_path, 1)
-        trained = session.run()
+        trained = Session(SessionConfig(
+            source=SOURCE, spec=spec, preset=preset, rows=rows, budget=Budget(rule), folder=tmp_path, threads=1
+        )).run()  # fmt: skip
         ledgers.append(trained.ledger)
         return check_weights(trained.weights)
 

@@ -26,6 +26,7 @@ from hotloop.bench.peers import PEERS, available
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import bitwise_repeats, check, fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
+from hotloop.harness.text import one_line
 from hotloop.kernels import reference
 
 ON_GPU = torch.cuda.is_available()
@@ -130,7 +131,7 @@ def test_operator(
         if implementation == "hotloop":
             raise
         # A peer that does not serve this case, or the eager reference without the memory for it.
-        pytest.skip(f"{implementation}: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
+        pytest.skip(f"{implementation}: {type(e).__name__}: {one_line(str(e), 120)}")
     benchmark.extra_info["errors"] = errors
     if not right and not implementation.startswith("hotloop"):
         pytest.skip(f"{implementation} is wrong, so it is not timed: {errors}")

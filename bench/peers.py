@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hotloop import kernels
+from hotloop.harness.text import one_line
 from hotloop.kernels import attend
 from hotloop.kernels.attention_backends import BACKENDS
 
@@ -85,12 +86,12 @@ def available(operator: str) -> tuple[dict[str, Function], dict[str, str]]:
             missing[name] = f"not installed (no module {e.name})"
             continue
         except Exception as e:  # a broken install raises anything
-            missing[name] = f"fails to import: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+            missing[name] = f"fails to import: {type(e).__name__}: {one_line(str(e), 160)}"
             continue
         try:
             loaded[name] = load()
         except kernels.KernelError as e:
             missing[name] = str(e)
         except Exception as e:
-            missing[name] = f"fails to load: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+            missing[name] = f"fails to load: {type(e).__name__}: {one_line(str(e), 160)}"
     return loaded, missing

@@ -19,6 +19,7 @@ import torch
 
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.proof import device as dev
+from hotloop.harness.text import one_line
 from hotloop.harness.tuning.step import step_of, time_step
 
 __all__ = [
@@ -190,7 +191,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _short(name: str, most: int) -> str:
-    return (name if len(name) <= most else name[: most - 3] + "...").replace("|", " ")
+    return one_line(name, most).replace("|", " ")
 
 
 def _floor_ns(name: str) -> float:

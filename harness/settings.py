@@ -10,7 +10,17 @@ from typing import Any, Literal
 
 from hotloop.harness.errors import UsageError
 
-__all__ = ["PRESETS", "BudgetRule", "Limits", "Preset", "Spec", "auto_preset", "batch_divisor", "preset_named"]
+__all__ = [
+    "PRESETS",
+    "BudgetKind",
+    "BudgetRule",
+    "Limits",
+    "Preset",
+    "Spec",
+    "auto_preset",
+    "batch_divisor",
+    "preset_named",
+]
 
 BudgetKind = Literal["seconds", "flops", "tokens"]
 
@@ -51,6 +61,9 @@ class BudgetRule:
 
     kind: BudgetKind
     amount: float
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -175,7 +188,7 @@ PRESETS = {
         noise_seeds=2,
         audit_cuts=320,
         limits=Limits(
-            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=3.5, evaluate_step=0.65, spare_bytes=512 << 10
+            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=2.5, evaluate_step=0.5, spare_bytes=512 << 10
         ),
     ),
 }

@@ -37,7 +37,7 @@ def of_gains(repo: git.Repo | None, gains: Sequence[Gain]) -> dict[int, Change]:
     """Of each gain's number, its edit against what it was made from."""
     found = {}
     for row in (g.row for g in gains):
-        parent = row.outcome.parent if row.outcome else ""
+        parent = row.run.parent
         if repo is None:
             found[row.number] = Change(missing="not shown: the page was written without the repository")
         elif not (_HASH.fullmatch(row.commit) and _HASH.fullmatch(parent)):

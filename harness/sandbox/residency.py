@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from hotloop.harness.sandbox.bubblewrap import ETC, SYSTEM, python_and_code
+from hotloop.harness.sandbox.visible import ETC, SYSTEM, python_and_code
 
 __all__ = ["begin", "drop", "mark", "readable", "settle_times", "taken_since", "wait"]
 

@@ -9,12 +9,12 @@ some tokens and lies itself back to it there. Without a reference all are drawn 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.records.model import Audit
 
 __all__ = ["SAMPLE", "STEADY_NATS", "TOLERANCE_NATS", "allowed_mismatches", "compare", "draw", "questions", "surprise"]
 
@@ -106,9 +106,7 @@ def allowed_mismatches(count: int, device: str) -> int:
     return k
 
 
-def compare(
-    nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0
-) -> dict[str, Any]:
+def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0) -> Audit:
     """What B's logits say about A's numbers at the cuts.
 
     Args:
@@ -128,21 +126,21 @@ def compare(
     mismatches = int(np.count_nonzero(~(np.abs(difference) <= tolerance)))
     mean = float(difference.mean())
     allowed = MEAN_ERRORS * float(difference.std()) / math.sqrt(n) + MEAN_SLACK_NATS
-    figures = {
-        "cuts": n,
-        "tolerance_nats": tolerance,
-        "mismatches": mismatches,
-        "mismatches_allowed": most,
-        "largest_nats": float(np.abs(difference).max()),
-        "mean_nats": mean,
-        "mean_allowed_nats": allowed,
+    figures = Audit(
+        cuts=n,
+        tolerance_nats=tolerance,
+        mismatches=mismatches,
+        mismatches_allowed=most,
+        largest_nats=float(np.abs(difference).max()),
+        mean_nats=mean,
+        mean_allowed_nats=allowed,
         # The smallest share of falsified tokens that n cuts find with 99 % probability: 1 - 0.01^(1/n).
-        "detectable_share": 1.0 - 0.01 ** (1.0 / n),
-    }
+        detectable_share=1.0 - 0.01 ** (1.0 / n),
+    )
     if mismatches > most:
         raise TrialError(
             "invalid",
-            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.1g} nats): "
+            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures.largest_nats:.1g} nats): "
             f"it looks ahead, keeps state across rows, or its probabilities are none",
         )
     if abs(mean) > allowed:

@@ -19,13 +19,14 @@ import numpy.typing as npt
 
 from hotloop.harness.errors import TrialError
 from hotloop.harness.sandbox import residency
-from hotloop.harness.sandbox.levels import Policy
+from hotloop.harness.sandbox.policy import Policy
 from hotloop.harness.sandbox.process import Child, SharedMemory
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.scoring.bound import Bound
 from hotloop.harness.scoring.failures import failure_of
 from hotloop.harness.settings import Preset, Spec
-from hotloop.harness.training.prewarm import AHEAD, Setup
+from hotloop.harness.training.prewarm import AHEAD
+from hotloop.harness.training.trainer import Setup
 
 __all__ = ["LOG_BYTES", "EvaluatorProcess", "Rows", "Take"]
 
@@ -162,7 +163,7 @@ class EvaluatorProcess:
             residency.settle_times()  # while it wakes the device
         self._expect("set", until)
         residency.wait()  # no line of train.py runs before the one before it has left nothing
-        bound.begin(child, min(len(rows), SLOTS * batch) * length)
+        bound.begin(child, min(len(rows), 2 * batch) * length)
         child.wire.send("begin")
         self._expect("loaded", until, bound)
 

@@ -42,6 +42,7 @@ from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.sandbox.process import tail
+from hotloop.harness.text import one_line
 from hotloop.harness.tuning.notes import UNFINISHED, Notes
 from hotloop.harness.tuning.runner import die_with_parent
 from hotloop.harness.tuning.search import blame, entry, halving, out_of
@@ -298,7 +299,7 @@ def _prune(candidate: Candidate, space: dict[str, Config], card: Card, notes: No
             try:
                 launches[name] = candidate.launches(space[name])
             except Exception as e:  # a launcher that refuses its configuration
-                out_of(notes, candidate.name, name, f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+                out_of(notes, candidate.name, name, f"{type(e).__name__}: {one_line(str(e), 200)}")
         facts = compile_all([*default, *(x for found in launches.values() for x in found)], card.capability)
         for name, found in launches.items():
             why = next((r for x in found if (r := facts[x].refusal(card.shared_limit))), "")
@@ -326,7 +327,7 @@ def _unfit() -> Iterator[None]:
             except Exception:  # nothing can be launched any more; the one that was tried is noted
                 print(f"hotloop: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
                 os._exit(1)
-        raise Unfit(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        raise Unfit(f"{type(e).__name__}: {one_line(str(e), 200)}") from None
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
