@@ -235,7 +235,7 @@ def test_paid_agents_are_not_asked_beyond_the_limit(repo: Path) -> None:  # noqa
 def test_a_marginal_gain_waits_for_its_seed_on_two_devices_too(repo: Path) -> None:  # noqa: F811
     agent = Edits(("0.04", "0.0425"), ("0.04", "0.01"))
     night = scripted.drive(repo, "t", 2, agent=agent, slots=2, runner=slow)
-    ends = {t.description.split(" (on")[0]: t.decision for t in night.history()[1:]}
+    ends = {t.description.split(" (on")[0]: t.decision for t in night.tried()[1:]}
     assert ends == {"0.04 to 0.0425": "keep", "0.04 to 0.01": "discard"}
 
 
