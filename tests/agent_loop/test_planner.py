@@ -13,7 +13,7 @@ from hotloop.agent_loop.agents.builtin import BuiltinAgent
 from hotloop.agent_loop.folder import Flight, NightFolder, Proposal
 from hotloop.agent_loop.loop.driver import Driver, Ran, Spoiled
 from hotloop.agent_loop.loop.live import View
-from hotloop.agent_loop.loop.planner import Options, Planner
+from hotloop.agent_loop.loop.planner import Options, Planner, job_of
 from hotloop.harness.errors import DeviceError, UsageError
 from hotloop.harness.records.chain import Entry
 from hotloop.harness.records.model import Body, FixedBudget, Origin, Outcome, Run
@@ -130,7 +130,7 @@ def test_a_job_knows_its_incumbents_budget_and_its_baselines_pace() -> None:
         run(0, "baseline", BASE), 1.0, device="cuda", budget=FixedBudget(tokens=4096), wall_s=300.0, cpu_s=80.0
     )  # fmt: skip
     begun = recorded_night([baseline, make_decision(baseline.run, "keep")])
-    job = Planner(begun, Flight(), Options(), BASE).job(run(2, "experiment", "c1", BASE), b"x", cold=True)
+    job = job_of(run(2, "experiment", "c1", BASE), b"x", begun, Options(), cold=True)
     assert (job.tag, job.incumbent_tokens, job.baseline_cpu_s, job.cold) == ("nowhere", 4096, 80.0, True)
     assert job.folder == Path("nowhere/experiments/0002") and job.stop is None
 
