@@ -24,7 +24,7 @@ from hotloop.agent_loop.folder import NightFolder, Proposal
 from hotloop.agent_loop.gitrepo import NightRepo, said
 from hotloop.agent_loop.loop.background import Notifier, Reporter
 from hotloop.agent_loop.loop.live import View
-from hotloop.agent_loop.loop.planner import Options, Planner, job_of
+from hotloop.agent_loop.loop.planner import Options, Planner
 from hotloop.agent_loop.loop.recorder import Recorder
 from hotloop.agent_loop.loop.turns import Refused, Task, brief_writer, take_turn
 from hotloop.agent_loop.loop.watchdog import HEARTBEAT
@@ -228,8 +228,7 @@ class Driver:
     def _begin(self, slot: Slot, run: Run) -> None:
         source = self.recorder.source(run)
         slot.idle_s = self.clock() - slot.free_since
-        cold = not slot.used or slot.idle_s > COLD_AFTER_S
-        job = job_of(run, source, self.night, self.options, cold)
+        job = self.planner.job(run, source, cold=not slot.used or slot.idle_s > COLD_AFTER_S)
         slot.run, slot.used = run, True
         self.view.started(slot.index, job)
         self._thread(self._train, slot, job)
@@ -327,6 +326,7 @@ class Driver:
     def _decide(self) -> None:
         for run in self.recorder.to_decide():
             row = self.recorder.decide(run)
+            self.turn_order.ran(row.run.origin.agent, row.decision)
             if row.decision == Decision.KEEP:
                 self.turn_order.incumbent_changed()
             self.view.finished(row, self.night)

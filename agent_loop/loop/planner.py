@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from hotloop.agent_loop.folder import Flight, NightFolder, Proposal
 from hotloop.agent_loop.loop.turns import Preflight
-from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.race import lessons, stopper
 from hotloop.harness.experiment import LOSSES, Job
 from hotloop.harness.records.model import Kind, Origin, Run
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import held_against
 
-__all__ = ["Options", "Planner", "job_of"]
+__all__ = ["Options", "Planner"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Planner:
         base: the commit that the night starts from.
     """
 
-    night: Night
+    night: NightFolder
     flight: Flight
     options: Options
     base: str
@@ -123,6 +124,45 @@ class Planner:
     def next_number(self) -> int:
         return max([self.night.next_number - 1, *(r.number for r in self.flight.runs)]) + 1
 
+    def job(self, run: Run, source: bytes, cold: bool) -> Job:
+        """What the harness is told of a run of `source`; `cold`: whether its device stood idle."""
+        night, options, tag = self.night, self.options, self.night.folder.name
+        incumbent = night.incumbent()
+        baseline = next((r.outcome for r in night.rows() if r.kind == Kind.BASELINE), None)
+        parent = night.outcome_of(run.parent) if run.kind == Kind.EXPERIMENT else None
+        stop = None
+        if options.race and parent is not None:
+            stop = stopper(parent, lessons(night, night.noise(options.least_gain).floor_bpb), tag, run.number)
+        pace, late = 1.0, 1.0
+        if baseline and baseline.device == "cuda":  # a CPU's wall time is who else is there
+            pace, late = held_against(baseline.budget, baseline.training.wall_s)
+        return Job(
+            run=run,
+            source=source,
+            tag=tag,
+            folder=night.experiment_folder(run.number),
+            incumbent_tokens=incumbent.outcome.budget.tokens if incumbent else None,
+            baseline_cpu_s=baseline.training.cpu_s if baseline else None,
+            pace=pace,
+            late=late,
+            cold=cold,
+            budget=options.budget,
+            stop=stop,
+            reference=night.experiment_folder(incumbent.number) / LOSSES if incumbent else None,
+            baseline_time=baseline.conditions.evaluate if baseline else None,
+            keep_below=self._keep_below(run),
+        )
+
+    def _keep_below(self, run: Run) -> float | None:
+        """The score above which a run cannot be kept; None where any may be, or what it says decides of others."""
+        rows = self.night.rows()
+        if run.kind == Kind.REPEAT and run.commit == rows[0].commit:  # the user's own file
+            return -math.inf
+        if run.kind != Kind.EXPERIMENT or any(r.kind == Kind.REPEAT for r in self.flight.runs):  # the floor may grow
+            return None
+        best = self.night.score_of(self.incumbent.commit, self.options.seed)
+        return None if best is None else best + self.night.noise(self.options.least_gain).floor_bpb
+
     # Agents.
 
     def wants_edits(self, late: bool) -> bool:
@@ -156,37 +196,3 @@ class Planner:
     @property
     def next_is_known(self) -> bool:
         return bool(self.flight.runs or self.flight.proposals or self.night.to_try_again())
-
-
-def job_of(run: Run, source: bytes, night: NightFolder, options: Options, cold: bool) -> Job:
-    """What the harness is told of a run of `source`; `cold`: whether its device stood idle."""
-    tag, floor_bpb = night.folder.name, night.noise(options.least_gain).floor_bpb
-    incumbent = night.incumbent()
-    baseline = next((r.outcome for r in night.rows() if r.kind == Kind.BASELINE), None)
-    stop, keep_below = None, None
-    if run.kind == Kind.EXPERIMENT:
-        parent = night.outcome_of(run.parent)
-        if options.race and parent is not None:
-            stop = stopper(parent, lessons(night, floor_bpb), tag, run.number)
-        best = night.score_of(incumbent.commit, options.seed) if incumbent else None
-        if best is not None:  # whatever is kept and measured while it runs
-            keep_below = best + 2.0 * floor_bpb
-    pace, late = 1.0, 1.0
-    if baseline and baseline.device == "cuda":  # a CPU's wall time is who else is there
-        pace, late = held_against(baseline.budget, baseline.training.wall_s)
-    return Job(
-        run=run,
-        source=source,
-        tag=tag,
-        folder=night.experiment_folder(run.number),
-        incumbent_tokens=incumbent.outcome.budget.tokens if incumbent else None,
-        baseline_cpu_s=baseline.training.cpu_s if baseline else None,
-        pace=pace,
-        late=late,
-        cold=cold,
-        budget=options.budget,
-        stop=stop,
-        reference=night.experiment_folder(incumbent.number) / LOSSES if incumbent else None,
-        baseline_time=baseline.conditions.evaluate if baseline else None,
-        keep_below=keep_below,
-    )
