@@ -95,7 +95,7 @@ def test_a_wrong_kernel_is_found() -> None:
 
 
 def run(script: str, kernels: str = "triton") -> str:
-    return warm.output(script, **INTERPRETER, HOTLOOP_KERNELS=kernels)
+    return warm.output(script, **INTERPRETER | {"HOTLOOP_KERNELS": kernels})
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.module])
