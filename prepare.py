@@ -35,23 +35,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hotloop.harness.settings import PRESETS, preset_named
     from hotloop.harness.single import preset_here
 
-    parser = argparse.ArgumentParser(prog="hotloop prepare", description="Text to tokenizer and packed rows, once.")
-    parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="lengths and source")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu"], help="cpu: beside a GPU as well")
+    parser = argparse.ArgumentParser(
+        prog="hotloop prepare", description="Turn text into a tokenizer and packed rows of tokens, once."
+    )
     parser.add_argument(
-        "--source", help=f"climbmix, packages (sources of pinned Python packages), stdlib (not safe against cheating), "
-        f"or a file or folder of {FORMATS}; text files are cut at paragraphs, {DOCUMENT_CHARS} characters at most"
+        "--preset", default="auto", choices=["auto", *sorted(PRESETS)],
+        help="source and sizes (auto: h100 with a GPU, laptop without)",
     )  # fmt: skip
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSON: where the text is (default: text)")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="parquet: the same (default: text)")
-    parser.add_argument("--packing", choices=PACKINGS, help="crop: as the reference packs, what is cut off is lost "
-                        "(default for climbmix); carry: it starts the next row, nothing is lost (default)")  # fmt: skip
-    parser.add_argument("--seq-len", type=int, metavar="T")
-    parser.add_argument("--vocab-size", type=int, metavar="V")
-    parser.add_argument("--out", type=Path, metavar="DIR")
-    parser.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix: training shards")
-    parser.add_argument("--mirror", metavar="URL", help="climbmix: in place of https://huggingface.co (or HF_ENDPOINT)")
-    parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: downloads at a time")
+    parser.add_argument(
+        "--device", default="auto", choices=["auto", "cpu"], help="cpu: for training on the CPU of a machine with a GPU"
+    )
+    parser.add_argument(
+        "--source", help=f"climbmix, packages (sources of pinned Python packages), stdlib (readable for train.py: not "
+        f"safe against cheating), or a file or folder of {FORMATS}; text files are cut at paragraphs into documents of "
+        f"at most {DOCUMENT_CHARS} characters (default: the preset's)"
+    )  # fmt: skip
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSON: the text's field (default: text)")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="parquet: its column (default: text)")
+    parser.add_argument(
+        "--packing", choices=PACKINGS, help="of a document that is cut to fill a row, crop loses the rest, as the "
+        "reference does (default for climbmix), and carry begins the next row with it (default)"
+    )  # fmt: skip
+    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens a row (default: the preset's)")
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="of the tokenizer (default: the preset's)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to make (default: one named after it all)")
+    parser.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix: train shards (default: 10)")
+    parser.add_argument(
+        "--mirror", metavar="URL", help="climbmix: download from here (default: HF_ENDPOINT, or https://huggingface.co)"
+    )
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: parallel downloads (default: 8)")
     args = parser.parse_args(argv)
 
     def run() -> int:
@@ -83,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _why_not_safe(dataset: Dataset) -> str:
     """What a sandbox cannot keep from train.py; empty where it can."""
-    from hotloop.harness.sandbox.levels import Sandbox, exposed_text, readable_text
+    from hotloop.harness.sandbox.policy import Sandbox
+    from hotloop.harness.sandbox.visible import exposed_text, readable_text
 
     if file := exposed_text(dataset):
         return f"{file} lies where train.py must be able to read, so no run will start with it; move the text elsewhere"

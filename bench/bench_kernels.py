@@ -26,7 +26,8 @@ from hotloop.bench.peers import PEERS, available
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import bitwise_repeats, check, fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
-from hotloop.kernels import reference
+from hotloop.harness.text import one_line
+from hotloop.kernels import operators, reference
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -36,7 +37,7 @@ Function = Callable[..., Any]
 
 
 def has_kernel(op: Operator) -> bool:
-    return kernels.implementations().get(op.name, "").startswith(("triton", "vendor"))
+    return kernels.implementations().get(op.switch, "").startswith(("triton", "vendor"))
 
 
 def cases() -> list[Any]:
@@ -84,7 +85,7 @@ def verdict(name: str, shape: str, implementation: str) -> tuple[bool, str]:
 def implementation_of(name: str, implementation: str) -> Function:
     op = OPERATORS[name]
     if implementation.startswith("hotloop"):
-        ours = op.bind(kernels, implementation.removeprefix("hotloop").removeprefix("-"))
+        ours = op.bind(operators, implementation.removeprefix("hotloop").removeprefix("-"))
         # Without a kernel of ours it is PyTorch that is meant to be compiled.
         return dev.compiled(ours, fullgraph=True) if ON_GPU and not op.module else ours
     if implementation == "eager":
@@ -130,7 +131,7 @@ def test_operator(
         if implementation == "hotloop":
             raise
         # A peer that does not serve this case, or the eager reference without the memory for it.
-        pytest.skip(f"{implementation}: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
+        pytest.skip(f"{implementation}: {type(e).__name__}: {one_line(str(e), 120)}")
     benchmark.extra_info["errors"] = errors
     if not right and not implementation.startswith("hotloop"):
         pytest.skip(f"{implementation} is wrong, so it is not timed: {errors}")

@@ -19,6 +19,7 @@ import torch
 
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.proof import device as dev
+from hotloop.harness.text import one_line
 from hotloop.harness.tuning.step import step_of, time_step
 
 __all__ = [
@@ -40,12 +41,12 @@ GROUPS = (
     ("optimizer", r"multi_tensor|foreach|lerp|adamw|muon"),
     (
         "matrix products",
-        r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm|linear)|_mm_|splitK|_product_kernel|linear_qkv"
-        r"|weight_gradient|sum_parts|linear_residual|stream_gradient",
+        r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm|linear)|_mm_|splitK|_product_kernel|_qkv_kernel|_mlp_|_residual_"
+        r"|weight_gradient|sum_parts|stream_gradient",
     ),
     ("embedding", r"embedding|index_put|indexing_backward|radix|aten::index"),
     ("copies", r"memcpy|memset|copy_|aten::(stack|cat)|CatArray"),
-    ("fused elementwise", r"triton_|_residual_norm_|_qkv_(forward|backward)_kernel"),
+    ("fused elementwise", r"triton_|_qkv_backward_kernel"),
 )
 # Of the baseline architecture: MFLOP and KB of ideal traffic a token, all layers, forward and backward, everything
 # fused that can be. Estimates from counting bytes and operations; times come from this machine's own ceilings.
@@ -190,7 +191,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _short(name: str, most: int) -> str:
-    return (name if len(name) <= most else name[: most - 3] + "...").replace("|", " ")
+    return one_line(name, most).replace("|", " ")
 
 
 def _floor_ns(name: str) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.paths import project_root
+from hotloop.harness.text import one_line
 
 __all__ = ["COMMITTED", "compile_all", "faults", "main"]
 
@@ -32,10 +33,10 @@ IN_CI = (80, 90, 120)
 
 
 def modules() -> list[str]:
-    """The kernel files that ship Triton kernels."""
-    from hotloop.harness.proof.operators import OPERATORS
-
-    return sorted({op.module for op in OPERATORS.values() if op.module})
+    """The kernel files that ship Triton kernels: those that list them."""
+    folder = project_root() / "kernels"
+    files = (p.relative_to(folder) for p in folder.rglob("*.py") if "\ndef compile_cases(" in p.read_text())
+    return sorted(".".join(("hotloop.kernels", *p.with_suffix("").parts)) for p in files)
 
 
 def _cases(module: str) -> list[Any]:
@@ -66,7 +67,7 @@ def _compile(job: tuple[str, int, int]) -> tuple[str, dict[str, Any]]:
 
     module, index, capability = job
     case = _cases(module)[index]
-    name = f"{module.removeprefix('kernels.')} {case.key} sm_{capability}"
+    name = f"{module.removeprefix('hotloop.kernels.')} {case.key} sm_{capability}"
     signature = case.signature | dict.fromkeys(case.constants, "constexpr")
     # As at the shapes that matter: addresses and sizes are multiples of 16, so loads are wide and can be pipelined.
     names = case.function.arg_names
@@ -76,7 +77,7 @@ def _compile(job: tuple[str, int, int]) -> tuple[str, dict[str, Any]]:
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
     except Exception as e:  # whatever the compiler raises is this configuration's fault, and is shown
-        return name, {"error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
+        return name, {"error": f"{type(e).__name__}: {one_line(str(e), 300)}"}
     facts: dict[str, Any] = dict(resources(kernel.asm["cubin"]))
     facts["shared"] = kernel.metadata.shared
     facts["matrix_instructions"] = kernel.asm["ptx"].count(ARCHITECTURES[capability].matrix_instruction)

@@ -16,6 +16,7 @@ from typing import Any
 
 from hotloop.harness.preflight.rules import ContractError, UnsubmittedError, judge
 from hotloop.harness.sandbox.wire import Wire
+from hotloop.harness.text import one_line
 from hotloop.harness.training.child import failure, load_train_module, prepare_torch
 
 __all__ = ["child_main"]
@@ -44,11 +45,11 @@ def child_main(wire: Wire, memories: list[int]) -> None:
         from hotloop.harness.settings import PRESETS
 
         small = PRESETS["laptop"]
-        column = spec | {
+        laptop = spec | {
             "preset": "laptop", "device": "cpu", "vocab_size": small.vocab_size, "seq_len": small.seq_len,
             "batch_divisor": 1,
         }  # fmt: skip
-        _stage(wire, source, "step", functools.partial(_step, column, small.eval_batch_rows), "column")
+        _stage(wire, source, "step", functools.partial(_step, laptop, small.eval_batch_rows), "laptop")
     wire.send("end")
     sys.stdout.flush()
     os._exit(0)  # at once: nothing that train.py left behind is waited for
@@ -80,7 +81,7 @@ def _stage(wire: Wire, source: str, name: str, body: Callable[[_Place], None], c
         status = judge(e, source, place.column(column or name))
         reason = failure(e)[1]
         if isinstance(e, ContractError):
-            reason = " ".join(str(e).split())[:300]
+            reason = one_line(str(e), 300)
     sys.stdout.flush()
     sys.stderr.flush()
     wire.send("stage", name=name, status=status, reason=reason, did=place.at)
@@ -121,8 +122,8 @@ def _rehearse(
 ) -> None:
     import torch
 
-    from hotloop.harness.scoring.child import _logits
-    from hotloop.harness.settings import Spec
+    from hotloop.harness.scoring.child import logits_of, spare_bytes
+    from hotloop.harness.settings import PRESETS, Spec
     from hotloop.harness.training.feed import synthetic_rows
     from hotloop.harness.training.run import Batch, NonFiniteLossError, Run, Submitted, load_weights, plain_name
 
@@ -196,19 +197,22 @@ def _rehearse(
     if run.model is None:
         raise UnsubmittedError("train() ended without submitting weights")
     place.at, place.late = "evaluation", False
-    model = module.build_model(spec)
-    try:
-        load_weights(model, run.model)
-    except RuntimeError as e:
-        raise ContractError(f"the submitted weights do not load into build_model(spec): {e}") from e
-    model.eval().requires_grad_(False)
+    with torch.inference_mode():  # as the evaluators do
+        model = module.build_model(spec)
+        if (spare := spare_bytes(model)) > (most := PRESETS[spec.preset].limits.spare_bytes):
+            raise ContractError(f"the weights have {spare:,} bytes of buffers; {most:,} are allowed (persistent=False)")
+        try:
+            load_weights(model, run.model)
+        except RuntimeError as e:
+            raise ContractError(f"the submitted weights do not load into build_model(spec): {e}") from e
+        model.eval().requires_grad_(False)
     tokens = torch.zeros(eval_rows, spec.seq_len, dtype=torch.int64)
     if real:
         tokens = torch.from_numpy(synthetic_rows(eval_rows, spec.seq_len - 1, spec.vocab_size, 99).astype("int64"))
     with torch.inference_mode():
         logits = model(tokens)
         try:
-            _logits(torch, lambda _: logits, tokens, spec)
+            logits_of(torch, lambda _: logits, tokens, spec)
         except TypeError as e:
             raise ContractError(f"while evaluating: {e}") from None
         if real and not torch.isfinite(logits).all():

@@ -37,8 +37,10 @@ _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
 class Pretence(FakeTensorMode):
-    """Attributes:
-    doubt: a value was made up, or an operation gave up (train.py may have caught that).
+    """torch's mode of tensors without memory, which makes up the numbers that train.py reads.
+
+    Attributes:
+        doubt: a value was made up, or an operation gave up (train.py may have caught that).
     """
 
     def __init__(self) -> None:
@@ -100,7 +102,7 @@ def _cpu(value: Any) -> Any:
 def _asked_by_train(depth: int) -> bool:
     """Whether the caller `depth` frames up is train.py or one of the kernels that it calls."""
     name = str(sys._getframe(depth).f_globals.get("__name__", ""))
-    return name == "train" or name.partition(".")[0] == "kernels"
+    return name == "train" or name.startswith("hotloop.kernels.")
 
 
 class _Autocast(torch.autocast):

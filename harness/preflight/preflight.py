@@ -4,7 +4,7 @@
     shapes   the preset's real sizes, without memory and arithmetic: set-up, warm-up, real batches, submission, and the
              evaluator's forward (only where the preset's device is not a CPU)
     step     one small run with real numbers: the experiment itself where the preset's device is a CPU, else the
-             laptop's column of the same file, and only where `shapes` found nothing certain
+             laptop preset's values of the same file, and only where `shapes` found nothing certain
 
 The child (`harness.preflight.child`) runs an agent's code in the sandbox, without any data. What it says is a claim,
 and it can only harm itself: `ok` gives it the run that it would have had anyway. `harness.preflight.rules` says what
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child, tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.settings import Preset, Spec
+from hotloop.harness.text import one_line
 
-__all__ = ["STAGES", "Preflight", "Stage", "preflight"]
+__all__ = ["STAGES", "PreflightResult", "Stage", "preflight"]
 
 Status = Literal["ok", "crash", "inconclusive"]
 
@@ -47,7 +48,7 @@ class Stage:
 
 
 @dataclass
-class Preflight:
+class PreflightResult:
     """What the pre-flight found.
 
     Attributes:
@@ -72,7 +73,7 @@ def preflight(
     sandbox: Sandbox,
     folder: Path,
     timeout_s: float = 60.0,
-) -> Preflight:
+) -> PreflightResult:
     """Check `source`, the bytes of a train.py; never raises for what it does, and ends by itself.
 
     Args:
@@ -82,7 +83,7 @@ def preflight(
         timeout_s: for everything but the end of the child, by the parent's clock.
     """
     began = time.monotonic()
-    found = Preflight()
+    found = PreflightResult()
     log = folder / "preflight.txt"
     limits = replace(preset.limits, memory_bytes=min(preset.limits.memory_bytes or MEMORY_BYTES, MEMORY_BYTES))
     spec = Spec(preset.name, preset.device, 1, vocab_size, seq_len, preset.batch_divisor)
@@ -102,7 +103,7 @@ def preflight(
     return _conclude(found)
 
 
-def _conclude(found: Preflight) -> Preflight:
+def _conclude(found: PreflightResult) -> PreflightResult:
     """The status and the reason from the stages; `found.reason` says why there are no more of them."""
     crash = next((s for s in found.stages if s.status == "crash"), None)
     doubt = next((s for s in found.stages if s.status == "inconclusive"), None)
@@ -170,7 +171,7 @@ def _stage(message: dict[str, Any], seconds: float) -> Stage | None:
         return None
     if status not in ("ok", "crash", "inconclusive") or not math.isfinite(seconds):
         return None
-    words = [" ".join(str(message.get(key, "")).split())[:400] for key in ("reason", "did")]
+    words = [one_line(str(message.get(key, "")), 400) for key in ("reason", "did")]
     if status != "ok" and not words[0]:
         words[0] = "no reason given"
     return Stage(name, status, words[0], seconds, words[1])

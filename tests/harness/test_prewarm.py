@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 
 from hotloop.harness.paths import project_root
-from hotloop.harness.sandbox.levels import Sandbox, best
-from hotloop.harness.sandbox.process import descendants
+from hotloop.harness.processes import descendants
+from hotloop.harness.records.model import Start
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import Spec
-from hotloop.harness.training import child as trainer
-from hotloop.harness.training import prewarm
+from hotloop.harness.training import child, prewarm, trainer
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.prewarm import AHEAD, Prewarmer, Setup
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.prewarm import AHEAD, Prewarmer
+from hotloop.harness.training.session import Session, SessionConfig
+from hotloop.harness.training.trainer import Setup
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
@@ -39,10 +41,13 @@ def setup(sandbox: Sandbox | None = None, **limits: Any) -> Setup:
     return Setup(sandbox or best(), "cpu", replace(PRESET.limits, **limits), 1)
 
 
-def train(folder: Path, prewarmer: Prewarmer | None = None, source: bytes | None = None) -> Trained:
+def train(folder: Path, prewarmer: Prewarmer | None = None, source: bytes | None = None) -> Session:
     folder.mkdir(exist_ok=True)
     budget = Budget(PRESET.budget)
-    return Session(source or tiny_source(), SPEC, PRESET, ROWS, budget, folder, 1, prewarmer=prewarmer).run()
+    return Session(SessionConfig(
+        source=source or tiny_source(), spec=SPEC, preset=PRESET, rows=ROWS, budget=budget, folder=folder, threads=1,
+        prewarmer=prewarmer,
+    )).run()  # fmt: skip
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def ready(tmp_path: Path) -> Iterator[Prewarmer]:
 
 
 @pytest.fixture(scope="module")
-def cold(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def cold(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return train(tmp_path_factory.mktemp("cold"))
 
 
@@ -72,27 +77,26 @@ def inside(pid: int) -> Path:
 
 
 def test_a_warm_start_gives_the_weights_of_a_cold_one_and_its_log(
-    ready: Prewarmer, cold: Trained, tmp_path: Path
+    ready: Prewarmer, cold: Session, tmp_path: Path
 ) -> None:
     result = train(tmp_path / "run", ready, tiny_source(START="print('said in train.py', flush=True)"))
-    assert result.start["how"] == "warm"
-    assert result.start["prepared_s"] > 0.1
-    assert cold.start == {"how": "cold"}
+    assert result.training.start.how == "warm"
+    assert result.training.start.prepared_s > 0.1
+    assert cold.training.start == Start("cold")
     assert result.weights == cold.weights
-    assert result.curve == cold.curve
-    assert result.ledger.keys() == cold.ledger.keys()
-    assert result.ledger["start"] < cold.ledger["start"]
+    assert result.training.curve == cold.training.curve
+    assert result.ledger.start < cold.ledger.start
     assert "said in train.py" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_what_is_still_importing_is_waited_for(cold: Trained, tmp_path: Path) -> None:
+def test_what_is_still_importing_is_waited_for(cold: Session, tmp_path: Path) -> None:
     prewarmer = Prewarmer(setup(), tmp_path / "warm")
     try:
         prewarmer.prepare()
         result = train(tmp_path / "run", prewarmer)
     finally:
         prewarmer.close()
-    assert result.start["how"] == "warm"
+    assert result.training.start.how == "warm"
     assert result.weights == cold.weights
 
 
@@ -100,7 +104,7 @@ def test_what_is_still_importing_is_waited_for(cold: Trained, tmp_path: Path) ->
     ("fate", "because"), [("ended", "it had ended"), ("killed", "it had ended"), ("stopped", "it did not answer")]
 )
 def test_one_that_is_dead_is_replaced_by_a_cold_start(
-    ready: Prewarmer, cold: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str, because: str
+    ready: Prewarmer, cold: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str, because: str
 ) -> None:
     waiting = next_one(ready)
     if fate == "ended":  # all of it, and it was noticed
@@ -110,23 +114,23 @@ def test_one_that_is_dead_is_replaced_by_a_cold_start(
         monkeypatch.setattr(prewarm, "ANSWER_S", 0.5)
         os.kill(max(descendants(waiting.child.pid)), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
     result = train(tmp_path / "run", ready)
-    assert result.start == {"how": "cold", "because": because}
+    assert result.training.start == Start("cold", because)
     assert result.weights == cold.weights
 
 
-def test_one_that_does_not_get_ready_is_replaced_by_a_cold_start(cold: Trained, tmp_path: Path) -> None:
+def test_one_that_does_not_get_ready_is_replaced_by_a_cold_start(cold: Session, tmp_path: Path) -> None:
     prewarmer = Prewarmer(setup(load_s=0.001), tmp_path / "warm")
     try:
         prewarmer.prepare()
         result = train(tmp_path / "run", prewarmer)
     finally:
         prewarmer.close()
-    assert result.start == {"how": "cold", "because": "it was not ready within 0.001 s"}
+    assert result.training.start == Start("cold", "it was not ready within 0.001 s")
     assert result.weights == cold.weights
 
 
 def test_one_whose_imports_fail_is_replaced_by_a_cold_start(
-    cold: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cold: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(AHEAD, "cpu", ("no_such_module",))
     prewarmer = Prewarmer(setup(), tmp_path / "warm")
@@ -135,7 +139,7 @@ def test_one_whose_imports_fail_is_replaced_by_a_cold_start(
         result = train(tmp_path / "run", prewarmer)
     finally:
         prewarmer.close()
-    assert result.start["because"].startswith("it ended before it was ready: ModuleNotFoundError")
+    assert result.training.start.because.startswith("it ended before it was ready: ModuleNotFoundError")
     assert result.weights == cold.weights
 
 
@@ -145,9 +149,9 @@ def test_one_of_another_seal_or_other_settings_is_not_used(
 ) -> None:
     wanted, waiting = setup(), next_one(ready)
     if what == "seal":
-        monkeypatch.setattr(prewarm, "verify_seal", lambda: "another")
+        monkeypatch.setattr(trainer, "verify_seal", lambda: "another")
     elif what == "versions":
-        monkeypatch.setattr(prewarm, "environment", lambda *_: {"versions": {"torch": "0.1"}})
+        monkeypatch.setattr(trainer, "environment", lambda *_: {"versions": {"torch": "0.1"}})
     elif what == "threads":
         wanted = replace(wanted, threads=2)
     elif what == "repeatable":
@@ -165,14 +169,14 @@ def test_one_of_another_seal_or_other_settings_is_not_used(
 @pytest.mark.parametrize("level", [at(3), at(1)])
 def test_train_py_is_not_in_sight_before_the_job_is_there(tmp_path: Path, level: int) -> None:
     """Its working folder is empty, and what it was started with cannot carry one: there is no argument for it."""
-    walls = sandbox(level)
-    prewarmer = Prewarmer(setup(walls), tmp_path / "warm")
+    chosen = sandbox(level)
+    prewarmer = Prewarmer(setup(chosen), tmp_path / "warm")
     try:
         prewarmer.prepare()
         waiting = next_one(prewarmer)
         folder = inside(waiting.child.pid)
         assert list(folder.iterdir()) == []
-        taken, why = prewarmer.take(setup(walls), tmp_path / "log.txt")
+        taken, why = prewarmer.take(setup(chosen), tmp_path / "log.txt")
         assert taken is not None, why
         with taken:
             source = tiny_source(START="import time; time.sleep(60)")
@@ -222,7 +226,7 @@ def test_what_is_imported_ahead_for_a_gpu_makes_no_context_and_draws_no_random_n
         "make_ready(list(AHEAD['cuda']))\n"
         "assert state() == before\n"
         "assert all(name in sys.modules for name in AHEAD['cuda'])\n"
-        "assert 'train' not in sys.modules and 'kernels' not in sys.modules\n"
+        "assert 'train' not in sys.modules and 'hotloop.kernels' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -233,7 +237,7 @@ def test_an_import_that_touches_the_gpu_is_an_error(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA context"):
-        trainer.make_ready([])
+        child.make_ready([])
 
 
 @pytest.mark.parametrize("level", [at(3), at(1), at(0)])
@@ -242,8 +246,9 @@ def test_no_orphan_is_left_where_the_driver_is_killed(tmp_path: Path, level: int
         f"import sys; sys.path.insert(0, {str(project_root())!r})\n"
         "import time\n"
         "from pathlib import Path\n"
-        "from hotloop.harness.training.prewarm import Prewarmer, Setup\n"
-        "from hotloop.harness.sandbox.process import descendants\n"
+        "from hotloop.harness.training.prewarm import Prewarmer\n"
+        "from hotloop.harness.training.trainer import Setup\n"
+        "from hotloop.harness.processes import descendants\n"
         "from hotloop.harness.sandbox.levels import best\n"
         "from hotloop.harness.settings import Limits\n"
         f"p = Prewarmer(Setup(best({level}, True), 'cpu', Limits(), 1), Path({str(tmp_path / 'warm')!r}))\n"
