@@ -326,6 +326,7 @@ class Driver:
     def _decide(self) -> None:
         for run in self.recorder.to_decide():
             row = self.recorder.decide(run)
+            self.turn_order.ran(row.run.origin.agent, row.decision)
             if row.decision == Decision.KEEP:
                 self.turn_order.incumbent_changed()
             self.view.finished(row, self.night)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -149,17 +150,18 @@ class Planner:
             stop=stop,
             reference=night.experiment_folder(incumbent.number) / LOSSES if incumbent else None,
             baseline_time=baseline.conditions.evaluate if baseline else None,
-            keep_below=self._keep_below(run, incumbent),
+            keep_below=self._keep_below(run),
         )
 
-    def _keep_below(self, run: Run, incumbent: Row | None) -> float | None:
-        """The score above which a run cannot be kept, whatever is kept and measured while it runs; None to say none."""
-        best = (
-            self.night.score_of(incumbent.commit, self.options.seed)
-            if incumbent and run.kind == Kind.EXPERIMENT
-            else None
-        )
-        return None if best is None else best + 2.0 * self.night.noise(self.options.least_gain).floor_bpb
+    def _keep_below(self, run: Run) -> float | None:
+        """The score above which a run cannot be kept; None where any may be, or what it says decides of others."""
+        rows = self.night.rows()
+        if run.kind == Kind.REPEAT and run.commit == rows[0].commit:  # the user's own file
+            return -math.inf
+        if run.kind != Kind.EXPERIMENT or any(r.kind == Kind.REPEAT for r in self.flight.runs):  # the floor may grow
+            return None
+        best = self.night.score_of(self.incumbent.commit, self.options.seed)
+        return None if best is None else best + self.night.noise(self.options.least_gain).floor_bpb
 
     # Agents.
 

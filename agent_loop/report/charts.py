@@ -10,9 +10,10 @@ import itertools
 from collections.abc import Sequence
 
 from hotloop.agent_loop.night import Row
-from hotloop.agent_loop.report.markup import FONT, Frame, Html, Label, clip, h, join, place, svg, text_width, ticks
+from hotloop.agent_loop.report.markup import FONT, Frame, Html, Label, h, join, place, svg, text_width, ticks
 from hotloop.agent_loop.report.tally import Point, Tally
 from hotloop.harness.records.model import Kind
+from hotloop.harness.text import one_line
 
 __all__ = ["curves", "drift", "progress", "timeline"]
 
@@ -37,7 +38,7 @@ def progress(tally: Tally, width: int) -> Html | None:
     marks = "".join(f"M{frame.x(r.number) - 4:.1f} {frame.top + 7:g}l4 -7l4 7z" for r, _ in found.above)
     parts.append(h("path", d=marks, class_="above") if marks else None)
     parts.extend(
-        h("circle", h("title", f"#{r.number} {b:.6f} {clip(r.description, 120)}"), cx=round(frame.x(r.number), 1),
+        h("circle", h("title", f"#{r.number} {b:.6f} {one_line(r.description, 120)}"), cx=round(frame.x(r.number), 1),
           cy=round(frame.y(b), 1), r=4, class_="kept")
         for r, b in kept
     )  # fmt: skip
@@ -64,7 +65,7 @@ def _kept_labels(frame: Frame, kept: Sequence[Point], others: Sequence[Point]) -
     labels = []
     for row, bpb in kept:
         named = frame.width > 600 and row.kind == Kind.EXPERIMENT
-        name = [f"#{row.number} {clip(row.description, 36)}"] if named else []
+        name = [f"#{row.number} {one_line(row.description, 36)}"] if named else []
         labels.append(Label(frame.x(row.number), frame.y(bpb), [*name, f"#{row.number}"]))
     area = (frame.left, frame.top, frame.width - 2, frame.height - frame.bottom)
     # Nor over the line: points on it, closer to each other than a text is high.
@@ -147,7 +148,7 @@ def timeline(tally: Tally, width: int) -> Html | None:
             took = bar.end_s - bar.begin_s
             wide = frame.x(bar.end_s) - frame.x(bar.begin_s) - (0.6 if took / span > 0.005 else 0)
             parts.append(
-                h("rect", h("title", f"{clip(bar.name, 60)}: {bar.decision}, {took:.0f} s"),
+                h("rect", h("title", f"{one_line(bar.name, 60)}: {bar.decision}, {took:.0f} s"),
                   x=round(frame.x(bar.begin_s), 1), y=top + BAR_HEIGHT - tall, height=tall,
                   width=round(max(0.8, wide), 1),
                   class_=f"run {kind}")

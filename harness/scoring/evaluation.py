@@ -201,7 +201,7 @@ class Evaluator:
 
     def _audit(self, bound: Bound, weights: bytearray, nll: npt.NDArray[np.float32], scored: Rows, full: bool) -> Audit:
         s = self.scoring
-        count = math.ceil(len(s.val) * (1.0 if full else SAMPLE))
+        count = math.ceil((s.preset.audit_cuts or len(s.val)) * (1.0 if full else SAMPLE))
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
         reference = s.reference if s.reference is not None and s.reference.shape == nll.shape else None
         order, cuts = draw(nll, reference, count, rng)

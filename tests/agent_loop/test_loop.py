@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import git
+import msgspec
 import pytest
 
 from hotloop.agent_loop.agents.agent import AgentError, CommandAgent, Tried, Turn
@@ -23,9 +25,11 @@ from hotloop.agent_loop.cli import main
 from hotloop.agent_loop.commands.verify import checks
 from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import free_tag, open_repo
+from hotloop.agent_loop.report.tables import drift_sentence
+from hotloop.agent_loop.report.tally import Tally
 from hotloop.harness.errors import DiskFullError, HotloopError, LockedError, RecordError, UsageError
 from hotloop.harness.records.chain import Lock
-from hotloop.harness.records.model import Outcome, Status
+from hotloop.harness.records.model import Kind, Outcome, Scores, Status
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.scoring.score import Score
 
@@ -283,6 +287,29 @@ def test_a_baseline_that_fails_ends_the_night(repo: Path) -> None:
 
     with pytest.raises(HotloopError, match="baseline itself ended as oom: CUDA out of memory"):
         scripted.drive(repo, "t", 3, runner=broken)
+
+
+# ---- val against holdout
+
+
+@pytest.mark.parametrize(("carries", "words"), [(0.0, "overfits to val"), (0.7, "selection"), (1.0, "no sign of")])
+def test_a_night_that_overfits_on_purpose_is_told_by_its_holdout(repo: Path, carries: float, words: str) -> None:
+    """Val moves by luck alone, and what is lucky there is kept; so much of it is there on the holdout."""
+    luck = random.Random(4)
+
+    def lucky(job: Any, settings: Any, on_event: Any) -> Any:
+        outcome = scripted.run(job, settings, on_event)
+        if outcome.status == Status.OK:
+            gain = luck.gauss(0.0, 0.1) if job.run.kind == Kind.EXPERIMENT else 0.0
+            scores = Scores(2.0 - gain, 2.1 - carries * gain + luck.gauss(0.0, 0.001))
+            outcome = msgspec.structs.replace(outcome, scores=scores)
+        return outcome
+
+    night = scripted.drive(repo, "t", 14, runner=lucky, least_gain=0.01, second_seed=False)
+    tally = Tally(night)
+    assert len(tally.paired) >= 2
+    assert words in drift_sentence(tally)
+    assert sum(r.gain for r in tally.paired) > 0.1  # type: ignore[misc]
 
 
 # ---- the command agent

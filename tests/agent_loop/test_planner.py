@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options, Planner
 from hotloop.harness.errors import DeviceError, UsageError
 from hotloop.harness.records.chain import Entry
-from hotloop.harness.records.model import Body, FixedBudget, Origin, Outcome, Run
+from hotloop.harness.records.model import Body, Conditions, EvaluatorTime, FixedBudget, Origin, Outcome, Run
 from tests.builders import make_decision, make_outcome, make_run
 
 BASE = "b"
@@ -133,6 +134,25 @@ def test_a_job_knows_its_incumbents_budget_and_its_baselines_pace() -> None:
     job = Planner(begun, Flight(), Options(), BASE).job(run(2, "experiment", "c1", BASE), b"x", cold=True)
     assert (job.tag, job.incumbent_tokens, job.baseline_cpu_s, job.cold) == ("nowhere", 4096, 80.0, True)
     assert job.folder == Path("nowhere/experiments/0002") and job.stop is None
+
+
+def test_a_job_is_audited_by_what_its_incumbent_lost_and_fully_where_it_may_be_kept() -> None:
+    baseline = make_outcome(run(0, "baseline", BASE), 1.0, conditions=Conditions(evaluate=EvaluatorTime(2.0, 3.0)))
+    better = make_outcome(run(2, "experiment", "c1", BASE), 1.0)
+    begun = recorded_night([
+        baseline, make_decision(baseline.run, "keep"), better, make_decision(better.run, "keep")
+    ])  # fmt: skip
+    planner = Planner(begun, Flight(), Options(least_gain=0.01), BASE)
+    job = planner.job(run(3, "experiment", "c2", "c1"), b"x", cold=True)
+    assert job.reference == Path("nowhere/experiments/0002/losses.npy")
+    assert job.baseline_time == EvaluatorTime(2.0, 3.0) and job.keep_below == pytest.approx(1.01)
+    for kind in ("repeat", "confirm"):  # what they say decides of others
+        assert planner.job(run(3, kind, "c1", BASE, 2), b"x", cold=True).keep_below is None
+    assert planner.job(run(3, "repeat", BASE, "", 3), b"x", cold=True).keep_below == -math.inf
+    growing = Planner(begun, Flight([run(3, "repeat", BASE, "", 3)]), Options(least_gain=0.01), BASE)
+    assert growing.job(run(4, "experiment", "c2", "c1"), b"x", cold=True).keep_below is None
+    first = Planner(night(), Flight(), Options(), BASE).job(run(0, "baseline", BASE), b"x", cold=True)
+    assert (first.reference, first.baseline_time, first.keep_below) == (None, None, None)
 
 
 # ---- the event loop, without a thread

@@ -272,6 +272,24 @@ def test_an_agent_that_fails_is_paused_for_ever_longer_and_the_next_takes_over()
     assert turn_order.pick() is last  # which has new constants to try
 
 
+def test_an_agent_whose_runs_are_invalid_again_and_again_is_paused_for_ever_longer() -> None:
+    first, last, now = Edits(), BuiltinAgent(1), Now()
+    turn_order = TurnOrder([first, last], now)
+    turn_order.ran(first.name, "invalid")
+    assert turn_order.pick() is first  # a slip
+    for wait_s in (2 * FIRST_WAIT_S, 4 * FIRST_WAIT_S):
+        turn_order.worked(first)  # that it has an edit to run says nothing for it
+        turn_order.ran(first.name, "invalid")
+        assert turn_order.pick() is last and turn_order.wait_s() == 0.0
+        now.s += wait_s - 1
+        assert turn_order.pick() is last
+        now.s += 1
+        assert turn_order.pick() is first
+    turn_order.ran(first.name, "discard")
+    turn_order.ran(first.name, "invalid")
+    assert turn_order.pick() is first
+
+
 # ---- the watchdog
 
 

@@ -32,6 +32,8 @@ from tests.builders import make_run
 from tests.harness.conftest import LENGTH, VOCAB, tiny_dataset, tiny_preset, tiny_rows, tiny_source
 from tests.harness.fake_nvml import DROPPED, H100, SMALL, FakeNvml
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,9 @@ from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
 # Every signal that can be is blocked, a child shares the fate, and the interpreter's lock is held for good.
 HANG = (
