@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import train
+from hotloop.agent_loop.agents.brief import _fusions
 from hotloop.bench import baseline
 from hotloop.harness import Batch, doctor, experiment, machine, single
 from hotloop.harness.errors import DeviceError, TrialError
@@ -420,6 +422,11 @@ def test_a_warning_is_in_the_record_the_summary_and_every_view(
     assert f"warning:          {words}" in summary(outcome)
     assert Chain.open(tmp_path / "records.jsonl").append(outcome).body == outcome
     assert Chain.read(tmp_path / "records.jsonl").outcome(0) == outcome
+    assert "fusions" not in summary(outcome)  # nothing was compiled
+    told = msgspec.structs.replace(outcome.training, implementations={"fusions": "mlp 8 of 8; put in: mlp"})
+    fused = msgspec.structs.replace(outcome, training=told)
+    assert "fusions:          mlp 8 of 8; put in: mlp" in summary(fused)
+    assert "`mlp 8 of 8; put in: mlp`" in next(_fusions(fused, []))
 
 
 # ---- faults of the machine
