@@ -288,7 +288,8 @@ def audit_command(args: argparse.Namespace) -> int:
     with Evaluator(scoring_of(source, was.run.seed, settings, to, reference=reference)) as evaluator:
         found = evaluator.run(weights, token_seconds(was.training, was.device))
     for key, value in msgspec.structs.asdict(found.audit).items():
-        print(f"{key + ':':<20}{value:.6g}" if isinstance(value, float) else f"{key + ':':<20}{value}")
+        if value is not None:
+            print(f"{key + ':':<20}{value:.6g}" if isinstance(value, float) else f"{key + ':':<20}{value}")
     print(f"val_bpb:            {found.scores.val_bpb:.9f}\nrecorded:           {was.val_bpb:.9f}")
     same = found.scores.val_bpb == was.val_bpb
     print("identical" if same else "DIFFERENT: the machine, the versions or the thread count are not the same")
