@@ -76,7 +76,7 @@ class NightCommand:
                 view.header(self._header())
                 for line in self._warnings():
                     view.warn(line)
-                notifier = Notifier(self.notify, self.tag, view.note) if self.notify else None
+                notifier = Notifier(self.notify, self.tag, view.note)
                 reporter = Reporter(self.folder, Path(self.repo.working_tree_dir or "."))
                 night_repo = NightRepo(self.repo, self.tag, self.folder)
                 driver = Driver(
