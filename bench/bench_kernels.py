@@ -27,7 +27,7 @@ from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import bitwise_repeats, check, fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
 from hotloop.harness.text import one_line
-from hotloop.kernels import reference
+from hotloop.kernels import operators, reference
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -37,7 +37,7 @@ Function = Callable[..., Any]
 
 
 def has_kernel(op: Operator) -> bool:
-    return kernels.implementations().get(op.name, "").startswith(("triton", "vendor"))
+    return kernels.implementations().get(op.switch, "").startswith(("triton", "vendor"))
 
 
 def cases() -> list[Any]:
@@ -85,7 +85,7 @@ def verdict(name: str, shape: str, implementation: str) -> tuple[bool, str]:
 def implementation_of(name: str, implementation: str) -> Function:
     op = OPERATORS[name]
     if implementation.startswith("hotloop"):
-        ours = op.bind(kernels, implementation.removeprefix("hotloop").removeprefix("-"))
+        ours = op.bind(operators, implementation.removeprefix("hotloop").removeprefix("-"))
         # Without a kernel of ours it is PyTorch that is meant to be compiled.
         return dev.compiled(ours, fullgraph=True) if ON_GPU and not op.module else ours
     if implementation == "eager":

@@ -17,14 +17,14 @@ from torch import Tensor
 from hotloop import kernels
 from hotloop.harness.text import one_line
 from hotloop.kernels import attend
-from hotloop.kernels.attention_backends import BACKENDS
+from hotloop.kernels.attend.backends import BACKENDS
 
 __all__ = ["PEERS", "available"]
 
 Function = Callable[..., Any]
 
 
-def _liger_linear_cross_entropy() -> Function:
+def _liger_loss() -> Function:
     fused = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
 
     def run(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
@@ -32,27 +32,6 @@ def _liger_linear_cross_entropy() -> Function:
         out = fused.apply(x, weight, targets, None, None, -1, 0.0, 0.0, "mean", softcap)
         loss: Tensor = out[0] if isinstance(out, tuple) else out
         return loss
-
-    return run
-
-
-def _liger_rms_norm() -> Function:
-    norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-
-    def run(x: Tensor) -> Tensor:
-        out: Tensor = norm.apply(x, torch.ones(x.size(-1), dtype=x.dtype, device=x.device), 2.0**-23)
-        return out
-
-    return run
-
-
-def _quack_rms_norm() -> Function:
-    norm = importlib.import_module("quack").rmsnorm
-
-    def run(x: Tensor) -> Tensor:
-        weight = torch.ones(x.size(-1), dtype=torch.float32, device=x.device)
-        out: Tensor = norm(x.flatten(0, -2), weight, eps=2.0**-23).view_as(x)
-        return out
 
     return run
 
@@ -69,8 +48,7 @@ def _attention(backend: str) -> Callable[[], Function]:
 
 # operator -> name -> (module whose presence decides, loader)
 PEERS: dict[str, dict[str, tuple[str, Callable[[], Function]]]] = {
-    "softcap_linear_cross_entropy": {"liger": ("liger_kernel", _liger_linear_cross_entropy)},
-    "rms_norm": {"liger": ("liger_kernel", _liger_rms_norm), "quack": ("quack", _quack_rms_norm)},
+    "loss": {"liger": ("liger_kernel", _liger_loss)},
     "attention": {name: ("torch", _attention(name)) for name in BACKENDS if name != "triton"},
 }
 

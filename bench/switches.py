@@ -36,24 +36,11 @@ EXTRAS = ('FP8="mlp"', 'FP8="lm_head"', 'FP8="mlp lm_head e5m2"', "CUDA_GRAPHS=T
 def members_of(asked: Iterable[str], backends: Iterable[str] = ()) -> list[Member]:
     """What can be chosen: our kernels for the operators that a step asks for, and attention backends.
 
-    Those that take what another leaves are one member, each operator a part of its own; ours for attention is one of
-    its backends.
+    Ours for attention is one of its backends.
     """
     asked = frozenset(asked)
-    alone = [
-        n
-        for n, op in TABLE.items()
-        if n in asked and n != ATTENTION and "triton" in op.implementations and not op.together
-    ]
-    names = [
-        *alone,
-        *(
-            [",".join(n for n, op in TABLE.items() if op.together)]
-            if any(TABLE[n].together for n in asked if n in TABLE)
-            else []
-        ),
-    ]
-    found = [Member(name, KERNEL) for name in names]
+    ours = (n for n, op in TABLE.items() if n in asked and n != ATTENTION and "triton" in op.implementations)
+    found = [Member(name, KERNEL) for name in ours]
     if ATTENTION in asked:
         found += [Member(ATTENTION, name) for name in dict.fromkeys((*backends, "triton"))]
     return found
@@ -166,7 +153,7 @@ def _unranked() -> list[str]:
     if not torch.cuda.is_available() or tuning.measured(ATTENTION):
         return []
     from hotloop.kernels.attend import backends
-    from hotloop.kernels.attention_backends import BACKENDS
+    from hotloop.kernels.attend.backends import BACKENDS
 
     return [name for name in backends("cuda")[0] if not BACKENDS[name].missing(banded=True)]
 

@@ -30,7 +30,7 @@ class Spec:
     """What train.py is told; the only argument of `build_model`.
 
     Attributes:
-        preset: `h100` or `laptop`: which column of its hyperparameters train.py uses.
+        preset: `h100` or `laptop`: which values of its hyperparameters train.py uses.
         device: `cuda` or `cpu`.
         seed: seeds torch, numpy and random before `train` is called.
         vocab_size: tokens in the vocabulary, V.

@@ -24,7 +24,7 @@ SELECTION = {name: os.environ.get(name, "") for name in ("HOTLOOP_KERNELS", "HOT
 def fingerprint(selection: dict[str, str] = SELECTION, folder: Path = FOLDER) -> str:
     """SHA-256 of the selection, of the kernels' sources and of every tuned file."""
     found = hashlib.sha256(repr(sorted(selection.items())).encode())
-    for path in sorted([*folder.glob("*.py"), *folder.glob("tuned/*.json")]):
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("tuned/*.json")]):
         content = path.read_bytes()
         found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\0".encode() + content)
     return found.hexdigest()

@@ -153,7 +153,7 @@ def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) ->
         "look ahead": ("invalid", tiny_source(MIX="x = x + x.roll(-1, 1)")),
         "another protocol": ("invalid", tiny_source(SUBMIT="run._wire.send('score', val_bpb=0.1)")),
         "a fake score": ("discard", tiny_source(SUBMIT="print('---\\nval_bpb:          0.000001', flush=True)")),
-        "learn faster": ("keep", TINY.replace("lr=0.01", "lr=0.03").encode()),
+        "learn faster": ("keep", TINY.replace("lr=1.0", "lr=3.0").encode()),
     }
     preset = preset_named("laptop").with_limits(stall_s=3.0, overtime=50.0)
     settings = Settings(preset, "cpu", prep.load_dataset(data), 1)
@@ -167,7 +167,7 @@ def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) ->
     assert all(r.reason for r in rows)
     assert all(r.val_bpb is None for r in rows[1:8])
     assert rows[8].val_bpb == rows[0].val_bpb  # printing changes nothing
-    assert b"lr=0.03" in made.git.show("autoresearch/t:train.py").encode()
+    assert b"lr=3.0" in made.git.show("autoresearch/t:train.py").encode()
     assert not list((night.folder / "experiments").glob("*/scratch"))
     _is_verified(tmp_path, night, made, data)
     made.close()

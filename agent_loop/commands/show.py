@@ -77,6 +77,7 @@ def show_command(args: argparse.Namespace) -> int:
         ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in o.ledger.items() if v) + f"; all {o.total_s:.1f}"),
         ("start", f"{training.start.how}{prepared}{because}"),
         ("compiled", _packs(o.compiled)),
+        ("fusions", o.fusions),
         ("sandbox", f"L{o.sandbox.level}, seed {row.run.seed}, {o.device}{repeats}"),
         ("loss", f"{sparkline(curve, 40)} {curve[0]:.3f} to {curve[-1]:.3f}" if curve else ""),
         *(("warning", words) for words in o.conditions.warnings),

@@ -57,8 +57,8 @@ def sparkline(values: list[float], width: int = 16) -> str:
         return ""
     count = min(width, len(values))
     picked = [values[-1 - (count - 1 - i) * (len(values) - 1) // max(1, count - 1)] for i in range(count)]
-    low, high = min(picked), max(picked)
-    return "".join(BARS[int((v - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0] for v in picked)
+    low, high = min(picked) / 2, max(picked) / 2  # halves: the whole of a range may be more than a float holds
+    return "".join(BARS[int((v / 2 - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0] for v in picked)
 
 
 class _Current:

@@ -14,7 +14,6 @@ from rich.text import Text
 from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import branch_of
 from hotloop.agent_loop.night import Night
-from hotloop.agent_loop.report.markup import clip
 from hotloop.agent_loop.report.tally import Progress, Tally
 from hotloop.harness.files import write_whole
 from hotloop.harness.records.model import Decision
@@ -96,7 +95,7 @@ def _draw(figure: Figure, tally: Tally, found: Progress) -> None:
         axes.scatter(x[:-1], best[:-1], c="#2ecc71", s=60, edgecolors="black", linewidths=0.5, zorder=4, label="Kept")
         for row, bpb in kept:
             axes.annotate(
-                clip(row.description, 44), (row.number, bpb), textcoords="offset points", xytext=(7, 7), fontsize=9,
+                one_line(row.description, 44), (row.number, bpb), textcoords="offset points", xytext=(7, 7), fontsize=9,
                 color="#1a7a3a", rotation=18, parse_math=False,
             )  # fmt: skip
         if floor := found.floor:

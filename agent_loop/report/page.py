@@ -23,6 +23,7 @@ from hotloop.agent_loop.report.markup import Html, h, join
 from hotloop.agent_loop.report.style import STYLE
 from hotloop.agent_loop.report.tally import Tally
 from hotloop.harness.files import write_whole
+from hotloop.harness.text import cut
 
 __all__ = ["page", "write_page"]
 
@@ -132,10 +133,7 @@ def _curves(tally: Tally) -> Html:
 
 
 def _legend(lines: list[tuple[str, str]]) -> Html:
-    items = [
-        h("li", _swatch(h("path", d="M0 6H26", class_=f"line {kind}")), name if len(name) < 90 else name[:89] + "…")
-        for kind, name in lines
-    ]
+    items = [h("li", _swatch(h("path", d="M0 6H26", class_=f"line {kind}")), cut(name, 90)) for kind, name in lines]
     return h("ul", *items, class_="legend")
 
 

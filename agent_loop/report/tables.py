@@ -8,9 +8,10 @@ from statistics import mean
 
 from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.report.diffs import Change
-from hotloop.agent_loop.report.markup import Html, clip, h, join
+from hotloop.agent_loop.report.markup import Html, h, join
 from hotloop.agent_loop.report.tally import GROUPS, Gain, Tally
 from hotloop.harness.records.model import Decision, Turn, Worth
+from hotloop.harness.text import cut, one_line
 
 __all__ = ["drift_sentence", "every_run", "failures", "gains", "headline", "ledger"]
 
@@ -64,10 +65,10 @@ def _remarks(tally: Tally) -> list[str]:
     if tally.last_outcome and tally.last_outcome.open_text:
         words.append(f"Warning: {tally.last_outcome.open_text}.")
     if baseline and baseline.val_bpb is None:
-        words.append(f"The baseline ended as {baseline.decision}: {clip(baseline.reason, REASON)}")
+        words.append(f"The baseline ended as {baseline.decision}: {one_line(baseline.reason, REASON)}")
     if not tally.rows:
         words.append("Nothing was decided yet.")
-    words += [f"WARNING: {clip(w, REASON)}" for w in tally.night.unheard()]
+    words += [f"WARNING: {one_line(w, REASON)}" for w in tally.night.unheard()]
     decided = {r.number for r in tally.rows}
     under_way = [r.number for r in tally.night.flight().runs if r.number not in decided]
     numbers = sorted({*under_way, *(o.run.number for o in tally.night.undecided())})
@@ -91,7 +92,7 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
     mfu = f", MFU {best.mfu_percent:.1f} %" if best and best.mfu_percent is not None else ""
     return [
         ("Experiments", f"{len(tally.experiments)}, {len(tally.kept)} kept"),
-        ("Time", f"{duration(tally.span_s)}{several}" if tally.runs else ""),
+        ("Time", f"{duration(tally.span_s)}{several}" if tally.bars else ""),
         ("Per device-hour", f"{ran / device_h:.1f} experiments" if device_h and ran else ""),
         ("Device idle", f"{tally.idle_s / tally.device_s:.1%}".replace("%", " %") if tally.device_s else ""),
         ("Cost", f"${tally.night.cost_usd:,.2f}" if tally.night.cost_usd else "not told by the agents"),
@@ -148,9 +149,9 @@ def _gain_table(mine: Sequence[Gain], changes: dict[int, Change], group: Worth) 
         row = gain.row
         facts = [row.origin.agent, changes[row.number].size and f"{changes[row.number].size} lines", row.commit[:7]]
         what = [
-            h("div", clip(row.description, DESCRIPTION)),
+            h("div", one_line(row.description, DESCRIPTION)),
             h("div", " · ".join(f for f in facts if f), class_="meta"),
-            h("div", clip(gain.why, REASON), class_="meta"),
+            h("div", one_line(gain.why, REASON), class_="meta"),
         ]
         figures = [signed(row.gain), signed(row.holdout_gain), *([signed(gain.worth)] if worth else [])]
         cells = [
@@ -200,7 +201,7 @@ def drift_sentence(tally: Tally) -> str:
 
 def ledger(tally: Tally) -> Html | None:
     """Device seconds by phase, and the agents' own."""
-    if not tally.runs:
+    if not tally.bars:
         return None
     rows = []
     for phase, seconds in tally.ledger.items():
@@ -208,9 +209,9 @@ def ledger(tally: Tally) -> Html | None:
         kind = {"train": None, "idle": "waits"}.get(phase, "device")
         bar = h("svg", h("rect", width=round(max(120 * share, 0.5 if seconds else 0), 1), height=10, class_=kind),
                 viewBox="0 0 120 10", aria_hidden="true")  # fmt: skip
-        cells = [duration(seconds), f"{share:.1%}".replace("%", " %"), duration(seconds / tally.runs)]
+        cells = [duration(seconds), f"{share:.1%}".replace("%", " %"), duration(seconds / len(tally.bars))]
         rows.append(h("tr", h("td", phase), *(h("td", c, class_="n") for c in cells), h("td", bar, class_="share")))
-    whole = [duration(tally.device_s), "100 %", duration(tally.device_s / tally.runs), ""]
+    whole = [duration(tally.device_s), "100 %", duration(tally.device_s / len(tally.bars)), ""]
     foot = h("tr", h("td", "all"), *(h("td", w, class_="n") for w in whole))
     names = [("phase", None), ("device time", "n"), ("share", "n"), ("mean run", "n"), ("", None)]
     head = h("tr", *(h("th", n, class_=c) for n, c in names))
@@ -240,8 +241,8 @@ def failures(tally: Tally) -> Html:
         for i, row in enumerate(latest):
             log = row.outcome.log_tail if i < LOGS else []
             fold = h("details", h("summary", "the end of its log"), _log(log)) if log else None
-            name = h("div", f"#{row.number} {clip(row.description, 120)}")
-            items.append(h("li", name, h("div", clip(row.reason, REASON), class_="meta"), fold))
+            name = h("div", f"#{row.number} {one_line(row.description, 120)}")
+            items.append(h("li", name, h("div", one_line(row.reason, REASON), class_="meta"), fold))
         parts.append(h("ul", *items, class_="plain"))
         if len(rows) > len(latest):
             parts.append(h("p", f"and {len(rows) - len(latest)} earlier ones", class_="meta"))
@@ -253,7 +254,7 @@ def failures(tally: Tally) -> Html:
 
 
 def _log(lines: Sequence[str]) -> Html:
-    tail = [line if len(line) <= LOG_CHARACTERS else line[:LOG_CHARACTERS] + "…" for line in lines[-LOG_LINES:]]
+    tail = [cut(line, LOG_CHARACTERS) for line in lines[-LOG_LINES:]]
     return h("pre", "\n".join(tail))
 
 
@@ -261,7 +262,7 @@ def _turns(tally: Tally) -> Html:
     """Agents' turns that gave no edit, by who and why."""
     groups: defaultdict[tuple[str, str], list[Turn]] = defaultdict(list)
     for turn in tally.turns:
-        groups[turn.origin.agent, clip(turn.reason, REASON)].append(turn)
+        groups[turn.origin.agent, one_line(turn.reason, REASON)].append(turn)
     ordered = sorted(groups.items(), key=lambda g: -len(g[1]))
     rows = []
     for (agent, reason), turns in ordered[:20]:
@@ -304,8 +305,8 @@ def _run_row(row: Row) -> Html:
         h("td", h("span", f"{sign} {row.decision}", class_=f"tag {known}" if known else "tag")),
         h("td", f"{row.val_bpb:.6f}" if row.val_bpb is not None else "-", class_="n"),
         h("td", signed(row.gain), class_="n"),
-        h("td", clip(row.description, DESCRIPTION)),
-        h("td", clip(row.reason, REASON), *warnings),
+        h("td", one_line(row.description, DESCRIPTION)),
+        h("td", one_line(row.reason, REASON), *warnings),
     )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from hotloop.harness.tuning.configurations import Candidate, Card, Config
-from hotloop.kernels import muon, tuning
+from hotloop.kernels import tuning
 from hotloop.kernels.compiling import Launch, recorded, without_driver
+from hotloop.kernels.optimizer import muon
 
 __all__ = ["KERNELS"]
 

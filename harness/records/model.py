@@ -417,6 +417,11 @@ class Outcome(Record, frozen=True, kw_only=True):
         return f"CPU {self.environment.cpu}".strip() if self.device == "cpu" else gpu.name if gpu else "GPU"
 
     @property
+    def fusions(self) -> str:
+        """What the kernels' compiler pass found, as the trainer said: "mlp 8 of 8, ..."; empty where nothing was."""
+        return self.training.implementations.get("fusions", "")
+
+    @property
     def open_text(self) -> str:
         """The warning that train.py could read the text that it was scored on; empty where it could not."""
         return next((w for w in self.conditions.warnings if w.startswith(OPEN_TEXT)), "")

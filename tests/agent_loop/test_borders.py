@@ -34,7 +34,7 @@ from hotloop.harness.experiment import Event
 from hotloop.harness.preflight import lint
 from hotloop.harness.records.model import Outcome, Status
 from hotloop.harness.scoring.score import Noise
-from hotloop.harness.text import forgiving, one_line, printable, shorten
+from hotloop.harness.text import cut, forgiving, one_line, printable, shorten
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
 from tests.builders import make_outcome, make_run
 
@@ -213,6 +213,12 @@ def test_any_text_becomes_one_that_can_be_printed(text: str, most: int | None) -
         assert line == " ".join(text.split())
 
 
+def test_what_is_left_out_of_a_text_is_shown() -> None:
+    assert one_line("x" * 10**6, 20) == "x" * 17 + "..." and one_line(" a\n b ", 20) == "a b"
+    assert one_line("a" + " " * 99 + "b", 20) == "a..."
+    assert (cut("  x = 1", 7), cut("  x = 12", 7)) == ("  x = 1", "  x...")
+
+
 def test_what_could_drive_a_terminal_is_seen() -> None:
     assert (
         printable("\x1b[31ma\x1b]0;t\x07\u202e\udce9\r\nb\tc\xa0d")
@@ -318,6 +324,7 @@ def test_a_sparkline_is_as_long_as_its_series_or_its_width(values: list[float], 
 def test_a_short_sparkline_shows_all_of_its_series() -> None:
     assert sparkline([1.0, 2.0, 3.0], 16) == "▁▄█"
     assert sparkline([0.0, *[5.0] * 98, 10.0], 2) == "▁█"
+    assert sparkline([-1.7e308, 1.7e308, 1.7e308]) == "▁██"
 
 
 # Git.

@@ -15,6 +15,9 @@ from hotloop.harness.records.model import Compiled, Outcome
 from hotloop.harness.training.compile_cache import PACK, Store, decode, encode
 from tests.agent_loop.test_loop import Rates, night_of, repo, scripted  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 RATES = ("0.02", "0.06", "0.05", "0.09", "0.01")  # the second and the fourth are better
 
 

@@ -118,7 +118,7 @@ def test_two_short_nights_for_real(
     prep.prepare(str(folder), seq_len=256, vocab_size=320, out=tmp_path / "data", max_rows=caps)
     monkeypatch.setitem(overheads.BUDGETS, "laptop", ["--budget-tokens", "65536"])
     train = tmp_path / "train.py"
-    train.write_text("MATRIX_LR = 0.01\n" + TINY.replace("lr=0.01", "lr=MATRIX_LR"))
+    train.write_text("MATRIX_LR = 1.0\n" + TINY.replace("lr=1.0", "lr=MATRIX_LR"))
     assert main(["overheads", "--train", str(train), "--preset", "laptop", "--data", str(tmp_path / "data")]) == 0
     text = capsys.readouterr().out
     assert "a night of a baseline and 2 experiments, --prewarm off\n" in text

@@ -189,7 +189,7 @@ def test_a_step_that_does_not_run_says_why_and_leaves_no_process(small: Path, li
 class Turns:
     """A step whose speeds are given."""
 
-    asked = frozenset({"attention", "embedding", "adamw_", "linear_residual", "norm_mlp_relu2"})
+    asked = frozenset({"attention", "embedding", "adamw_", "residual", "mlp"})
 
     def __init__(self, speed: Callable[[], float]) -> None:
         self.turn = speed
@@ -236,7 +236,7 @@ def test_determinism_for_real(small: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_can_be_chosen_is_what_the_step_asks_for() -> None:
     found = members_of(Turns.asked, ["torch", "triton"])
     assert [str(m) for m in found] == [
-        "adamw_=ours", "embedding=ours", "linear_residual,norm_linear_qkv,norm_mlp_relu2=ours",
+        "adamw_=ours", "embedding=ours", "mlp=ours", "residual=ours",
         "attention=torch", "attention=triton",
     ]  # fmt: skip
     assert not members_of(())
@@ -313,11 +313,8 @@ def gaining(gains: dict[str, float], limit: float, tmp_path: Path) -> dict[str, 
     return found
 
 
-STREAM = "linear_residual,norm_linear_qkv,norm_mlp_relu2"
-
-
 def test_with_little_time_the_best_set_so_far_is_taken(tmp_path: Path) -> None:
-    every = {"adamw_": 1.05, "embedding": 1.1, STREAM: 1.2}
+    every = {"adamw_": 1.05, "embedding": 1.1, "mlp": 1.2, "residual": 1.1}
     for name in ("whole", "none"):
         (tmp_path / name).mkdir()
     found = gaining(every, 2, tmp_path / "whole")  # ours for attention, and all of ours
@@ -326,8 +323,8 @@ def test_with_little_time_the_best_set_so_far_is_taken(tmp_path: Path) -> None:
 
 
 def test_what_gains_only_together_is_chosen_after_all(tmp_path: Path) -> None:
-    whole = f"adamw_=ours embedding=ours {STREAM}=ours"
-    found = gaining({"adamw_": 0.99, "embedding": 0.99, STREAM: 0.99, whole: 1.2}, 99, tmp_path)
+    whole = "adamw_=ours embedding=ours mlp=ours residual=ours"
+    found = gaining(dict.fromkeys(("adamw_", "embedding", "mlp", "residual"), 0.99) | {whole: 1.2}, 99, tmp_path)
     assert found["chosen"] == whole and found["finished"]
 
 

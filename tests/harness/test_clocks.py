@@ -18,6 +18,9 @@ from hotloop.harness.training.conditions import warnings
 from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 # Some thirty steps, which SLOW makes slow in the training alone.
 PRESET = tiny_preset(budget=BudgetRule("flops", 4.0e7)).with_limits(overtime=1e4)
 SLOW = "loss = step(batch); import time as t; t.sleep(0.1)"

@@ -21,6 +21,9 @@ from hotloop.harness.training.trainer import Setup
 from tests.builders import make_run
 from tests.harness.conftest import tiny_dataset, tiny_preset, tiny_rows, tiny_source
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 SPLITS = {"train": tiny_rows(256, 0), "val": tiny_rows(64, 1), "holdout": tiny_rows(16, 2)}
 MOST = 1 << 20
 # A train.py that fills its caches as compilers do, tells what it finds there, and goes on writing once it has data.

@@ -24,6 +24,9 @@ from tests.harness.conftest import tiny_source
 from tests.harness.fake_nvml import FakeNvml
 from tests.harness.test_conditions import settings
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 SHAPE = Shape(rows=128, seq_len=2048)
 STEP_S = 0.25
 

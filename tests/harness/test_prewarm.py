@@ -29,6 +29,9 @@ from hotloop.harness.training.trainer import Setup
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
 PRESET = tiny_preset()
 ROWS = tiny_rows(256, 0)

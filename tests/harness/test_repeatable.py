@@ -18,6 +18,9 @@ from hotloop.harness.training.session import Session, SessionConfig
 from tests.builders import make_outcome, make_run
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 SPEC, PRESET = Spec("laptop", "cpu", 1, VOCAB, LENGTH), tiny_preset()
 ASKED = (
     "import os\n"

@@ -22,6 +22,9 @@ from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.session import Event, Session, SessionConfig
 from tests.needs import at
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 _spec = importlib.util.spec_from_file_location("tiny_train", Path(__file__).with_name("conftest.py"))
 assert _spec is not None
 assert _spec.loader is not None
@@ -424,8 +427,8 @@ def test_a_replayed_budget_gives_the_same_weights_on_a_slower_day(folder: Path) 
 def test_two_shapes_in_one_training(folder: Path) -> None:
     source = (
         tiny.tiny_source()
-        .replace(b"restore=(model, optimizer))", b"restore=(model, optimizer))\n"
-                 b"    run.warmup(step, rows=8, seq_len=16, restore=(model, optimizer))")
+        .replace(b"restore=(model,))", b"restore=(model,))\n"
+                 b"    run.warmup(step, rows=8, seq_len=16, restore=(model,))")
         .replace(b"run.batches(rows=8)", b"run.batches(rows=lambda p: (8, 16) if p < 0.5 else (8, 32))")
     )  # fmt: skip
     one = session(folder, source)

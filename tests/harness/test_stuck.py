@@ -22,6 +22,9 @@ from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
 # Every signal that can be is blocked, a child shares the fate, and the interpreter's lock is held for good.
 HANG = (
@@ -72,7 +75,7 @@ def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     assert "HANGS" in (folder / "log.txt").read_text()
     assert max(map(len, seen)) >= 2, "the trainer and its child"
     assert writers(folder / "log.txt") == []
-    assert train(folder, inside).steps > 0  # the next one is none the worse
+    assert train(folder, inside).training.steps > 0  # the next one is none the worse
 
 
 def test_a_process_that_no_signal_ends_is_said_to_be_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

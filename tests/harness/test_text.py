@@ -26,6 +26,9 @@ from hotloop.harness.settings import BudgetRule
 from tests.builders import LAPTOP, make_decision, make_run
 from tests.harness.conftest import tiny_preset, tiny_source
 
+pytestmark = pytest.mark.usefixtures("warm_children")
+
+
 PRESET = tiny_preset(seq_len=64, vocab_size=320)
 
 

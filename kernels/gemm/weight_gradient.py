@@ -20,23 +20,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hotloop.kernels import product, reference, tuning
+from hotloop.kernels import reference, tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
-from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, choose
+from hotloop.kernels.fuse.matching import Found, Graph
+from hotloop.kernels.gemm import product
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from hotloop.kernels.product import dot, load_tile, tile_order
+    from hotloop.kernels.gemm.product import dot, load_tile, tile_order
 
-__all__ = ["compile_cases", "config_key", "default_config", "linear", "parts", "search_space", "weight_gradient"]
+__all__ = [
+    "NAME",
+    "compile_cases",
+    "config_key",
+    "default_config",
+    "find",
+    "linear",
+    "parts",
+    "search_space",
+    "weight_gradient",
+]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NAME = "linear"
+
 MULTIPROCESSORS = 132  # H100, H200; a constant, so that one shape is one order of summation on every GPU
 OVERHEAD = 16  # what a program costs beside its sum, in steps of DEPTH: an estimate; whole waves decide
 MOST_PARTS = 64
 BLOCK = 1024
+WIDE = 64  # a weight of fewer rows or columns is left to the vendor
 
 
 def config_key(n: int, d: int) -> str:
@@ -46,28 +60,14 @@ def config_key(n: int, d: int) -> str:
 
 def default_config(modern: bool = True) -> dict[str, int]:
     """128 x 256 by descriptors where the accumulator is the tensor core's (sm_90, sm_100), else 128 x 128."""
-    columns, depth = (256, 64) if modern else (128, 32)
-    return {
-        "VENDOR": 0, "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8, "TMA": int(modern), "num_warps": 8,
-        "num_stages": 3,
-    }  # fmt: skip
+    return product.default_config(2 * product.SHORT, modern) | {"VENDOR": 0, "GROUP": 8}
 
 
 def search_space() -> list[dict[str, int]]:
     """Configurations worth timing on Hopper, the vendor library's product among them."""
-    return [
-        {"VENDOR": 1, "TMA": 0},
-        *(
-            {
-                "VENDOR": 0, "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma,
-                "num_warps": warps, "num_stages": stages,
-            }
-            for rows, columns, warps in ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4))
-            for depth, stages in ((64, 3), (64, 4), (128, 2))
-            for group in (4, 8)
-            for tma in (1, 0)
-        ),
-    ]  # fmt: skip
+    shapes = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4))
+    ours = product.search_space(shapes, (4, 8), ((64, 3), (64, 4), (128, 2)))
+    return [{"VENDOR": 1, "TMA": 0}, *(config | {"VENDOR": 0} for config in ours)]
 
 
 def parts(m: int, n: int, d: int, rows: int, columns: int, depth: int) -> int:
@@ -124,18 +124,10 @@ def compile_cases() -> list[CompileCase]:
         if given["VENDOR"]:
             continue
         config = {k: v for k, v in given.items() if k != "VENDOR"}
-        options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
-        rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
+        tiles = {"dy": (config["DEPTH"], config["ROWS"]), "x": (config["DEPTH"], config["COLUMNS"])}
         for out in ("fp32", "bf16"):
-            signature = {"dy": "*bf16", "x": "*bf16", "out_ptr": f"*{out}"}
-            signature |= dict.fromkeys(("M", "N", "D", "SPAN"), "i32")
-            if config["TMA"]:
-                signature["dy"], signature["x"] = (f"tensordesc<bf16[{depth},{n}]>" for n in (rows, columns))
-            name = f"{rows}x{columns}x{depth}{' tma' if config['TMA'] else ''} to {out}"
-            name += f" warps={options['num_warps']} stages={options['num_stages']}"
-            cases.append(
-                CompileCase(name, _weight_gradient_kernel, signature, config, options, capabilities, tensor_cores=True)
-            )
+            words, types = f"{product.tile_name(config)} to {out}", {f"*{out}": "out_ptr", "i32": "M N D SPAN"}
+            cases.append(product.case(words, _weight_gradient_kernel, config, capabilities, types, tiles))
     signature = {"part_ptr": "*fp32", "out_ptr": "*bf16", "PARTS": "i32", "SIZE": "i32"}
     return [*cases, CompileCase("sum of parts", _sum_parts_kernel, signature, {"BLOCK": BLOCK}, {"num_warps": 4})]
 
@@ -212,30 +204,26 @@ def _gradient_flops(dy: Any, x: Any, *args: Any, **kwargs: Any) -> int:
     return int(2 * dy[0] * dy[1] * x[1])
 
 
-# ---- public function --------------------------------------------------------------------------------------------
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T; see `reference`.
-
-    Args:
-        x: [..., D]; under autocast it and the weight are taken in the autocast dtype.
-        weight: [N, D].
-
-    Returns:
-        [..., N].
-
-    Raises:
-        KernelError: inputs that the kernel does not serve.
-    """
-    if not choose("linear", x.device.type):
-        return reference.linear(x, weight)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        raise KernelError(f"linear serves bfloat16, float16 and float32, both alike, not {x.dtype} and {weight.dtype}")
-    if not x.ndim or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
-        raise KernelError(f"linear needs x [..., D] and weight [N, D], not {list(x.shape)} and {list(weight.shape)}")
-    out: Tensor = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous())
+    """x W^T in the weight's type: x [..., D], weight [N, D] -> [..., N]."""
+    out: Tensor = _op(x.reshape(-1, x.shape[-1]).to(weight.dtype).contiguous(), weight.contiguous())
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+# ---- pattern ------------------------------------------------------------------------------------------------------
+
+
+def _in(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return linear(x, weight.to(dtype))
+
+
+def find(graph: Graph) -> tuple[list[Found], int]:
+    """What is left of products with a weight that learns, of WIDE columns or more each way."""
+    found = []
+    for node, given, nodes in graph.matches(reference.linear):
+        x, weight, out = given["x"].value, given["weight"].value, node.meta["example_value"]
+        fits = len(nodes) == 1 and weight.ndim == 2 and min(weight.shape) >= WIDE and weight.requires_grad
+        if fits and x.ndim and graph.fits(nodes, [node], given, out.dtype):
+            found.append(Found(NAME, [node], nodes, given | {"dtype": out.dtype}, _in, counts=(NAME,)))
+            graph.taken |= nodes
+    return found, sum(node.target is F.linear for node in graph.nodes)
