@@ -169,7 +169,7 @@ def test_what_torch_compile_wraps_keeps_its_names(trained: Session, folder: Path
     assert b"eager" in source
     weights = train(folder, source).weights
     assert safetensors.torch.load(bytes(weights)).keys() == safetensors.torch.load(bytes(trained.weights)).keys()
-    assert evaluate(folder, source, weights).audit["mismatches"] == 0
+    assert evaluate(folder, source, weights).audit.mismatches == 0
 
 
 LOADER = (
