@@ -68,6 +68,8 @@ LESS = {
                         NO_QKV),
     "written in place": ((FEED, "y = self.mlp(norm(x))\n        y += x\n        return y"),
                          "qkv 2 of 2, mlp 0 of 2, residual 0 of 2, loss 1 of 1, embedding 2 of 2"),
+    "a broadcast branch": ((FEED, "n = norm(x[:1])\n        return x + self.mlp(n)"),
+                           "qkv 2 of 2, mlp 2 of 2, residual 2 of 4, loss 1 of 1, embedding 2 of 2"),
     "another gate": ((VE, VE.replace("2 * torch", "3 * torch")), ALL.replace("qkv 2 of 2", "qkv 1 of 2")),
     "a norm of queries alone": (("norm(rotate(k, cos, sin))", "rotate(k, cos, sin)"), NO_QKV),
     "rotated backwards": (("b * cos - a * sin), dim", "b * cos + a * sin), dim"), NO_QKV),
