@@ -197,6 +197,7 @@ def find(graph: Graph) -> tuple[list[Found], int]:
             values = {name: term.value for name, term in given.items()}
             x, out = values["x"], node.meta["example_value"]
             fits = mixes(x, out, *(values.get(name) for name in ("x0", "lam", "mu"))) and values["weight"].ndim == 2
+            fits = fits and values["a"].shape[:-1] == x.shape[:-1]  # nothing is broadcast
             if fits and graph.fits(nodes, [node], given, x.dtype):
                 found.append(Found(NAME, [node], nodes, given, residual, gives="squares", counts=(NAME,)))
                 graph.taken |= nodes

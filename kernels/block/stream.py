@@ -225,4 +225,5 @@ def _flops(dpre: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 def mixes(x: Tensor, out: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None) -> bool:
     """Whether `out` can be lam (x + branch) + mu x0: tensors of one shape and type, and scalars on their device."""
     alike = (t is None or (t.shape == out.shape and t.dtype == out.dtype) for t in (x, x0))
-    return all(alike) and all(t is None or (not t.ndim and t.is_floating_point()) for t in (lam, mu))
+    scalars = (t is None or (not t.ndim and t.is_floating_point() and t.device == out.device) for t in (lam, mu))
+    return all(alike) and all(scalars)
