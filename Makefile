@@ -57,7 +57,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py bench/bench_night.py --benchmark-only -o addopts=--import-mode=importlib
+	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py --benchmark-only -o addopts=--import-mode=importlib
 
 gate: $(VENV)/.installed
 	$(BIN)/hotloop bench gate --all

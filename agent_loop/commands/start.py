@@ -46,7 +46,10 @@ __all__ = ["NightCommand", "hidden_from_agents", "night_command", "sandbox_check
 
 @dataclass
 class NightCommand:
-    """A night that can begin. `notify` is the user's command, empty for none; `prewarm`: see its module."""
+    """`hotloop loop` with its flags checked: a night that can begin.
+
+    `notify` is the user's command, empty for none; `prewarm`: see its module.
+    """
 
     tag: str
     folder: Path

@@ -256,7 +256,7 @@ def verify_command(args: argparse.Namespace) -> int:
     for name, good, text in checks(folder, repo, key, args.packages):
         bad += not good
         print(f"{'ok ' if good else 'BAD'}  {name:<12} {one_line(text)}")
-    print(f"night {args.tag}: " + ("all holds" if not bad else f"{bad} of these do not hold"))
+    print(f"night {args.tag}: " + ("verified" if not bad else f"{bad} of these checks failed"))
     return 1 if bad else 0
 
 

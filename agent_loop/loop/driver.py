@@ -200,7 +200,7 @@ class Driver:
                 self.recorder.set_branch()
                 self.repo.prepare(best.commit)
         if self.reporter and (problem := self.reporter.finish()):
-            self.view.note(f"no report was drawn ({problem}); later: hotloop report")
+            self.view.note(f"the report could not be drawn ({problem}); to try again: hotloop report")
         if self.notifier:
             self.notifier.finish()
 

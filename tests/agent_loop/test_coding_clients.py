@@ -382,7 +382,7 @@ def test_a_night_by_a_client_is_in_its_records(installed: Path, repo: Path, name
     hidden_from = dataclasses.replace(inside(level), hidden=tuple(p.resolve() for p in hidden))
     night = scripted.drive(repo, "t", 1, agent=[KINDS[name](30.0, hidden_from), BuiltinAgent(1)])
     row = night.rows()[-1]
-    assert (row.agent, row.description, row.decision) == (name, "raise the rate", "keep"), night.turns()
+    assert (row.origin.agent, row.description, row.decision) == (name, "raise the rate", "keep"), night.turns
     assert row.cost_usd == (0.007 if name == "claude" else 0.0)
     assert "Best val_bpb 1.100000" in (night.experiment_folder(3) / "turn/handover/prompt.md").read_text()
 
@@ -391,5 +391,5 @@ def test_a_client_at_its_limit_is_left_alone_and_another_goes_on(installed: Path
     (installed / "variant").write_text("usage limit")
     agents = [ClaudeAgent(30.0, inside()), BuiltinAgent(1)]
     night = scripted.drive(repo, "t", 3, agent=agents)
-    assert [t["agent"] for t in night.turns()] == ["claude"]  # asked once, and not before its limit ends
+    assert [t.origin.agent for t in night.turns] == ["claude"]  # asked once, and not before its limit ends
     assert [r.agent for r in night.rows() if r.kind == "experiment"] == ["builtin"] * 3

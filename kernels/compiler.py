@@ -129,7 +129,10 @@ def _replace(graph: Graph, chosen: list[Found]) -> None:
 
 
 def _call(graph: fx.Graph, function: Callable[..., Any], given: dict[str, Any]) -> fx.Node:
-    _mark(function)
+    # AOTAutograd's cache takes no graph with functions that it does not know; what these do is in its key already
+    # (`kernels.cache_key`).
+    known = torch._inductor.config.unsafe_marked_cacheable_functions
+    known.setdefault(f"{function.__module__}.{function.__name__}", "")
     return graph.call_function(function, kwargs=given)
 
 
@@ -140,20 +143,8 @@ def _emit(graph: fx.Graph, value: Any, now: dict[fx.Node, fx.Node]) -> Any:
     if value.node is not None:
         return now.get(value.node, value.node)
     whole, start, stop = value.args  # rows
-    return graph.call_function(_rows, (now.get(whole.node, whole.node), start, stop))
+    return _call(graph, _rows, {"weight": now.get(whole.node, whole.node), "start": start, "stop": stop})
 
 
 def _rows(weight: Tensor, start: int, stop: int) -> Tensor:
     return weight[start:stop]
-
-
-def _mark(*functions: Callable[..., Any]) -> None:
-    """AOTAutograd's cache takes no graph with functions that it does not know; what these do is in its key already
-    (`kernels.cache_key`).
-    """
-    known = torch._inductor.config.unsafe_marked_cacheable_functions
-    for function in functions:
-        known.setdefault(f"{function.__module__}.{function.__name__}", "")
-
-
-_mark(_rows)
