@@ -40,7 +40,7 @@ $(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python tools/programs.py
-	$(BIN)/python -m pytest -q -n $(JOBS) $(if $(CI),--durations=20)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(if $(CI),--durations=20)
 
 quick: lint types
 	@$(BIN)/python tools/touched.py | xargs -r $(BIN)/python -m pytest -q -x -n $(JOBS) --seconds 60
