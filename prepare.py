@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hotloop.harness.command_line import exit_status
 from hotloop.harness.data.building import prepare
 from hotloop.harness.data.dataset import SPLITS, Dataset, default_data_dir, load_dataset
 from hotloop.harness.data.packing import PACKINGS, Packer
 from hotloop.harness.data.readers import DOCUMENT_CHARS, FORMATS
 from hotloop.harness.data.tokenizer import Tokenizer
-from hotloop.harness.errors import HotloopError
 
 __all__ = ["Dataset", "Packer", "Tokenizer", "default_data_dir", "load_dataset", "main", "prepare"]
 
@@ -36,25 +35,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hotloop.harness.settings import PRESETS, preset_named
     from hotloop.harness.single import preset_here
 
-    parser = argparse.ArgumentParser(prog="hotloop prepare", description="Text to tokenizer and packed rows, once.")
-    parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="lengths and source")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu"], help="cpu: beside a GPU as well")
+    parser = argparse.ArgumentParser(
+        prog="hotloop prepare", description="Turn text into a tokenizer and packed rows of tokens, once."
+    )
     parser.add_argument(
-        "--source", help=f"climbmix, packages (sources of pinned Python packages), stdlib (not safe against cheating), "
-        f"or a file or folder of {FORMATS}; text files are cut at paragraphs, {DOCUMENT_CHARS} characters at most"
+        "--preset", default="auto", choices=["auto", *sorted(PRESETS)],
+        help="source and sizes (auto: h100 with a GPU, laptop without)",
     )  # fmt: skip
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSON: where the text is (default: text)")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="parquet: the same (default: text)")
-    parser.add_argument("--packing", choices=PACKINGS, help="crop: as the reference packs, what is cut off is lost "
-                        "(default for climbmix); carry: it starts the next row, nothing is lost (default)")  # fmt: skip
-    parser.add_argument("--seq-len", type=int, metavar="T")
-    parser.add_argument("--vocab-size", type=int, metavar="V")
-    parser.add_argument("--out", type=Path, metavar="DIR")
-    parser.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix: training shards")
-    parser.add_argument("--mirror", metavar="URL", help="climbmix: in place of https://huggingface.co (or HF_ENDPOINT)")
-    parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: downloads at a time")
+    parser.add_argument(
+        "--device", default="auto", choices=["auto", "cpu"], help="cpu: for training on the CPU of a machine with a GPU"
+    )
+    parser.add_argument(
+        "--source", help=f"climbmix, packages (sources of pinned Python packages), stdlib (readable for train.py: not "
+        f"safe against cheating), or a file or folder of {FORMATS}; text files are cut at paragraphs into documents of "
+        f"at most {DOCUMENT_CHARS} characters (default: the preset's)"
+    )  # fmt: skip
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSON: the text's field (default: text)")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="parquet: its column (default: text)")
+    parser.add_argument(
+        "--packing", choices=PACKINGS, help="of a document that is cut to fill a row, crop loses the rest, as the "
+        "reference does (default for climbmix), and carry begins the next row with it (default)"
+    )  # fmt: skip
+    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens a row (default: the preset's)")
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="of the tokenizer (default: the preset's)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to make (default: one named after it all)")
+    parser.add_argument("--num-shards", type=int, default=10, metavar="N", help="climbmix: train shards (default: 10)")
+    parser.add_argument(
+        "--mirror", metavar="URL", help="climbmix: download from here (default: HF_ENDPOINT, or https://huggingface.co)"
+    )
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="climbmix: parallel downloads (default: 8)")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
         name = args.preset if args.preset != "auto" else "laptop" if args.device == "cpu" else preset_here()
         preset = preset_named(name)
         dataset = prepare(
@@ -71,23 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             mirror=args.mirror,
             report=print,
         )
-    except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("hotloop: stopped; nothing half-written was left, and what was there before is there", file=sys.stderr)
-        return 130
-    if why := _why_not_safe(dataset):
-        print(f"WARNING: {why}")
-    rows = ", ".join(f"{s} {dataset.manifest['splits'][s]['rows']:,}" for s in SPLITS)
-    print(f"{dataset.path}\nrows of {dataset.seq_len} tokens: {rows}")
-    print(_next(dataset, name, args.preset == "auto", args.device))
-    return 0
+        if why := _why_not_safe(dataset):
+            print(f"WARNING: {why}")
+        rows = ", ".join(f"{s} {dataset.manifest['splits'][s]['rows']:,}" for s in SPLITS)
+        print(f"{dataset.path}\nrows of {dataset.seq_len} tokens: {rows}")
+        print(_next(dataset, name, args.preset == "auto", args.device))
+        return 0
+
+    return exit_status(run, "stopped; nothing half-written was left, and what was there before is there")
 
 
 def _why_not_safe(dataset: Dataset) -> str:
     """What a sandbox cannot keep from train.py; empty where it can."""
-    from hotloop.harness.sandbox.levels import Sandbox, exposed_text, readable_text
+    from hotloop.harness.sandbox.policy import Sandbox
+    from hotloop.harness.sandbox.visible import exposed_text, readable_text
 
     if file := exposed_text(dataset):
         return f"{file} lies where train.py must be able to read, so no run will start with it; move the text elsewhere"

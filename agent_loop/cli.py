@@ -1,4 +1,4 @@
-"""The command line: `hotloop prepare|run|loop|report|show|diff|best|...`; `hotloop --help` has them all.
+"""The command line: `hotloop COMMAND`.
 
 Every error that a user can mend is one line on stderr and a non-zero exit status; a traceback is a bug of ours.
 """
@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, say, watch
+from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, watch
+from hotloop.harness.command_line import exit_status, say
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.paths import SAME_CODE, import_root
-from hotloop.harness.text import flushed, forgiving, one_line, printable
+from hotloop.harness.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,129 +34,111 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        forgiving(stream)
-    try:
-        return _main(argv)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            flushed(stream)
+    return exit_status(lambda: _main(argv))
 
 
 def _main(argv: list[str]) -> int:
-    try:
-        if argv[:1] == ["prepare"]:  # prepare.py owns its flags
-            from hotloop import prepare
+    if argv[:1] == ["prepare"]:  # prepare.py owns its flags
+        from hotloop import prepare
 
-            return prepare.main(argv[1:])
-        args = _parser().parse_args(argv)
-        args.argv = argv
-        status: int = args.run(args)
-        return status
-    except HotloopError as e:
-        say(printable(str(e)))
-        return e.exit_code
-    except KeyboardInterrupt:
-        say("stopped")
-        return 130
-    except BrokenPipeError:  # nobody reads any more, as after `| head`
-        return 1
-    except OSError as e:  # the machine's fault: a full disk, a folder that may not be written
-        where = f"{e.filename}: " if e.filename else ""
-        say(f"{printable(where)}{e.strerror or e}; mend it and start the same command again")
-        return 1
+        return prepare.main(argv[1:])
+    args = _parser().parse_args(argv)
+    args.argv = argv
+    if getattr(args, "newest_night", False):
+        args.tag = args.tag or _newest_tag(Path("runs"))
+    status: int = args.run(args)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     from hotloop.bench.cli import add_parsers as add_bench_parsers
     from hotloop.harness.single import add_run_arguments
 
-    parser = argparse.ArgumentParser(prog="hotloop", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="hotloop", description="Language-model pretraining experiments on one GPU, all night, with an AI agent as "
+        "the researcher. `hotloop COMMAND --help` has each command's flags."
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
-    commands.add_parser("prepare", help="text to tokenizer and packed rows, once")
+    def add(name: str, run: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        command.set_defaults(run=run)
+        return command
 
-    run = commands.add_parser("run", help="run one experiment of ./train.py and print its summary")
+    def add_of_a_night(
+        name: str, run: Callable[[argparse.Namespace], int], words: str, number: str = "", single: bool = False
+    ) -> argparse.ArgumentParser:
+        """A command on a recorded night; `number`: the help of its experiment, where it takes one."""
+        command = add(name, run, words)
+        if number:
+            command.add_argument("experiment", type=int, nargs="?" if "default" in number else None, help=number)
+        more = ", or `single` for experiments of `hotloop run`" if single else ""
+        command.add_argument("--tag", help=f"the night's name{more} (default: the newest night)")
+        command.set_defaults(newest_night=True)
+        return command
+
+    commands.add_parser("prepare", help="turn text into a tokenizer and packed rows of tokens, once")  # see _main
+
+    run = add("run", _run, "train and score ./train.py once, and print its summary")
     run.add_argument("train", nargs="?", default="train.py", help="the file to run (default: train.py)")
-    run.add_argument("--seed", type=int, default=1)
+    run.add_argument("--seed", type=int, default=1, help="random seed of the training (default: 1)")
     add_run_arguments(run)
-    run.set_defaults(run=_run)
 
-    loop = commands.add_parser("loop", help="a night: experiments by agents, kept or discarded in git")
+    loop = add(
+        "loop", _loop, "start or continue a night: agents edit train.py; each edit is trained, scored, and kept or "
+        "discarded in git"
+    )  # fmt: skip
     _add_loop_arguments(loop)
     add_run_arguments(loop)
-    loop.set_defaults(run=_loop)
 
-    noise = commands.add_parser("noise", help="measure the noise floor: train.py under several seeds")
-    noise.add_argument("--tag", help="a night, whose floor gets more seeds (default: a new one)")
-    noise.add_argument("--seeds", type=int, default=3, metavar="N", help="further seeds (default: 3)")
-    noise.add_argument("--seed", type=int, default=1)
-    add_run_arguments(noise)
-    noise.set_defaults(run=_noise)
-
-    ablate = commands.add_parser("ablate", help="leave one out: what is each kept gain worth at the end?")
-    ablate.add_argument("--tag", help="default: the newest night")
-    add_run_arguments(ablate)
-    ablate.set_defaults(run=_ablate)
-
-    for name, words, number in (
-        ("show", "all of one experiment", "its number"),
-        ("diff", "what an experiment changed", "its number"),
-        ("best", "the best so far, and how it got there", ""),
-        ("checkout", "a branch of your own at an experiment", "its number (default: the best)"),
-    ):
-        look = commands.add_parser(name, help=words)
-        if number:
-            look.add_argument("experiment", type=int, help=number, nargs="?" if name == "checkout" else None)
-        if name == "diff":
-            look.add_argument(
-                "other", type=int, nargs="?", help="compare with this one instead of what it was made from"
-            )
-        look.add_argument("--tag", help="default: the newest night")
-        look.set_defaults(run=_look, name=name)
-
-    report = commands.add_parser("report", help="report.html, results.tsv, progress.png and the table of a night")
-    report.add_argument("--tag", help="default: the newest night")
-    report.set_defaults(run=_report)
-
-    replay = commands.add_parser("replay", help="retrain a recorded experiment; are the weights identical?")
-    replay.add_argument("experiment", type=int, help="its number")
-    replay.add_argument("--tag", help="default: the newest night; `single` for those of hotloop run")
-    replay.add_argument("--data", metavar="DIR")
-    replay.set_defaults(run=_replay)
-
-    audit = commands.add_parser("audit", help="score and audit stored weights again")
-    audit.add_argument("experiment", type=int, help="its number")
-    audit.add_argument("--tag", help="default: the newest night; `single` for those of hotloop run")
-    audit.add_argument("--data", metavar="DIR")
-    audit.set_defaults(run=_audit)
-
-    verify = commands.add_parser("verify", help="is a night what it says: chain, signatures, seals, commits, weights")
-    verify.add_argument("--tag", help="default: the newest night")
-    verify.add_argument(
-        "--key",
-        metavar="HEX",
-        help="the public key that all of it must be signed with (default: your own, where you have one)",
+    add_of_a_night("best", _show, "show the best experiment of a night, and the gains that led to it")
+    add_of_a_night("show", _show, "show everything about one experiment", "its number")
+    diff = add_of_a_night("diff", _show, "show what an experiment changed in train.py", "its number")
+    diff.add_argument("other", type=int, nargs="?", help="compare with this one (default: what it was made from)")
+    add_of_a_night(
+        "checkout", _show, "make a git branch of your own at an experiment", "its number (default: the best one's)"
     )
-    verify.add_argument("--packages", action="store_true", help="compare torch and the others file by file")
-    verify.set_defaults(run=_verify)
+    add_of_a_night("report", _report, "write report.html, results.tsv and progress.png of a night, and print its table")
 
-    keygen = commands.add_parser("keygen", help="make a key: from then on records are signed")
-    keygen.set_defaults(run=_keygen)
+    noise = add("noise", _noise, "measure the noise floor: how much the score of one train.py varies with its seed")
+    noise.add_argument("--tag", help="a night, whose noise floor gets more seeds (default: a new night)")
+    noise.add_argument("--seeds", type=int, default=3, metavar="N", help="how many more seeds (default: 3)")
+    noise.add_argument("--seed", type=int, default=1, help="the first seed (default: 1)")
+    add_run_arguments(noise)
 
-    add_bench_parsers(commands.add_parser("bench", help="the kernels: compile gate, timings, comparison, tuning"))
+    add_run_arguments(
+        add_of_a_night("ablate", _ablate, "measure what each kept edit is worth at the end: the best without that one")
+    )
+    replay = add_of_a_night(
+        "replay", _replay, "retrain a recorded experiment, and compare the weights bit by bit", "its number", True
+    )
+    audit = add_of_a_night("audit", _audit, "score the stored weights of an experiment again", "its number", True)
+    for command in (replay, audit):
+        command.add_argument("--data", metavar="DIR", help="the prepared data (default: what the preset uses)")
 
-    seal = commands.add_parser("seal", help="seal kernels/, harness/ and prepare.py as they are now")
-    seal.set_defaults(run=_seal)
+    verify = add_of_a_night(
+        "verify", _verify, "verify a night's records: hash chain, signatures, seals, commits, decisions, weights"
+    )
+    verify.add_argument(
+        "--key", metavar="HEX", help="the public key that every record must be signed with (default: your own, if any)"
+    )
+    verify.add_argument(
+        "--packages", action="store_true", help="compare the installed torch and other packages file by file, too"
+    )
 
-    extra = commands.add_parser("install", help="FlashAttention 3, prebuilt, by a lock of hashes")
-    extra.add_argument("what", choices=["flash3"])
-    extra.add_argument("--lock", type=Path, required=True, help="JSON: repository, revision, folder, SHA-256 of files")
-    extra.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="take the files from here")
-    extra.set_defaults(run=_install)
+    add("keygen", _keygen, "make a signing key; records are signed from then on")
+    add_bench_parsers(commands.add_parser("bench", help="compile, measure, compare and tune the kernels"))
+    add("doctor", _doctor, "check this machine: what it has, and what is wrong with it")
+    add("seal", _seal, "record the hashes of kernels/, harness/ and prepare.py, after a change of them that you want")
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and what is wrong with it")
-    doctor.set_defaults(run=_doctor)
+    extra = add("install", _install, "install a prebuilt FlashAttention 3, each file checked by its SHA-256")
+    extra.add_argument("what", choices=["flash3"], help="the package")
+    extra.add_argument(
+        "--lock", type=Path, required=True, metavar="FILE", help="JSON: repository, revision, folder, SHA-256 of files"
+    )
+    extra.add_argument(
+        "--from", dest="source", type=Path, metavar="FOLDER", help="take the files from here instead of the network"
+    )
     return parser
 
 
@@ -162,55 +146,73 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     from hotloop.agent_loop.agents.registry import AGENTS
 
     loop.add_argument(
-        "--tag",
-        help="name of the night: one that exists goes on (default: a new one, called after the day, such as nov23)",
+        "--tag", help="the night's name; one of that name is continued (default: a new one, named after the day)"
     )
-    loop.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, 0: after the "
-        "baseline and its noise (default: never)")  # fmt: skip
-    loop.add_argument("--hours", type=float, metavar="H", help="start no experiment after H hours")
-    loop.add_argument("--max-cost", type=float, metavar="USD", help="ask no paid agent once they have cost this much")
-    loop.add_argument("--seed", type=int, default=1, help="of the training and of the built-in agent")
-    loop.add_argument("--gpus", metavar="0,1", help="run side by side on these GPUs, as nvidia-smi numbers them")
     loop.add_argument(
-        "--prewarm", choices=["auto", "on", "off"], default="auto", help="make the next trainer ready while one "
-        "trains (auto: on a GPU; on a CPU only after the training, whose processor time counts)"
+        "--experiments", type=int, metavar="N", help="stop after N experiments; 0: after the baseline and its noise "
+        "(default: never)"
+    )  # fmt: skip
+    loop.add_argument("--hours", type=float, metavar="H", help="start no experiment after H hours (default: no limit)")
+    loop.add_argument("--seed", type=int, default=1, help="of the trainings and of the built-in agent (default: 1)")
+    loop.add_argument(
+        "--gpus", metavar="0,1", help="run experiments side by side on these GPUs, as nvidia-smi numbers them"
+    )
+    loop.add_argument(
+        "--prewarm", choices=["auto", "on", "off"], default="auto", help="start the next trainer's process while one "
+        "trains; on a CPU after that training, whose processor time counts (auto: on a GPU)"
     )  # fmt: skip
     loop.add_argument(
-        "--compile-cache", action="store_true", help="give a trainer what the compilers of kept experiments made"
+        "--compile-cache", action="store_true", help="give each trainer what the compilers of kept experiments made"
     )
     agents = loop.add_argument_group("agents")
     agents.add_argument(
-        "--agent", default="builtin", metavar="NAMES", help=f"of {', '.join(AGENTS)}; several, separated by commas, "
-        "are asked in that order while those before are left alone after a failure"
+        "--agent", default="builtin", metavar="NAMES", help=f"of {', '.join(AGENTS)}; of several, separated by commas, "
+        "the first that is not paused after a failure is asked (default: builtin)"
     )  # fmt: skip
-    agents.add_argument("--no-fallback", action="store_true", help="let the built-in agent not take over at last")
+    agents.add_argument(
+        "--no-fallback", action="store_true", help="do not let the built-in agent take over while all others are paused"
+    )
+    agents.add_argument(
+        "--max-cost", type=float, metavar="USD", help="once the agents have cost this much, ask only free ones"
+    )
+    agents.add_argument("--agent-max-cost", type=float, metavar="USD", help="what one proposal may cost")
+    agents.add_argument(
+        "--agent-timeout", type=float, default=900.0, metavar="S", help="seconds one proposal may take (default: 900)"
+    )
+    agents.add_argument("--model", help="the model's name, for claude, codex and api")
+    agents.add_argument("--api-url", metavar="URL", help="for api: its address, such as http://localhost:8000/v1")
+    agents.add_argument(
+        "--api-extra", metavar="JSON", help="for api: more fields for each request, such as '{\"temperature\": 0.7}'"
+    )
     agents.add_argument("--command", metavar="STR", help="for command: the program that edits train.py")
-    agents.add_argument("--model", help="for claude, codex and api: the model's name")
-    agents.add_argument("--api-url", metavar="URL", help="for api: such as http://localhost:8000/v1")
-    agents.add_argument("--api-extra", metavar="JSON", help="for api: goes into each request: '{\"temperature\": 0.7}'")
-    agents.add_argument("--agent-timeout", type=float, default=900.0, metavar="S", help="seconds a proposal may take")
-    agents.add_argument("--agent-max-cost", type=float, metavar="USD", help="that one proposal may cost")
-    agents.add_argument("--agent-network", action="store_true", help="for command: it may use the network")
-    agents.add_argument("--agent-write", action="append", default=[], metavar="PATH", help="it may change PATH as well")
+    agents.add_argument("--agent-network", action="store_true", help="for command: let it use the network")
+    agents.add_argument(
+        "--agent-write", action="append", default=[], metavar="PATH", help="for command: let it write to PATH, too"
+    )
     decisions = loop.add_argument_group("decisions")
-    decisions.add_argument("--min-gain", type=float, metavar="BPB", help="noise floor, instead of the measured one")
     decisions.add_argument(
-        "--no-second-seed", action="store_true", help="discard marginal gains, instead of trying again"
+        "--noise-seeds", type=int, metavar="N", help="measure the noise floor with N more seeds of the baseline"
     )
     decisions.add_argument(
-        "--noise-seeds", type=int, metavar="N", help="further seeds of the baseline that measure noise"
+        "--min-gain", type=float, metavar="BPB", help="use this noise floor instead of the measured one"
+    )
+    decisions.add_argument(
+        "--no-second-seed", action="store_true", help="discard marginal gains at once, without a second seed"
     )
     decisions.add_argument("--race", action="store_true", help="stop runs early that cannot win any more")
     decisions.add_argument(
         "--preflight", choices=["auto", "always", "never"], default="auto",
-        help="check an edit on the CPU before it gets GPU time (auto: where there is a GPU)",
+        help="try each edit on the CPU before it gets GPU time (auto: where there is a GPU)",
     )  # fmt: skip
-    keeping = loop.add_argument_group("keeping on")
-    keeping.add_argument("--notify", metavar="CMD", help="run CMD with a message: something kept, trouble, the end")
-    keeping.add_argument(
-        "--patience", type=float, default=3600.0, metavar="S", help="seconds to wait out a full disk etc."
+    trouble = loop.add_argument_group("trouble")
+    trouble.add_argument(
+        "--notify", metavar="CMD", help="run CMD with a message when something is kept, goes wrong, or ends"
     )
-    keeping.add_argument("--no-watchdog", action="store_true", help="do not start the driver again when it dies")
+    trouble.add_argument(
+        "--patience", type=float, default=3600.0, metavar="S",
+        help="how many seconds to wait for a full disk, a locked git or a lost GPU (default: 3600)",
+    )  # fmt: skip
+    trouble.add_argument("--no-watchdog", action="store_true", help="do not restart the night's process when it dies")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -222,21 +224,18 @@ def _run(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from hotloop.harness.single import replay_command
 
-    args.tag = args.tag or _newest_tag(Path("runs"))
     return replay_command(args)
 
 
 def _audit(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands.verify import audit_command
 
-    args.tag = args.tag or _newest_tag(Path("runs"))
     return audit_command(args)
 
 
 def _verify(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands.verify import verify_command
 
-    args.tag = args.tag or _newest_tag(Path("runs"))
     return verify_command(args)
 
 
@@ -265,10 +264,11 @@ def _seal(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from hotloop.agent_loop.commands.start import cage_check
+    from hotloop.agent_loop.commands.start import sandbox_check as agents
+    from hotloop.bench.doctor import checks as kernels
     from hotloop.harness.doctor import main as doctor
 
-    return doctor(args, more=[cage_check])
+    return doctor(args, more=itertools.chain(kernels(), agents()))
 
 
 def _console() -> Console:
@@ -289,24 +289,18 @@ def _report(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands.show import night_named
     from hotloop.agent_loop.report.files import draw, print_results, write_tsv
 
-    night = night_named(args.tag or _newest_tag(Path("runs")))
+    night = night_named(args.tag)
     write_tsv(night)
     draw(str(night.folder), str(Path.cwd()))
     print_results(night, _console())
     return 0
 
 
-def _look(args: argparse.Namespace) -> int:
-    from hotloop.agent_loop.commands import show as looking
+def _show(args: argparse.Namespace) -> int:
+    from hotloop.agent_loop.commands import show
 
-    args.tag = args.tag or _newest_tag(Path("runs"))
-    commands = {
-        "show": looking.show_command,
-        "diff": looking.diff_command,
-        "best": looking.best_command,
-        "checkout": looking.checkout_command,
-    }
-    return commands[args.name](args)
+    run: Callable[[argparse.Namespace], int] = getattr(show, f"{args.verb}_command")
+    return run(args)
 
 
 def _ablate(args: argparse.Namespace) -> int:
@@ -318,7 +312,7 @@ def _ablate(args: argparse.Namespace) -> int:
     from hotloop.harness.records.record import Lock
     from hotloop.harness.single import budget_from, settings_of
 
-    folder = night_named(args.tag or _newest_tag(Path("runs"))).folder
+    folder = night_named(args.tag).folder
     settings = settings_of(args)
     repo = open_repo(Path.cwd())
     with Lock(folder / "lock"):
@@ -364,7 +358,7 @@ def _loop(args: argparse.Namespace) -> int:
     for settings in command.slots:  # a driver that was started again waits for its GPU as for any fault
         if settings.device == "cuda":
             alone(settings.sandbox.gpu)
-    command.try_cages()
+    command.try_sandboxes()
     if args.no_watchdog:
         return _drive(command, again)
     code = SAME_CODE + "del sys.argv[1]; from hotloop.agent_loop.cli import main; sys.exit(main())"

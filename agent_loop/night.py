@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 from hotloop.agent_loop.agents.agent import Tried
 from hotloop.harness.errors import UsageError
+from hotloop.harness.files import write_whole
 from hotloop.harness.records.record import Chain, Outcome
 from hotloop.harness.scoring.score import Noise, Score
 from hotloop.harness.text import one_line
 
-__all__ = ["Flight", "Night", "Proposal", "Row", "Run", "write_whole"]
+__all__ = ["Flight", "Night", "Proposal", "Row", "Run"]
 
 
 _BEFORE = {"repeatable": True}  # settings of nights that were begun before these could be chosen
@@ -123,13 +123,6 @@ class Row:
 
 def _told(row: Row) -> Tried:
     return Tried(row.number, row.decision, row.reason, row.description, row.val_bpb)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file by one that is whole, or leave it as it is. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import tokenize
 from dataclasses import dataclass
 
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.preflight.lint import MAX_BYTES, compressed_bytes, problem
+from hotloop.harness.preflight.lint import MAX_BYTES, compressed_bytes, problem, unfit
 from hotloop.harness.text import one_line
 
 __all__ = ["MAX_BYTES", "ProposalError", "Size", "check_source", "code_lines", "merge", "size_of", "syntax_hash"]
@@ -52,6 +52,9 @@ def check_source(source: bytes) -> None:
     """
     if reason := problem(source):
         raise ProposalError("invalid", reason)
+    reason, line = unfit(source)
+    if reason:
+        raise ProposalError("crash", f"train.py cannot be run: {reason}{f' (line {line})' * bool(line)}")
     if (lines := len(source.splitlines())) > MAX_LINES:
         raise ProposalError("invalid", f"train.py has {lines} lines; at most {MAX_LINES} are run")
     try:
@@ -62,16 +65,10 @@ def check_source(source: bytes) -> None:
             _dumped(source)
             size_of(source)
         merge(source, source, source)
-    except Exception as e:  # SyntaxError, ValueError, RecursionError, MemoryError, tokenize's own, ...
-        where = f" in line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
-        raise ProposalError("crash", f"train.py does not parse: {words}{where}") from None
+    except Exception as e:  # RecursionError, MemoryError, tokenize's own, ...
+        raise ProposalError("crash", f"train.py does not parse: {one_line(str(e) or type(e).__name__, 200)}") from None
     if deep:
         raise ProposalError("crash", f"train.py nests expressions or blocks deeper than {MAX_DEPTH}; write it flatter")
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    for name in ("build_model", "train"):
-        if name not in defined:
-            raise ProposalError("crash", f"train.py does not define {name}()")
 
 
 def _depth(tree: ast.AST) -> int:

@@ -7,18 +7,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.command_line import exit_status
+from hotloop.harness.errors import UsageError
 
 __all__ = ["add_parsers", "main"]
 
-TRIAL = "on a CPU, at a minute size: shows that all of it runs, and measures nothing"
+TRIAL = "try all of it on a CPU at a tiny size, without measuring anything"
 
 
 def add_parsers(parser: argparse.ArgumentParser) -> None:
     """The parts of `bench`, as subcommands of a parser; each sets `run`."""
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
 
-    run = parts.add_parser("run", help="time the kernels on this GPU against their references and peers")
+    run = parts.add_parser("run", help="time the kernels on this GPU against plain PyTorch and other libraries")
     run.add_argument("--operator", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     run.add_argument(
         "--shape", action="append", default=[], metavar="CLASS", help="baseline, long, ...; may be repeated"
@@ -26,107 +27,124 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE")
     run.set_defaults(run=_run)
 
-    check = parts.add_parser("check", help="everything that needs a GPU, part by part (make gpu-check)")
-    check.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
-    check.add_argument("--data", type=Path, metavar="DIR", help="rows of 2048 tokens; else of the built-in text")
-    check.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
-    check.add_argument("--part", action="append", metavar="NAME", help="only this; may be repeated")
+    check = parts.add_parser("check", help="check and measure everything that needs a GPU (make gpu-check)")
+    _add_train(check)
+    check.add_argument("--data", type=Path, metavar="DIR", help="rows of 2048 tokens (default: built-in text)")
+    check.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: bench/results)")
+    check.add_argument("--part", action="append", metavar="NAME", help="only this part; may be repeated")
     check.add_argument(
-        "--minutes", type=float, default=1440.0, metavar="N", help="begin no part that may take longer than is left"
+        "--minutes",
+        type=float,
+        default=1440.0,
+        metavar="N",
+        help="stop after N minutes (default: a day)",
     )
-    check.add_argument("--again", action="store_true", help="forget what was done here")
-    check.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a trial of every part, which measures nothing"
-    )
+    check.add_argument("--again", action="store_true", help="begin anew: forget the parts that are done")
+    check.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try it")
     check.set_defaults(run=_check)
 
-    attention = parts.add_parser(
-        "attention", help="every attention backend that is here; kernels/tuned keeps their order"
-    )
+    attention = parts.add_parser("attention", help="time and order the attention backends that are installed")
     attention.add_argument("--shape", action="append", default=[], metavar="CLASS", help="only this; may be repeated")
     attention.add_argument("--out", type=Path, default=Path("attention.json"), metavar="FILE")
-    attention.add_argument("--minutes", type=float, default=60.0, metavar="N", help="at most so long (default: 60)")
-    attention.add_argument("--repeats", type=int, default=1000, metavar="N", help="compared to the bit (default: 1000)")
+    attention.add_argument("--minutes", type=float, default=60.0, metavar="N", help="(default: 60)")
+    attention.add_argument(
+        "--repeats", type=int, default=1000, metavar="N", help="runs that must be equal (default: 1000)"
+    )
     attention.add_argument("--trial", action="store_true", help=TRIAL)
     attention.set_defaults(run=_attention)
 
-    compare = parts.add_parser(
-        "compare", help="fail when a kernel got worse; BASE `committed` is the newest result here"
-    )
-    compare.add_argument("base", metavar="BASE")
-    compare.add_argument("new", type=Path, metavar="NEW")
+    compare = parts.add_parser("compare", help="fail when a kernel got slower than in an earlier result")
+    compare.add_argument("base", metavar="BASE", help="a result file; `committed`: the newest one in bench/results")
+    compare.add_argument("new", type=Path, metavar="NEW", help="the result file to judge")
     compare.set_defaults(run=_compare)
 
-    plot = parts.add_parser("plot", help="time and share of the roofline over results, oldest first")
-    plot.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    plot = parts.add_parser("plot", help="plot each kernel's time and share of the roofline over several results")
+    plot.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results, oldest first")
     plot.add_argument("--out", type=Path, default=Path("bench.png"), metavar="PNG")
     plot.set_defaults(run=_plot)
 
-    gate = parts.add_parser("gate", help="compile every shipped configuration without a GPU: spills, shared memory")
-    gate.add_argument("--step", action="store_true", help="instead, train.py's whole step as torch compiles it")
-    gate.add_argument("--all", action="store_true", help="for every architecture, not only those of CI")
-    gate.add_argument("--write", action="store_true", help="write what was found to bench/results, and into the docs")
+    gate = parts.add_parser("gate", help="compile and check every shipped kernel, without a GPU")
+    gate.add_argument("--step", action="store_true", help="compile train.py's whole training step instead")
+    gate.add_argument("--all", action="store_true", help="for every supported GPU architecture, not only those of CI")
+    gate.add_argument("--write", action="store_true", help="write the findings to bench/results and into docs/")
     gate.set_defaults(run=_gate)
 
-    tune = parts.add_parser("tune", help="search launch configurations; writes kernels/tuned/<gpu>.json")
-    tune.add_argument("--operator", action="append", default=[], metavar="KERNEL")
+    tune = parts.add_parser("tune", help="search for the kernels' fastest launch configurations on this GPU")
+    tune.add_argument("--operator", action="append", default=[], metavar="KERNEL", help="only this; may be repeated")
     _add_minutes(tune)
     tune.set_defaults(run=_tune)
 
-    step = parts.add_parser("step", help="one training step of train.py by operator")
-    step.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
-    step.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
-    step.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
+    step = parts.add_parser("step", help="time one training step of train.py, by operator")
+    _add_train(step)
+    step.add_argument("--preset", choices=["h100", "laptop"], help="(default: h100 with a GPU, laptop without)")
+    step.add_argument("--page", type=Path, metavar="FILE", help="also write the page that is shown to FILE")
     step.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of train.py")
-    step.add_argument("--fast-nondeterministic", action="store_true", help="do not ask for results that repeat")
+    step.add_argument("--fast-nondeterministic", action="store_true", help="let results not repeat to the bit")
     step.set_defaults(run=_step)
 
-    switches = parts.add_parser(
-        "switches", help="which kernels are worth having in a whole step, by greedy selection; 8 bits; CUDA graphs"
-    )
-    switches.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
+    switches = parts.add_parser("switches", help="find which kernels make a whole training step faster")
+    _add_train(switches)
     _add_minutes(switches)
     switches.set_defaults(run=_switches)
 
-    repeats = parts.add_parser("determinism", help="what results that repeat to the bit cost a whole step")
-    repeats.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
-    repeats.add_argument("--preset", choices=["h100", "laptop"], help="default: by device")
-    repeats.add_argument("--pairs", type=int, default=3, metavar="N")
+    repeats = parts.add_parser("determinism", help="measure what repeating to the bit costs a training step")
+    _add_train(repeats)
+    repeats.add_argument("--preset", choices=["h100", "laptop"], help="(default: h100 with a GPU, laptop without)")
+    repeats.add_argument("--pairs", type=int, default=3, metavar="N", help="of measurements (default: 3)")
     repeats.set_defaults(run=_determinism)
 
-    side = parts.add_parser("baseline", help="train.py beside the same model in plain PyTorch: speed, memory, score")
-    _add_comparison(side)
-    side.add_argument("--pairs", type=int, default=1, metavar="N")
-    side.add_argument("--free", action="store_true", help="plain PyTorch a second time, without repeatable results")
-    side.set_defaults(run=_baseline)
+    baseline = parts.add_parser("baseline", help="compare train.py with plain PyTorch: speed, memory, score")
+    _add_comparison(baseline)
+    baseline.add_argument("--pairs", type=int, default=1, metavar="N", help="of trainings (default: 1)")
+    baseline.add_argument("--free", action="store_true", help="also plain PyTorch that need not repeat to the bit")
+    baseline.set_defaults(run=_baseline)
 
-    beside = parts.add_parser("overheads", help="an experiment's time beside its training, against what it should be")
-    beside.add_argument("tags", nargs="*", metavar="TAG", help="nights under runs/; none for two short ones of its own")
-    beside.add_argument("--night", action="append", choices=["plain", "ahead"], help="of its own; default: both")
-    beside.add_argument("--experiments", type=int, default=2, metavar="N", help="of each, beside its baseline")
-    beside.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE")
-    beside.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
-    beside.add_argument("--data", metavar="DIR")
-    beside.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
-    beside.set_defaults(run=_overheads)
+    overheads = parts.add_parser("overheads", help="measure what an experiment takes beside its training")
+    overheads.add_argument("tags", nargs="*", metavar="TAG", help="nights (default: two short ones of its own)")
+    overheads.add_argument(
+        "--night", action="append", choices=["plain", "ahead"], help="of its own nights (default: both)"
+    )
+    overheads.add_argument("--experiments", type=int, default=2, metavar="N", help="of its own nights (default: 2)")
+    _add_train(overheads)
+    _add_data(overheads)
+    overheads.add_argument("--page", type=Path, metavar="FILE", help="also write the page that is shown to FILE")
+    overheads.set_defaults(run=_overheads)
 
-    quality = parts.add_parser("quality", help="train.py against plain PyTorch under several seeds: equal quality?")
+    quality = parts.add_parser("quality", help="compare train.py's scores with plain PyTorch's under several seeds")
     _add_comparison(quality)
-    quality.add_argument("--seeds", type=int, default=5, metavar="N")
-    quality.add_argument("--tiny", action="store_true", help="a minute size, for kernels through the interpreter")
-    quality.add_argument("--out", type=Path, metavar="DIR", help="for the JSON; default: bench/results, --tiny none")
+    quality.add_argument("--seeds", type=int, default=5, metavar="N", help="(default: 5)")
+    quality.add_argument("--tiny", action="store_true", help="at a tiny size, with the kernels in Triton's interpreter")
+    quality.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the JSON goes (default: bench/results; with --tiny nowhere)"
+    )
     quality.set_defaults(run=_quality)
 
-    walls = parts.add_parser("sandbox", help="training speed and start-up inside the sandbox against outside")
-    walls.add_argument("--pairs", type=int, default=7, metavar="N")
-    walls.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps of each training")
-    walls.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
-    walls.add_argument("--data", metavar="DIR")
-    walls.set_defaults(run=_sandbox)
+    sandbox = parts.add_parser(
+        "sandbox", help="measure what the sandbox costs: training speed and start-up inside and outside"
+    )
+    sandbox.add_argument("--pairs", type=int, default=7, metavar="N", help="trainings inside and outside (default: 7)")
+    sandbox.add_argument(
+        "--steps", type=int, default=40, metavar="N", help="optimizer steps of each training (default: 40)"
+    )
+    _add_data(sandbox)
+    sandbox.set_defaults(run=_sandbox)
 
-    smoke = parts.add_parser("smoke", help="the rig itself on a CPU, at tiny shapes: no measurement")
+    smoke = parts.add_parser(
+        "smoke", help="try the benchmark itself on a CPU at tiny shapes, without measuring anything"
+    )
     smoke.add_argument("--out", type=Path, default=Path("smoke.json"), metavar="FILE")
     smoke.set_defaults(run=_smoke)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train", type=Path, default=Path("train.py"), metavar="FILE", help="(default: train.py)")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", default="auto", choices=["auto", "h100", "laptop"], help="auto: h100 with a GPU, laptop without"
+    )
+    parser.add_argument("--data", metavar="DIR", help="a folder that `hotloop prepare` made (default: the preset's)")
 
 
 def _add_minutes(parser: argparse.ArgumentParser) -> None:
@@ -135,25 +153,24 @@ def _add_minutes(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=60.0,
         metavar="N",
-        help="at most so long; then again to go on (default: 60)",
+        help="stop after N minutes; the same command continues (default: 60)",
     )
-    parser.add_argument("--notes", type=Path, metavar="FILE", help="what was found so far; default: in bench/results")
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="what was found so far (default: in bench/results)")
     parser.add_argument("--trial", action="store_true", help=TRIAL)
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="auto", choices=["auto", "h100", "laptop"])
-    parser.add_argument("--data", metavar="DIR")
-    parser.add_argument("--tokens", type=float, metavar="N", help="of each training")
+    _add_data(parser)
+    parser.add_argument("--tokens", type=float, metavar="N", help="of each training (default: the preset's budget)")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         dest="changes",
         metavar="NAME=VALUE",
-        help="train.py with a constant changed, beside train.py as it is; may be repeated",
+        help="compare train.py with a constant changed and train.py as it is; may be repeated",
     )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also write the page that is shown to FILE")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -299,7 +316,7 @@ def _check_minutes(args: argparse.Namespace) -> None:
 
 
 def _baseline(args: argparse.Namespace) -> int:
-    from hotloop.bench.versus_plain import main as beside
+    from hotloop.bench.versus_plain import main as compare_models
     from hotloop.harness.single import settings_from
 
     if args.pairs < 1:
@@ -307,7 +324,7 @@ def _baseline(args: argparse.Namespace) -> int:
     if args.free and args.changes:
         raise UsageError("--free is of plain PyTorch, and --set compares train.py with itself")
     settings = settings_from(preset=args.preset, data=args.data)
-    return _shown(beside(settings, _tokens(args), args.pairs, args.free, changes=args.changes), args)
+    return _shown(compare_models(settings, _tokens(args), args.pairs, args.free, changes=args.changes), args)
 
 
 def _overheads(args: argparse.Namespace) -> int:
@@ -370,9 +387,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hotloop bench", description=__doc__)
     add_parsers(parser)
     args = parser.parse_args(argv)
-    try:
-        status: int = args.run(args)
-    except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
-        return e.exit_code
-    return status
+    return exit_status(lambda: args.run(args))

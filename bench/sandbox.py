@@ -15,14 +15,15 @@ import time
 from pathlib import Path
 
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.gpu import between_runs as gpu
+from hotloop.harness.gpu import between_runs
 from hotloop.harness.paths import project_root
-from hotloop.harness.sandbox.levels import Sandbox, best
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.probe_cuda import probe_cuda
 from hotloop.harness.settings import BudgetRule, Spec
 from hotloop.harness.single import settings_from
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.session import Session, SessionConfig, Trained
 
 __all__ = ["levels", "main"]
 
@@ -41,9 +42,9 @@ def levels(device: str) -> int:
         except HotloopError as e:
             print(f"L{level}: {e}", flush=True)
     if device == "cuda":
-        print("not ours on the GPU:", gpu.others())
+        print("not ours on the GPU:", between_runs.others())
         began = time.monotonic()
-        print(f"{gpu.clear()} MiB cleared in {time.monotonic() - began:.2f} s")
+        print(f"{between_runs.clear()} MiB cleared in {time.monotonic() - began:.2f} s")
     return 0 if works else 1
 
 
@@ -58,8 +59,10 @@ def main(pairs: int, steps: int, preset: str, data: str | None) -> int:
     def train(sandbox: Sandbox, tokens: int) -> Trained:
         rule = BudgetRule("tokens", float(tokens))
         with tempfile.TemporaryDirectory() as folder:
-            session = Session(source, spec, chosen, rows, Budget(rule), Path(folder), settings.threads, sandbox=sandbox)
-            return session.run()
+            return Session(SessionConfig(
+                source=source, spec=spec, preset=chosen, rows=rows, budget=Budget(rule), folder=Path(folder),
+                threads=settings.threads, sandbox=sandbox,
+            )).run()  # fmt: skip
 
     first = train(settings.sandbox, 1 << 17 if settings.device == "cpu" else 1 << 20)
     tokens = first.tokens // first.steps * steps

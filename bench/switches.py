@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from hotloop.harness.errors import HotloopError
+from hotloop.harness.files import write_whole
 from hotloop.harness.proof import device as dev
-from hotloop.harness.tuning.notes import UNFINISHED, Notes, write_whole
+from hotloop.harness.tuning.notes import UNFINISHED, Notes
 from hotloop.harness.tuning.runner import Setting, StepRunner
 from hotloop.harness.tuning.selection import Comparison, Member, Members, Selection, Start, TimeIsUp, Unfit, words
 from hotloop.kernels import tuning

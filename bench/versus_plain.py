@@ -19,11 +19,11 @@ from hotloop.harness.errors import HotloopError, TrialError, UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.machine import gpus, mfu_percent
 from hotloop.harness.paths import project_root
-from hotloop.harness.scoring.evaluation import Evaluator
+from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session
+from hotloop.harness.training.session import Session, SessionConfig
 from hotloop.harness.tuning.overrides import with_constants
 
 __all__ = ["OURS", "PLAIN", "TOKENS", "Side", "main", "page", "pair_of", "source_of", "train_once"]
@@ -109,17 +109,20 @@ def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: 
     budget = Budget(BudgetRule("tokens", tokens))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        session = Session(
-            source, spec, preset, rows, budget, folder, settings.threads, sandbox=settings.sandbox
-        )  # fmt: skip
-        evaluator = Evaluator(
-            source, spec, preset, val[: preset.eval_rows], holdout[: preset.holdout_rows], rows, dataset.token_bytes,
-            folder, settings.threads, sandbox=settings.sandbox,
+        session = Session(SessionConfig(
+            source=source, spec=spec, preset=preset, rows=rows, budget=budget, folder=folder,
+            threads=settings.threads, sandbox=settings.sandbox,
+        ))  # fmt: skip
+        scoring = Scoring(
+            source=source, spec=spec, preset=preset, val=val[: preset.eval_rows], train=rows, folder=folder,
+            holdout=holdout[: preset.holdout_rows], token_bytes=dataset.token_bytes, threads=settings.threads,
+            sandbox=settings.sandbox,
         )  # fmt: skip
         try:
             trained = session.run()
-            check_weights(trained.weights)
-            scored = evaluator.run(trained.weights)
+            check_weights(trained.weights, preset.limits.spare_bytes)
+            with Evaluator(scoring) as evaluator:
+                scored = evaluator.run(trained.weights)
         except TrialError as e:
             raise HotloopError(f"{name}, seed {seed}, ended as {e.status}: {e.reason}") from None
     rate = trained.tokens / trained.training_s

@@ -6,10 +6,8 @@ record(chain, outcome)
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hotloop.harness.data.dataset import Dataset
 from hotloop.harness.errors import DataError, DiskFullError, HotloopError, SealError, TrialError
@@ -25,17 +24,21 @@ from hotloop.harness.machine import check_device, environment, mfu_percent
 from hotloop.harness.preflight.lint import problem
 from hotloop.harness.records.record import OPEN_TEXT, Chain, Outcome, version
 from hotloop.harness.records.seal import verify_seal
-from hotloop.harness.sandbox.levels import Sandbox, best, exposed, exposed_text, readable_text
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
+from hotloop.harness.sandbox.visible import exposed, exposed_text, readable_text
+from hotloop.harness.scoring.bound import Cost
+from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Preset, Spec
 from hotloop.harness.text import one_line, shorten
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.compile_cache import PACK, Store
 from hotloop.harness.training.conditions import Watch, is_machines_fault, warnings
-from hotloop.harness.training.prewarm import Prewarmer, Setup
-from hotloop.harness.training.session import Event, Session
+from hotloop.harness.training.prewarm import Prewarmer
+from hotloop.harness.training.session import Event, Session, SessionConfig, Trained
+from hotloop.harness.training.trainer import Setup
 
 __all__ = [
     "LOSSES",
@@ -43,16 +46,18 @@ __all__ = [
     "Job",
     "Settings",
     "data_warnings",
-    "evaluated",
     "forget_weights",
+    "losses",
     "record",
     "replayed",
     "run_experiment",
+    "scoring_of",
     "summary",
+    "token_seconds",
 ]
 
 LOG_BYTES = 1 << 20  # of a run's log, kept once it has ended
-LOSSES = "losses.npy"  # what the baseline lost on each token of val and holdout, float32 [N, T], nats
+LOSSES = "losses.npy"  # what a kept train.py lost on each token of val and holdout, float16 [N, T], nats
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Job:
         replay: the `budget` of a record, to be used as it stands; None otherwise.
         stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
             to stop the run as `raced`, or None.
-        reference: file of what the night's baseline lost on each token, which the audit looks by; None for none.
+        reference: file of what the incumbent lost on each token, which the audit looks by; None for none.
+        baseline_cost: what the evaluation of the baseline computed, which bounds this one; None for a first run.
+        keep_below: the bpb above which it cannot be kept, so that less of it is audited; None to audit it fully.
         folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
@@ -91,6 +98,8 @@ class Job:
     replay: dict[str, Any] | None = None
     stop: Callable[[list[list[float]], int], str | None] | None = None
     reference: Path | None = None
+    baseline_cost: Cost | None = None
+    keep_below: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,8 +178,7 @@ def run_experiment(
     if (verify_seal(), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
     outcome.total_s = time.monotonic() - began
-    for name in ("log.txt", "evaluate.txt"):
-        shorten(job.folder / name, LOG_BYTES)
+    shorten(job.folder / "log.txt", LOG_BYTES)
     told = [
         *data_warnings(settings, outcome.data.get("epochs", 0.0)),
         *warnings(outcome.conditions, outcome.training_s),
@@ -208,9 +216,6 @@ def _try(
     preset, dataset = settings.preset, settings.dataset
     if reason := problem(job.source):
         raise TrialError("invalid", reason)
-    spec = Spec(
-        preset.name, settings.device, job.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
-    )  # fmt: skip
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens, job.pace, job.late)
     epoch_tokens, before = outcome.data["epoch_tokens"], ""
@@ -222,6 +227,8 @@ def _try(
             emit(Event("train", message=_repeated("will go", budget.tokens / epoch_tokens, epoch_tokens)))
         before = event.phase
         emit(event)
+        if event.phase == "calibrate":
+            evaluator.wait()  # from here on time counts, and nothing works beside it
 
     train = dataset.rows("train")
     store, setup = settings.store, settings.setup
@@ -229,73 +236,83 @@ def _try(
     outcome.compiled = {"given": given.as_dict() if given else None, "left": None, "note": note} if store else {}
 
     def session(budget: Budget) -> Session:
-        return Session(
-            job.source,
-            spec,
-            preset,
-            train,
-            budget,
-            job.folder,
-            settings.threads,
-            shown,
-            clock,
-            settings.sandbox,
-            job.baseline_cpu_s,
-            job.stop,
-            settings.prewarmer,
-            given,
-            store is not None,
-            settings.repeatable,
-            preset.warm_s if job.cold and settings.device == "cuda" else 0.0,
+        config = SessionConfig(
+            source=job.source,
+            spec=_spec(settings, job.seed),
+            preset=preset,
+            rows=train,
+            budget=budget,
+            folder=job.folder,
+            threads=settings.threads,
+            sandbox=settings.sandbox,
+            repeatable=settings.repeatable,
+            on_event=shown,
+            clock=clock,
+            stop=job.stop,
+            baseline_cpu_s=job.baseline_cpu_s,
+            prewarmer=settings.prewarmer,
+            compiled=given,
+            ask_compiled=store is not None,
+            warm_s=preset.warm_s if job.cold and settings.device == "cuda" else 0.0,
         )
+        return Session(config)
 
-    run = session(budget)
-    began = clock()
-    try:
-        if not _promise_kept(run, job):
-            taken_s, promised_s = run.result.training_s, budget.expected_s
-            budget = Budget(rule, sustained=budget.used / taken_s)
-            run = session(budget)
-            outcome.conditions["corrected"] = {"training_s": taken_s, "promised_s": promised_s}
-            outcome.ledger["calibrate"] = clock() - began  # which is what the first try has become
-            run.run()
-    finally:
-        trained = run.result
-        outcome.budget = budget.as_dict()
-        first_s = outcome.ledger.get("calibrate", 0.0)
-        outcome.ledger |= trained.ledger
-        if first_s:
-            outcome.ledger["calibrate"] = first_s + trained.ledger.get("calibrate", 0.0)
-        outcome.start = trained.start
-        outcome.tokens, outcome.steps, outcome.training_s = trained.tokens, trained.steps, trained.training_s
-        outcome.training_cpu_s = trained.training_cpu_s
-        outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
-        outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
-        outcome.conditions["feed_late_s"] = trained.feed_late_s
-        outcome.data["epochs"] = trained.tokens / outcome.data["epoch_tokens"]
-        if trained.device_s is not None:
-            outcome.conditions |= {"device_s": trained.device_s, "device_wall_s": trained.device_wall_s}
-        outcome.mfu_percent = mfu_percent(
-            settings.device, trained.flops_per_token, outcome.tokens_per_s, settings.sandbox.gpu
-        )
-        outcome.environment["kernels"] = trained.implementations
-    outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
-    outcome.num_params = check_weights(trained.weights)
-    (job.folder / "weights.safetensors").write_bytes(trained.weights)
-    if store and trained.compiled:
-        left, too_large = store.leave(trained.compiled, setup, given, job.folder)
-        outcome.compiled |= {"left": left.as_dict() if left else None, "note": note or too_large}
-        trained.compiled = None
-    evaluation = evaluated(job.source, outcome, settings, job.folder, trained.weights, emit, job.reference)
-    if job.kind == "baseline":
-        assert evaluation.nll is not None
-        np.save(job.folder / LOSSES, evaluation.nll)
-    outcome.ledger |= evaluation.ledger
-    outcome.val_bpb, outcome.holdout_bpb = evaluation.val_bpb, evaluation.holdout_bpb
-    outcome.val_bpb_reference = evaluation.val_bpb_reference
-    outcome.audit = evaluation.audit
-    outcome.conditions |= evaluation.cost
+    scoring = scoring_of(
+        job.source, job.seed, settings, job.folder, on_event=emit, reference=losses(job.reference),
+        baseline=job.baseline_cost, keep_below=job.keep_below,
+    )  # fmt: skip
+    with Evaluator(scoring) as evaluator:  # its processes make their imports beside the trainer's
+        run = session(budget)
+        began = clock()
+        try:
+            if not _promise_kept(run, job):
+                taken_s, promised_s = run.result.training_s, budget.expected_s
+                budget = Budget(rule, sustained=budget.used / taken_s)
+                run = session(budget)
+                outcome.conditions["corrected"] = {"training_s": taken_s, "promised_s": promised_s}
+                outcome.ledger["calibrate"] = clock() - began  # which is what the first try has become
+                run.run()
+        finally:
+            trained = run.result
+            _note_training(outcome, settings, budget, trained)
+        outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
+        outcome.num_params = check_weights(trained.weights, preset.limits.spare_bytes)
+        (job.folder / "weights.safetensors").write_bytes(trained.weights)
+        if store and trained.compiled:
+            left, too_large = store.leave(trained.compiled, setup, given, job.folder)
+            outcome.compiled |= {"left": left.as_dict() if left else None, "note": note or too_large}
+            trained.compiled = None
+        found = evaluator.run(trained.weights, token_seconds(outcome))
+    assert found.nll is not None
+    np.save(job.folder / LOSSES, found.nll.astype(np.float16))
+    outcome.ledger |= found.ledger
+    outcome.val_bpb, outcome.holdout_bpb = found.val_bpb, found.holdout_bpb
+    outcome.val_bpb_reference = found.val_bpb_reference
+    outcome.audit = found.audit
+    outcome.conditions |= found.cost
     outcome.status = "ok"
+
+
+def _note_training(outcome: Outcome, settings: Settings, budget: Budget, trained: Trained) -> None:
+    """Put into the record what a training came to, also one that failed."""
+    outcome.budget = budget.as_dict()
+    first_s = outcome.ledger.get("calibrate", 0.0)
+    outcome.ledger |= trained.ledger
+    if first_s:
+        outcome.ledger["calibrate"] = first_s + trained.ledger.get("calibrate", 0.0)
+    outcome.start = trained.start
+    outcome.tokens, outcome.steps, outcome.training_s = trained.tokens, trained.steps, trained.training_s
+    outcome.training_cpu_s = trained.training_cpu_s
+    outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
+    outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
+    outcome.conditions["feed_late_s"] = trained.feed_late_s
+    outcome.data["epochs"] = trained.tokens / outcome.data["epoch_tokens"]
+    if trained.device_s is not None:
+        outcome.conditions |= {"device_s": trained.device_s, "device_wall_s": trained.device_wall_s}
+    outcome.mfu_percent = mfu_percent(
+        settings.device, trained.flops_per_token, outcome.tokens_per_s, settings.sandbox.gpu
+    )
+    outcome.environment["kernels"] = trained.implementations
 
 
 def _promise_kept(session: Session, job: Job) -> bool:
@@ -310,53 +327,47 @@ def _promise_kept(session: Session, job: Job) -> bool:
     except TrialError as e:
         if not (first and e.status == "overtime" and session.budget.used):
             raise
-        if session.result.training_s <= session.preset.limits.overtime * session.budget.expected_s:
+        if session.result.training_s <= session.config.preset.limits.overtime * session.budget.expected_s:
             raise  # by its processor time
         return False
     if not first or job.kind != "baseline":
         return True
-    return session.budget.expected_s / session.preset.limits.overtime <= session.result.training_s
+    return session.budget.expected_s / session.config.preset.limits.overtime <= session.result.training_s
 
 
-def evaluated(
-    source: bytes,
-    outcome: Outcome,
-    settings: Settings,
-    folder: Path,
-    weights: bytearray,
-    on_event: Callable[[Event], None] = lambda _: None,
-    reference: Path | None = None,
-) -> Evaluation:
-    """Score and audit weights as the experiment of `outcome` is scored.
-
-    Args:
-        reference: the LOSSES of the night's baseline, where there are any.
-
-    Raises:
-        TrialError: see `Evaluator.run`.
-    """
+def scoring_of(source: bytes, seed: int, settings: Settings, folder: Path, **more: Any) -> Scoring:
+    """How a train.py is scored, on a folder that is there; `more` are further fields of `Scoring`."""
     preset, dataset = settings.preset, settings.dataset
-    spec = Spec(
-        preset.name, settings.device, outcome.seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor
-    )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    used_s = outcome.training_cpu_s if settings.device == "cpu" else outcome.training_s
-    return Evaluator(
-        source,
-        spec,
-        preset,
-        dataset.rows("val")[: preset.eval_rows],
-        dataset.rows("holdout")[: preset.holdout_rows],
-        dataset.rows("train"),
-        dataset.token_bytes,
-        folder,
-        settings.threads,
-        on_event,
-        settings.sandbox,
-        dataset.reference_bytes,
-        used_s / outcome.tokens if outcome.tokens else None,
-        np.load(reference, allow_pickle=False) if reference and reference.exists() else None,
-    ).run(weights)
+    return Scoring(
+        source=source,
+        spec=_spec(settings, seed),
+        preset=preset,
+        val=dataset.rows("val")[: preset.eval_rows],
+        holdout=dataset.rows("holdout")[: preset.holdout_rows],
+        train=dataset.rows("train"),
+        token_bytes=dataset.token_bytes,
+        reference_bytes=dataset.reference_bytes,
+        folder=folder,
+        threads=settings.threads,
+        sandbox=settings.sandbox,
+        **more,
+    )
+
+
+def losses(path: Path | None) -> npt.NDArray[np.floating] | None:
+    """The LOSSES of a train.py; None where there are none."""
+    return np.load(path, allow_pickle=False) if path is not None and path.exists() else None
+
+
+def token_seconds(outcome: Outcome) -> float | None:
+    """What training on a token cost, of the processor on a CPU; None for one that has no token."""
+    used_s = outcome.training_cpu_s if outcome.device == "cpu" else outcome.training_s
+    return used_s / outcome.tokens if outcome.tokens else None
+
+
+def _spec(settings: Settings, seed: int) -> Spec:
+    preset, dataset = settings.preset, settings.dataset
+    return Spec(preset.name, settings.device, seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor)
 
 
 def _environment(settings: Settings) -> dict[str, Any]:
@@ -439,6 +450,6 @@ def summary(outcome: Outcome) -> str:
 
 
 def forget_weights(folder: Path) -> None:
-    """Remove the weights of a discarded experiment; its record and log stay."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(folder / "weights.safetensors")
+    """Remove the weights and losses of a discarded experiment; its record and log stay."""
+    for name in ("weights.safetensors", LOSSES):
+        (folder / name).unlink(missing_ok=True)

@@ -68,6 +68,8 @@ class Limits:
         evaluate_first_s: for the import of train.py, its model and its first batch in an evaluator; processor seconds
             on a CPU, where nothing is compiled there.
         evaluate_step: what scoring a token may cost after that, over what training on one cost; likewise.
+        evaluate_baseline: what either may cost over what it cost the night's baseline; likewise.
+        spare_bytes: of submitted weights that are no parameters of the model, or whole numbers.
         overtime: training time over budgeted time above which a run is `overtime`.
         overtime_cpu: the same for processor time on a CPU, where wall time depends on who else is there.
         baseline_cpu: processor time of the training over the baseline's, above which a run with a budget in
@@ -90,6 +92,8 @@ class Limits:
     evaluate_s: float = 600.0
     evaluate_first_s: float = 120.0
     evaluate_step: float = 3.0
+    evaluate_baseline: float = 3.0
+    spare_bytes: int = 16 << 20
     overtime: float = 1.03
     overtime_cpu: float = 1.5
     baseline_cpu: float = 3.0
@@ -167,7 +171,9 @@ PRESETS = {
         calibrate_s=0.5,
         calibrate_steps=2,
         noise_seeds=2,
-        limits=Limits(overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=6.0, evaluate_step=1.0),
+        limits=Limits(
+            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=6.0, evaluate_step=1.0, spare_bytes=512 << 10
+        ),
     ),
 }
 

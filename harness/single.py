@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import hashlib
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from hotloop.harness.command_line import exit_status
 from hotloop.harness.data.dataset import default_data_dir, load_dataset
 from hotloop.harness.errors import DataError, DeviceError, HotloopError, UsageError
 from hotloop.harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
@@ -26,12 +26,11 @@ from hotloop.harness.gpu.neighbours import claim
 from hotloop.harness.gpu.nvml import Gpu
 from hotloop.harness.gpu.toolchain import torch_build
 from hotloop.harness.machine import check_device, gpu_memory_gib, threads_default
-from hotloop.harness.preflight.lint import MAX_BYTES
+from hotloop.harness.preflight.lint import MAX_BYTES, unfit
 from hotloop.harness.records.record import Chain, Lock, Outcome
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.scoring.score import Noise
 from hotloop.harness.settings import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
-from hotloop.harness.text import forgiving, one_line
 from hotloop.harness.training.session import Event
 
 __all__ = [
@@ -95,11 +94,11 @@ def settings_from(
     with _patience(device):
         for gpu in filter(None, mine):
             touch(gpu)
-        walls = best(level, unsafe, device, mine[0])
+        inside = best(level, unsafe, device, mine[0])
     if device == "cuda":
         sizes = [size for gpu in mine if (size := gpu_memory_gib(gpu)) is not None]
         wanted = replace(wanted, batch_divisor=batch_divisor(min(sizes, default=None)))
-    return Settings(wanted, device, load_dataset(path), threads or threads_default(), walls, repeatable=repeatable)
+    return Settings(wanted, device, load_dataset(path), threads or threads_default(), inside, repeatable=repeatable)
 
 
 @contextlib.contextmanager
@@ -151,20 +150,29 @@ def budget_from(args: argparse.Namespace) -> BudgetRule | None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every command which trains has."""
-    parser.add_argument("--preset", default="auto", choices=["auto", *sorted(PRESETS)], help="size of it all")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--data", metavar="DIR", help="a folder made by hotloop prepare")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (results depend on it; default 2)")
-    parser.add_argument("--sandbox", default="auto", choices=["auto", "L3", "L2", "L1", "L0"], help="default: the best")
-    parser.add_argument("--unsafe-no-sandbox", action="store_true", help="go on where no sandbox works")
-    parser.add_argument(
-        "--fast-nondeterministic", action="store_true", help="do not ask the training for results that repeat to the "
-        "bit; its records compare with none that were made with (what it gains: hotloop bench determinism)"
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--preset", default="auto", choices=["auto", *sorted(PRESETS)],
+        help="sizes of model, text and budget (auto: h100 with a GPU, laptop without)",
     )  # fmt: skip
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budget-seconds", type=float, metavar="S", help="training seconds, by calibration")
-    budget.add_argument("--budget-flops", type=float, metavar="F", help="counted operations")
-    budget.add_argument("--budget-tokens", type=float, metavar="N", help="training tokens")
+    training.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the preset's")
+    training.add_argument("--data", metavar="DIR", help="a folder that `hotloop prepare` made (default: the preset's)")
+    training.add_argument("--threads", type=int, metavar="N", help="CPU threads, on which scores depend (default: 2)")
+    training.add_argument(
+        "--sandbox", default="auto", choices=["auto", "L3", "L2", "L1", "L0"],
+        help="its level (auto: the best that works here; see hotloop doctor)",
+    )  # fmt: skip
+    training.add_argument(
+        "--unsafe-no-sandbox", action="store_true", help="run train.py without protection where no sandbox works"
+    )
+    training.add_argument(
+        "--fast-nondeterministic", action="store_true", help="let trainings be faster and not repeat bit by bit; their "
+        "scores do not compare with those of other nights (hotloop bench determinism measures the gain)"
+    )  # fmt: skip
+    budget = training.add_mutually_exclusive_group()
+    budget.add_argument("--budget-seconds", type=float, metavar="S", help="train for S seconds, as calibrated")
+    budget.add_argument("--budget-flops", type=float, metavar="F", help="train for F counted operations")
+    budget.add_argument("--budget-tokens", type=float, metavar="N", help="train on N tokens (default: the preset's)")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -221,18 +229,9 @@ def read_train_source(path: Path) -> bytes:
             raise UsageError(f"{path} cannot be read; start in the folder of train.py")
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror or e}; start in the folder of train.py") from None
-    try:
-        tree = ast.parse(source, filename=str(path))
-    except Exception as e:  # RecursionError and MemoryError too
-        where = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        words = one_line(str(getattr(e, "msg", "") or e) or type(e).__name__, 200)
-        raise UsageError(f"{path}{where}: {words}; mend the file and run again") from None
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    missing = sorted({"build_model", "train"} - defined)
-    if missing:
-        raise UsageError(
-            f"{path} has no function {missing[0]}(); train.py must define build_model(spec) and train(run)"
-        )
+    reason, line = unfit(source)
+    if reason:
+        raise UsageError(f"{path}{f':{line}' * bool(line)} cannot be run: {reason}; mend the file and run again")
     return source
 
 
@@ -334,16 +333,7 @@ def main(path: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     args.train = path
-    for stream in (sys.stdout, sys.stderr):
-        forgiving(stream)
-    try:
-        return run_command(args)
-    except HotloopError as e:
-        print(f"hotloop: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("hotloop: stopped; nothing was recorded", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run_command(args), "stopped; nothing was recorded")
 
 
 def _printer() -> Callable[[Event], None]:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from hotloop.harness.errors import SandboxError
-from hotloop.harness.sandbox.levels import Sandbox, best
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 
 CLIENTS = Path(__file__).parents[1] / ".clients" / "node_modules" / ".bin"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -2,7 +2,7 @@
 
 An agent is given a worktree with the incumbent's train.py, edits that file, and returns one line that says what it
 tried. It may fail in every way, and the night goes on: `AgentError` where it gave no edit (the next agent of the list
-takes over while this one is left alone for a while), `ProposalError` where its edit cannot be run.
+takes over while this one is paused), `ProposalError` where its edit cannot be run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hotloop.agent_loop.agents.sandbox import FILE_BYTES, Cage
+from hotloop.agent_loop.agents.sandbox import FILE_BYTES, AgentSandbox
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.files import read_ordinary
 from hotloop.harness.sandbox.bounds import Bounds
-from hotloop.harness.sandbox.process import Contained
+from hotloop.harness.sandbox.process import ProcessTree
 from hotloop.harness.text import one_line
 
 __all__ = ["Agent", "AgentError", "CommandAgent", "Context", "Tried", "Turn", "described", "hypothesis"]
@@ -82,7 +82,7 @@ class AgentError(HotloopError):
 
     Args:
         reason: one line.
-        retry_after_s: how long the service asked to be left alone; 0 where it said nothing.
+        retry_after_s: how long the service asked to wait; 0 where it said nothing.
         permanent: another try cannot help (a wrong key, a model that does not exist).
         cost_usd, tokens: what the turn cost all the same.
     """
@@ -113,20 +113,20 @@ class Agent(Protocol):
 class CommandAgent:
     """Any program that edits train.py in its working folder.
 
-    It runs in the worktree, in a cage, with HOTLOOP_BRIEF (a file to read: the task and the results so far) and
+    It runs in the worktree, in a sandbox, with HOTLOOP_BRIEF (a file to read: the task and the results so far) and
     HOTLOOP_DESCRIPTION (a file to write: one line on what was tried, and one "Why: ...") in its environment.
     """
 
     name = "command"
     ahead = True
 
-    def __init__(self, command: str, timeout_s: float, cage: Cage) -> None:
+    def __init__(self, command: str, timeout_s: float, sandbox: AgentSandbox) -> None:
         try:
             self.argv = shlex.split(command)
         except ValueError as e:
             raise UsageError(f"--command {command!r} is not a command: {e}") from None
         self.timeout_s = timeout_s
-        self.cage = cage
+        self.sandbox = sandbox
         if not self.argv:
             raise UsageError("--agent command needs --command 'PROGRAM ARGUMENTS'")
         if shutil.which(self.argv[0]) is None:
@@ -140,8 +140,8 @@ class CommandAgent:
         brief.write_text(context.brief, encoding="utf-8")
         env = os.environ | {"HOTLOOP_BRIEF": str(brief), "HOTLOOP_DESCRIPTION": str(description)}
         log = context.folder / "agent.log"
-        launch = self.cage.launch(self.argv, context.worktree.resolve(), handover, env)
-        with Contained(launch, log, Bounds(log=FILE_BYTES)) as process:
+        launch = self.sandbox.launch(self.argv, context.worktree.resolve(), handover, env)
+        with ProcessTree(launch, log, Bounds(log=FILE_BYTES)) as process:
             code = process.wait(self.timeout_s)
         if code is None:
             raise AgentError(f"the agent took longer than {self.timeout_s:.0f} s")
@@ -153,7 +153,7 @@ class CommandAgent:
         return Turn(described(words, first=True), why=hypothesis(words))
 
 
-def overstepped(process: Contained, log: Path) -> str:
+def overstepped(process: ProcessTree, log: Path) -> str:
     """What an agent took too much of, and was ended for; empty where it did not."""
     if log.stat().st_size >= FILE_BYTES:
         return f"printed more than {FILE_BYTES >> 20} MiB"

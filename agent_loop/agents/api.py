@@ -18,11 +18,11 @@ from typing import Any, TextIO
 from hotloop.agent_loop.agents.agent import AgentError, Context, Turn, described, hypothesis
 from hotloop.agent_loop.agents.brief import most_tokens
 from hotloop.agent_loop.agents.chat import from_events, text_of
-from hotloop.agent_loop.agents.edits import Draft, EditError, replace_file, without_thoughts
+from hotloop.agent_loop.agents.edits import Draft, EditError, without_thoughts
 from hotloop.agent_loop.agents.service import Service
 from hotloop.agent_loop.agents.service_errors import WORDS, retry_after_s, service_error
 from hotloop.harness.errors import UsageError
-from hotloop.harness.files import read_ordinary
+from hotloop.harness.files import read_ordinary, write_whole
 from hotloop.harness.text import one_line
 
 __all__ = ["ApiAgent"]
@@ -108,7 +108,7 @@ class ApiAgent:
             turn = _Conversation(self, context, log)
             try:
                 words = turn.run()
-                replace_file(context.worktree / "train.py", turn.draft.data)
+                write_whole(context.worktree / "train.py", turn.draft.data)
             except OSError as e:
                 raise AgentError(
                     f"train.py cannot be written: {e}", cost_usd=turn.cost_usd, tokens=turn.tokens

@@ -1,14 +1,14 @@
 """Coding agents that come as programs of their own, run headless: Claude Code and Codex.
 
-Each turn is one run of the client, in the cage with the network on: the prompt by its standard input, its events in
+Each turn is one run of the client, in the sandbox with the network on: the prompt by its standard input, its events in
 the proposal's agent.log. HOME and the client's own settings are a private folder that is made for the turn and removed
 after it, so that nothing an agent writes there reaches the next turn or the user; of the environment the client gets
 the path, the locale, proxies, certificates and its key.
 
 Claude Code gets tools that read, search and edit files, and none that runs anything. Codex works through a shell, so
-it can run commands: in the cage, as `--agent command` can, but with the network, and its key is in its own process's
-environment. Its own sandbox is off, because it would need namespaces, which the cage does not allow; the cage is the
-sandbox. At sandbox level 0 there is no cage, and Codex is refused.
+it can run commands: in the sandbox, as `--agent command` can, but with the network, and its key is in its own process's
+environment. Codex's own sandbox is off: it would need namespaces, which ours does not allow. At sandbox level 0 there
+is none at all, and Codex is refused.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from hotloop.agent_loop.agents.agent import (
     hypothesis,
     overstepped,
 )
-from hotloop.agent_loop.agents.sandbox import FILE_BYTES, Cage
+from hotloop.agent_loop.agents.sandbox import FILE_BYTES, AgentSandbox
 from hotloop.agent_loop.agents.service_errors import WORDS, service_error
 from hotloop.agent_loop.agents.transcript import Said, from_claude, from_codex
 from hotloop.agent_loop.source import MAX_BYTES
 from hotloop.harness.errors import UsageError
 from hotloop.harness.files import read_ordinary
 from hotloop.harness.sandbox.bounds import Bounds
-from hotloop.harness.sandbox.process import Contained, tail
+from hotloop.harness.sandbox.process import ProcessTree, tail
 from hotloop.harness.text import one_line
 
 __all__ = ["PROMPT", "ClaudeAgent", "CodexAgent"]
@@ -61,7 +61,7 @@ _PASSED = (
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS", "CODEX_CA_CERTIFICATE",
 )  # fmt: skip
-# The cage shows an agent the machine, and these agents have a network.
+# The sandbox shows an agent the machine, and these agents have a network.
 _SECRETS = (
     ".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker", ".config/gcloud", ".config/gh", ".netrc", ".npmrc",
     ".pypirc", ".git-credentials", ".cache/huggingface/token", ".claude.json", ".claude/.credentials.json",
@@ -73,17 +73,17 @@ _START = 'prompt=$1 errors=$2; shift 2; exec "$@" <"$prompt" 2>"$errors"'
 
 
 class _Client:
-    """What the two have in common: one run in the cage, and what its end means.
+    """What the two have in common: one run in the sandbox, and what its end means.
 
     Args:
         timeout_s: for one turn.
-        cage: with the network on.
+        sandbox: with the network on.
         model: as the client names it; empty for its own default.
         max_cost_usd: for one turn, where the client can hold it; 0 for none.
         state_folder: where the private home is made; the handover folder where none is given.
 
     Raises:
-        UsageError: the client is not installed, there is no key, a number makes no sense, the cage has no network.
+        UsageError: the client is not installed, there is no key, a number makes no sense, the sandbox has no network.
     """
 
     name = ""
@@ -91,15 +91,15 @@ class _Client:
     ahead = True
 
     def __init__(
-        self, timeout_s: float, cage: Cage, *, model: str = "", max_cost_usd: float = 0.0,
+        self, timeout_s: float, sandbox: AgentSandbox, *, model: str = "", max_cost_usd: float = 0.0,
         state_folder: Path | None = None,
     ) -> None:  # fmt: skip
         if not timeout_s > 0:
             raise UsageError(f"--agent-timeout must be positive, not {timeout_s}")
         if not 0 <= max_cost_usd < float("inf"):
             raise UsageError(f"the cost limit of a turn must be a positive number of USD, not {max_cost_usd}")
-        if not cage.network:
-            raise UsageError(f"--agent {self.name} needs a cage with a network, to reach its model")
+        if not sandbox.network:
+            raise UsageError(f"--agent {self.name} needs a sandbox with a network, to reach its model")
         found = shutil.which(self.name)
         if found is None:
             raise UsageError(f"--agent {self.name}: {self.name} is not installed; run: npm install -g {self.package}")
@@ -107,7 +107,8 @@ class _Client:
         self.timeout_s, self.model, self.max_cost_usd, self.state_folder = timeout_s, model, max_cost_usd, state_folder
         self.keys = self._keys()
         secrets = tuple((Path.home() / name).resolve() for name in _SECRETS if (Path.home() / name).exists())
-        self.cage = replace(cage, hidden=(*cage.hidden, *secrets), programs=(*cage.programs, *_folders(self.program)))
+        programs = (*sandbox.programs, *_folders(self.program))
+        self.sandbox = replace(sandbox, hidden=(*sandbox.hidden, *secrets), programs=programs)
 
     def _keys(self) -> dict[str, str]:
         """The client's own variables. Raises UsageError where no key is among them."""
@@ -127,11 +128,11 @@ class _Client:
         """Raises AgentError."""
         handover = fresh_handover(context.folder)
         home = self._home(handover)
-        cage = self.cage
+        sandbox = self.sandbox
         if self.state_folder is not None:
-            cage = replace(cage, writable=(*cage.writable, home))
+            sandbox = replace(sandbox, writable=(*sandbox.writable, home))
         try:
-            return self._turn(context, handover, home, cage)
+            return self._turn(context, handover, home, sandbox)
         finally:
             shutil.rmtree(home, ignore_errors=True)
 
@@ -142,7 +143,7 @@ class _Client:
         home.mkdir(parents=True)
         return home
 
-    def _turn(self, context: Context, handover: Path, home: Path, cage: Cage) -> Turn:
+    def _turn(self, context: Context, handover: Path, home: Path, sandbox: AgentSandbox) -> Turn:
         prompt, errors, description = handover / "prompt.md", handover / "stderr.txt", handover / "description.txt"
         prompt.write_text(PROMPT + context.brief, encoding="utf-8")
         (handover / "brief.md").write_text(context.brief, encoding="utf-8")
@@ -152,8 +153,8 @@ class _Client:
         argv = ["/bin/sh", "-c", _START, "sh", str(prompt), str(errors), self.program, *self._argv(handover)]
         log = context.folder / "agent.log"
         before = log.stat().st_size if log.exists() else 0
-        with Contained(
-            cage.launch(argv, context.worktree.resolve(), handover, env), log, Bounds(log=FILE_BYTES)
+        with ProcessTree(
+            sandbox.launch(argv, context.worktree.resolve(), handover, env), log, Bounds(log=FILE_BYTES)
         ) as process:
             code = process.wait(self.timeout_s)
         output = _end_of(log, before)
@@ -223,7 +224,7 @@ class ClaudeAgent(_Client):
 
 
 class CodexAgent(_Client):
-    """Codex: works through a shell of its own inside the cage.
+    """Codex: works through a shell of its own inside the sandbox.
 
     Its key is CODEX_API_KEY, OPENAI_API_KEY or the OPENAI_API_KEY of ~/.codex/auth.json; OPENAI_BASE_URL says where
     the Responses API is. It does not say what a turn cost, so that `max_cost_usd` cannot be held.
@@ -233,12 +234,12 @@ class CodexAgent(_Client):
     package = "@openai/codex"
 
     def __init__(
-        self, timeout_s: float, cage: Cage, *, model: str = "", max_cost_usd: float = 0.0,
+        self, timeout_s: float, sandbox: AgentSandbox, *, model: str = "", max_cost_usd: float = 0.0,
         state_folder: Path | None = None,
     ) -> None:  # fmt: skip
-        if cage.sandbox.level == 0:
+        if sandbox.base.level == 0:
             raise UsageError("--agent codex runs commands, and without a sandbox (level 0) nothing would hold them")
-        super().__init__(timeout_s, cage, model=model, max_cost_usd=max_cost_usd, state_folder=state_folder)
+        super().__init__(timeout_s, sandbox, model=model, max_cost_usd=max_cost_usd, state_folder=state_folder)
 
     def _keys(self) -> dict[str, str]:
         given = _given("CODEX_API_KEY", "OPENAI_API_KEY")

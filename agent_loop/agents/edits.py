@@ -6,14 +6,11 @@ Nothing is run. Each refusal is a sentence for the model to go by.
 from __future__ import annotations
 
 import difflib
-import os
 import re
-import tempfile
-from pathlib import Path
 
 from hotloop.agent_loop.source import MAX_BYTES
 
-__all__ = ["Draft", "EditError", "replace_file", "without_thoughts"]
+__all__ = ["Draft", "EditError", "without_thoughts"]
 
 _BLOCK = re.compile(
     r"^<{5,9} ?SEARCH[^\n]*\n(?P<old>.*?)^={5,9}[ \t]*\n(?P<new>.*?)^>{5,9} ?REPLACE", re.MULTILINE | re.DOTALL
@@ -147,20 +144,3 @@ def without_thoughts(text: str) -> str:
     if closed and "<think>" not in before:
         text = after
     return _THOUGHT.sub("", text).strip("\n")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Make `path` an ordinary file that holds `data`, whatever was there: a link is replaced, not followed.
-
-    Raises:
-        OSError: it is a folder, or cannot be written.
-    """
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".train-")
-    try:
-        with open(fd, "wb") as f:
-            f.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -11,7 +11,7 @@ from hotloop.agent_loop.agents.agent import Agent, CommandAgent
 from hotloop.agent_loop.agents.api import ApiAgent
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
 from hotloop.agent_loop.agents.coding_clients import ClaudeAgent, CodexAgent
-from hotloop.agent_loop.agents.sandbox import Cage
+from hotloop.agent_loop.agents.sandbox import AgentSandbox
 from hotloop.harness.errors import UsageError
 
 __all__ = ["AGENTS", "make_agent"]
@@ -20,14 +20,16 @@ AGENTS = ("builtin", "command", "claude", "codex", "api")
 
 
 def make_agent(
-    name: str, *, command: str | None, timeout_s: float, cage: Cage, networked_cage: Cage, seed: int, model: str | None,
+    name: str, *, command: str | None, timeout_s: float, sandbox: AgentSandbox, networked_sandbox: AgentSandbox,
+    seed: int, model: str | None,
     api_url: str | None, max_cost_usd: float | None, state_folder: Path | None, api_extra: str | None = None,
 ) -> Agent:  # fmt: skip
     """The agent of that name.
 
     Args:
         command: for `command`, what to run.
-        cage, networked_cage: the first for `command`, the second for the coding agents, which talk to their models.
+        sandbox: for `command`.
+        networked_sandbox: for the coding agents, which talk to their models.
         model, max_cost_usd: for those that have a model.
         api_url: for `api`; else HOTLOOP_API_URL.
         api_extra: for `api`: a JSON object whose entries go into each request, such as {"temperature": 0.7}.
@@ -40,10 +42,10 @@ def make_agent(
     if name == "builtin":
         return BuiltinAgent(seed)
     if name == "command":
-        return CommandAgent(command or "", timeout_s, cage)
+        return CommandAgent(command or "", timeout_s, sandbox)
     if name in ("claude", "codex"):
         client = ClaudeAgent if name == "claude" else CodexAgent
-        return client(timeout_s, networked_cage, model=model or "", max_cost_usd=cost, state_folder=state_folder)
+        return client(timeout_s, networked_sandbox, model=model or "", max_cost_usd=cost, state_folder=state_folder)
     if name == "api":
         url = api_url or os.environ.get("HOTLOOP_API_URL", "")
         if not url:

@@ -25,13 +25,15 @@ from hotloop.harness.data.readers import kind_of
 from hotloop.harness.errors import HotloopError, SandboxError, UsageError
 from hotloop.harness.paths import import_root, project_root
 from hotloop.harness.sandbox.bounds import score
-from hotloop.harness.sandbox.bubblewrap import Launch, around, first_to_go, has_size, info_pipe
+from hotloop.harness.sandbox.bubblewrap import argv_of, namespaces, private_folder, read_only_proc
 from hotloop.harness.sandbox.entry import BOOT
-from hotloop.harness.sandbox.levels import Sandbox
-from hotloop.harness.sandbox.process import Contained, tail
+from hotloop.harness.sandbox.launch import Launch, first_to_go
+from hotloop.harness.sandbox.policy import Sandbox
+from hotloop.harness.sandbox.process import ProcessTree, tail
+from hotloop.harness.sandbox.visible import around
 from hotloop.harness.text import one_line
 
-__all__ = ["Cage", "everything_but", "outermost", "text_of", "try_cage"]
+__all__ = ["AgentSandbox", "everything_but", "outermost", "text_of", "try_sandbox"]
 
 _SCRATCH_BYTES = 4 << 30
 FILE_BYTES = 64 << 20  # of any file that an agent writes, what it prints among them
@@ -42,7 +44,7 @@ _SERVICES = ("/run/user", "/run/dbus", "/run/docker.sock", "/run/containerd", "/
 
 
 @dataclass(frozen=True)
-class Cage:
+class AgentSandbox:
     """Attributes:
     hidden: folders that the agent must not see: data, runs, git's. What lies in another of them is left out.
     writable: what it may change besides the worktree: a client's own folder of settings, say.
@@ -50,7 +52,7 @@ class Cage:
     programs: folders of what it runs, which stay visible where they lie below /tmp.
     """
 
-    sandbox: Sandbox
+    base: Sandbox
     hidden: tuple[Path, ...]
     writable: tuple[Path, ...] = ()
     network: bool = False
@@ -72,32 +74,26 @@ class Cage:
             raise UsageError(f"the agent {argv[0]!r} cannot be started: no such program; see --command")
         argv = [program, *argv[1:]]
         launch = Launch([], dict(env), cwd=worktree)
-        if self.sandbox.level == 3:
-            self._walls(argv, worktree, handover, launch)
-        elif self.sandbox.level > 0:
+        if self.base.level == 3:
+            self._bubblewrap(argv, worktree, handover, launch)
+        elif self.base.level > 0:
             self._landlock(argv, worktree, handover, launch)
         else:
             launch.argv = [*self._boot({"exec": argv})]
-        if self.sandbox.level < 3:
+        if self.base.level < 3:
             launch.argv = first_to_go(launch.argv)
         launch.folders += (worktree, handover, *(p for p in self.writable if p.is_dir()))
         return launch
 
-    def _walls(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
-        bwrap = self.sandbox.bwrap
-        args = [
-            bwrap, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-pid", "--unshare-ipc",
-            "--unshare-uts", "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL",
-        ]  # fmt: skip
-        if not self.sandbox.own_uid:  # an ordinary user needs a namespace to do any of this
+    def _bubblewrap(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
+        bwrap = self.base.bwrap
+        args = [*namespaces(bwrap), "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", *read_only_proc()]
+        if not self.base.own_uid:  # an ordinary user needs a namespace to do any of this
             args += ["--unshare-user"]
         if not self.network:
             args += ["--unshare-net"]
-        for name in ("sys", "sysrq-trigger", "irq", "bus", "fs"):
-            args += ["--ro-bind-try", f"/proc/{name}", f"/proc/{name}"]
-        size = ["--size", str(_SCRATCH_BYTES)] if has_size(bwrap) else []
         # A private /tmp hides what the user keeps there; what is needed of it comes back.
-        args += ["--perms", "1777", *size, "--tmpfs", "/tmp"]
+        args += private_folder(bwrap, "/tmp", _SCRATCH_BYTES)
         needs = (sys.prefix, str(project_root()), import_root(), os.path.dirname(argv[0]), *map(str, self.programs))
         for needed in dict.fromkeys(needs):
             if Path(needed).is_relative_to("/tmp"):
@@ -119,8 +115,8 @@ class Cage:
             if hidden.is_dir():
                 args += ["--remount-ro", str(hidden)]
         launch.env["TMPDIR"] = "/tmp"
-        launch.argv = first_to_go([*args, "--info-fd", str(info_pipe(launch)), "--chdir", str(worktree), "--"])
-        launch.argv += self._boot({"exec": argv, "seccomp": True, "network": self.network})
+        boot = self._boot({"exec": argv, "seccomp": True, "network": self.network})
+        launch.argv = argv_of(args, launch, str(worktree)) + boot
 
     def _landlock(self, argv: list[str], worktree: Path, handover: Path, launch: Launch) -> None:
         tmp = Path(tempfile.mkdtemp(prefix="hotloop-agent-"))
@@ -138,7 +134,7 @@ class Cage:
     def _boot(self, config: dict[str, Any]) -> list[str]:
         whole: dict[str, Any] = {
             "module": None, "exec": None, "fds": [], "parent": os.getpid(), "uid": None, "reads_all": False,
-            "supervise": self.sandbox.level < 3, "landlock": False, "seccomp": False, "network": True,
+            "supervise": self.base.level < 3, "landlock": False, "seccomp": False, "network": True,
             "metadata": False, "cuda": False, "model": False, "settings": [], "file_bytes": FILE_BYTES,
             "memory_bytes": None, "processes": None, "score": score(os.getpid()),
         }  # fmt: skip
@@ -171,23 +167,25 @@ def outermost(paths: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(kept)
 
 
-def try_cage(cage: Cage, folder: Path) -> None:
+def try_sandbox(sandbox: AgentSandbox, folder: Path) -> None:
     """Start one that does nothing, laid out in `folder` as for an agent's turn. Raises SandboxError with the reason."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix="cage-") as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="sandbox-") as name:
         worktree, handover = Path(name) / "worktree", Path(name) / "handover"
         for made in (worktree, handover):
             made.mkdir()
         (worktree / "train.py").touch()
         log = Path(name) / "log"
         try:
-            with Contained(cage.launch(["true"], worktree, handover, dict(os.environ)), log) as process:
+            with ProcessTree(sandbox.launch(["true"], worktree, handover, dict(os.environ)), log) as process:
                 code = process.wait(TRY_S)
         except (HotloopError, OSError) as e:
-            raise SandboxError(f"no agent can start in its cage: {one_line(str(e), 300)}; {_ELSE}") from None
+            raise SandboxError(f"no agent can start in its sandbox: {one_line(str(e), 300)}; {_ELSE}") from None
         if code != 0:
             words = one_line(" ".join(tail(log, 3)), 200) or "it said nothing"
             how = f"did not start in {TRY_S:.0f} s" if code is None else f"ended with {code}"
-            raise SandboxError(f"no agent can start in its cage: a program that does nothing {how} ({words}); {_ELSE}")
+            raise SandboxError(
+                f"no agent can start in its sandbox: a program that does nothing {how} ({words}); {_ELSE}"
+            )
 
 
 def everything_but(hidden: set[Path]) -> list[str]:

@@ -36,7 +36,7 @@ def service_error(
     Args:
         who: what the line begins with.
         status: of HTTP; 0 where only the text tells.
-        after_s: how long the service asked to be left alone; 0 where it did not say.
+        after_s: how long the service asked to wait; 0 where it did not say.
     """
     if not status and (found := _STATUS.search(text)):
         status = int(found[1])

@@ -24,7 +24,7 @@ class Said:
     error: why the client gave up; empty where it did not, or did not say.
     trouble: what it was waiting for when its output ended: a service that it would have asked again.
     status: of HTTP, 0 where unknown.
-    after_s: how long the service asked to be left alone; 0 where it did not say.
+    after_s: how long the service asked to wait; 0 where it did not say.
     """
 
     message: str = ""

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hotloop.agent_loop.agents.agent import Agent
 from hotloop.agent_loop.agents.registry import make_agent
-from hotloop.agent_loop.agents.sandbox import Cage, text_of, try_cage
+from hotloop.agent_loop.agents.sandbox import AgentSandbox, text_of, try_sandbox
 from hotloop.agent_loop.gitrepo import NightRepo, Repo, free_tag, open_repo, said
 from hotloop.agent_loop.loop.background import Notifier, Reporter
 from hotloop.agent_loop.loop.driver import Driver
@@ -28,6 +28,7 @@ from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.report.files import print_results
 from hotloop.agent_loop.source import ProposalError
 from hotloop.harness.data.dataset import default_data_dir
+from hotloop.harness.doctor import Check
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.experiment import Settings, data_warnings
 from hotloop.harness.gpu.devices import named
@@ -40,7 +41,7 @@ from hotloop.harness.text import one_line
 from hotloop.harness.training.compile_cache import Store
 from hotloop.harness.training.prewarm import Prewarmer
 
-__all__ = ["NightCommand", "cage_check", "hidden_from_agents", "start"]
+__all__ = ["NightCommand", "hidden_from_agents", "sandbox_check", "start"]
 
 
 @dataclass
@@ -56,12 +57,12 @@ class NightCommand:
     notify: str
     prewarm: bool = False
 
-    def try_cages(self) -> None:
-        """Start the cage of each agent that has one, once, empty. Raises SandboxError where none can ever work."""
+    def try_sandboxes(self) -> None:
+        """Start the sandbox of each agent that has one, once, empty. Raises SandboxError where none can ever work."""
         for agent in self.agents:
-            if isinstance(cage := getattr(agent, "cage", None), Cage):
+            if isinstance(sandbox := getattr(agent, "sandbox", None), AgentSandbox):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                try_cage(cage, self.folder)
+                try_sandbox(sandbox, self.folder)
 
     def drive(self, console: Console) -> int:
         """Raises HotloopError."""
@@ -193,11 +194,11 @@ def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: 
         names.append("builtin")
     text = text_of(settings.dataset.path, settings.dataset.source)
     hidden = (settings.dataset.path, *text, *hidden_from_agents(runs, repo))
-    cage = Cage(settings.sandbox, hidden, tuple(map(Path, args.agent_write)), args.agent_network)
-    networked = dataclasses.replace(cage, network=True)
+    sandbox = AgentSandbox(settings.sandbox, hidden, tuple(map(Path, args.agent_write)), args.agent_network)
+    networked = dataclasses.replace(sandbox, network=True)
     return [
         make_agent(
-            name, command=args.command, timeout_s=args.agent_timeout, cage=cage, networked_cage=networked,
+            name, command=args.command, timeout_s=args.agent_timeout, sandbox=sandbox, networked_sandbox=networked,
             seed=args.seed, model=args.model, api_url=args.api_url, api_extra=args.api_extra,
             max_cost_usd=args.agent_max_cost, state_folder=None,
         )
@@ -211,19 +212,20 @@ def hidden_from_agents(runs: Path, repo: git.Repo | None) -> tuple[Path, ...]:
     return (default_data_dir("x", 1, 1).parent, runs, key, *([Path(repo.common_dir)] if repo else []))
 
 
-def cage_check() -> tuple[str, bool, str]:
-    """For `hotloop doctor`: whether an agent can start in its cage, with everything where it is by default."""
+def sandbox_check() -> Iterator[Check]:
+    """For `hotloop doctor`: whether an agent can start in its sandbox, with everything where it is by default."""
     try:
         repo = Repo(Path.cwd(), search_parent_directories=True)
     except GitError:
         repo = None
     runs = Path((repo and repo.working_tree_dir) or ".").resolve() / "runs"
     try:
-        cage = Cage(best(), hidden_from_agents(runs, repo))
-        try_cage(cage, runs if runs.is_dir() else runs.parent)
+        sandbox = AgentSandbox(best(), hidden_from_agents(runs, repo))
+        try_sandbox(sandbox, runs if runs.is_dir() else runs.parent)
     except (HotloopError, OSError) as e:
-        return "agents' cage", False, one_line(str(e), 300)
-    return "agents' cage", True, f"a program starts in it, at L{cage.sandbox.level}"
+        yield Check("agents", False, one_line(str(e), 300))
+    else:
+        yield Check("agents", True, f"a program starts in their sandbox, at L{sandbox.base.level}")
 
 
 def _slots(gpus: str | None, settings: Settings) -> list[Settings]:

@@ -27,12 +27,13 @@ from hotloop.agent_loop.gitrepo import Repo
 from hotloop.agent_loop.night import Night, Row
 from hotloop.agent_loop.report.files import tsv_text
 from hotloop.harness.errors import DataError, HotloopError, UsageError
-from hotloop.harness.experiment import LOSSES, evaluated
+from hotloop.harness.experiment import LOSSES, losses, scoring_of, token_seconds
 from hotloop.harness.machine import changed_files, environment
 from hotloop.harness.records import heads
 from hotloop.harness.records.record import Chain, Outcome
 from hotloop.harness.records.seal import verify_seal
 from hotloop.harness.records.signing import load_signer
+from hotloop.harness.scoring.evaluation import Evaluator
 from hotloop.harness.scoring.score import Noise
 from hotloop.harness.single import settings_from
 from hotloop.harness.text import one_line
@@ -283,8 +284,12 @@ def audit_command(args: argparse.Namespace) -> int:
     for what, data, digest in (("weights", weights, was.weights_sha256), ("train.py", source, was.source_sha256)):
         if hashlib.sha256(data).hexdigest() != digest:
             raise HotloopError(f"the stored {what} of experiment {was.number} are not those that were scored")
-    reference = folder / "experiments" / "0000" / LOSSES
-    found = evaluated(source, was, settings, folder / "audits" / f"{was.number:04d}", weights, reference=reference)
+    to = folder / "audits" / f"{was.number:04d}"
+    to.mkdir(parents=True, exist_ok=True)
+    of = next((r for r in Night.reading(folder).rows() if r.decision == "keep" and r.commit == was.parent), None)
+    reference = losses(folder / "experiments" / f"{of.number:04d}" / LOSSES) if of else None
+    with Evaluator(scoring_of(source, was.seed, settings, to, reference=reference)) as evaluator:
+        found = evaluator.run(weights, token_seconds(was))
     for key, value in found.audit.items():
         print(f"{key + ':':<20}{value:.6g}" if isinstance(value, float) else f"{key + ':':<20}{value}")
     print(f"val_bpb:            {found.val_bpb:.9f}\nrecorded:           {was.val_bpb:.9f}")

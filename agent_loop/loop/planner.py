@@ -9,6 +9,7 @@ from hotloop.agent_loop.loop.turns import Preflight
 from hotloop.agent_loop.night import Flight, Night, Proposal, Row, Run
 from hotloop.agent_loop.race import lessons, stopper
 from hotloop.harness.experiment import LOSSES, Job
+from hotloop.harness.scoring.bound import Cost
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import held_against
 
@@ -150,8 +151,17 @@ class Planner:
             cold=cold,
             budget=options.budget,
             stop=stop,
-            reference=night.experiment_folder(0) / LOSSES,
+            reference=night.experiment_folder(incumbent.number) / LOSSES if incumbent else None,
+            baseline_cost=Cost.recorded(baseline.conditions) if baseline else None,
+            keep_below=self._keep_below(run, incumbent),
         )
+
+    def _keep_below(self, run: Run, incumbent: Row | None) -> float | None:
+        """The score above which a run cannot be kept, whatever is kept and measured while it runs; None to say none."""
+        best = (
+            self.night.score_of(incumbent.commit, self.options.seed) if incumbent and run.kind == "experiment" else None
+        )
+        return None if best is None else best + 2.0 * self.night.noise(self.options.least_gain).floor_bpb
 
     # Agents.
 

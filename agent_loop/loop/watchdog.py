@@ -10,14 +10,14 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hotloop.agent_loop.backoff import Backoff
+from hotloop.harness.command_line import say
 
-__all__ = ["CRASHED", "UNDER_WATCH", "say", "watch"]
+__all__ = ["CRASHED", "UNDER_WATCH", "watch"]
 
 UNDER_WATCH = "HOTLOOP_UNDER_WATCH"  # in the driver's environment
 CRASHED = 70  # the driver's exit status for what is a bug of ours
@@ -77,12 +77,6 @@ def _once(argv: Sequence[str], folder: Path, stuck_s: float, look_s: float) -> i
     finally:
         for number, handler in was.items():
             signal.signal(number, handler)
-
-
-def say(text: str) -> None:
-    """A line on stderr, where anybody may have closed it."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"hotloop: {text}", file=sys.stderr, flush=True)
 
 
 def _beat(folder: Path) -> int:

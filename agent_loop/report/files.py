@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hotloop.agent_loop.gitrepo import branch_of
-from hotloop.agent_loop.night import Night, Row, write_whole
+from hotloop.agent_loop.night import Night, Row
+from hotloop.harness.files import write_whole
 from hotloop.harness.text import forgiving, one_line
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def write_progress(night: Night) -> Path | None:
     FigureCanvasAgg(figure)
     _draw(figure, night, rows, scored)
     path = night.folder / "progress.png"
-    temporary = path.with_name("progress.tmp.png")
+    drawn = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that the font has not is a box
-        figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+        figure.savefig(drawn, dpi=120)
+    write_whole(path, drawn.getvalue())
     return path
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import git
 
-from hotloop.agent_loop.night import Night, Row, write_whole
+from hotloop.agent_loop.night import Night, Row
 from hotloop.agent_loop.report import charts, diffs, tables
 from hotloop.agent_loop.report.markup import Html, h, join
 from hotloop.agent_loop.report.style import STYLE
 from hotloop.agent_loop.report.tally import Tally
+from hotloop.harness.files import write_whole
 
 __all__ = ["page", "write_page"]
 

@@ -25,10 +25,11 @@ from hotloop.bench.check.parts import PARTS, Bench, Part, forget
 from hotloop.bench.check.processes import OUT_OF_TIME, commit
 from hotloop.bench.switches import UNFINISHED
 from hotloop.harness.errors import DeviceError
+from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
 from hotloop.harness.records.seal import current_manifest
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.tuning.notes import Notes, write_whole
+from hotloop.harness.tuning.notes import Notes
 
 __all__ = ["main", "stamp"]
 

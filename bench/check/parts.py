@@ -18,11 +18,11 @@ from hotloop.bench import overheads
 from hotloop.bench.check.processes import ALL_KERNELS, GRACE_S, INTERPRETER, call, run_kernels
 from hotloop.bench.switches import UNFINISHED, chosen_environment
 from hotloop.harness.errors import SealError
+from hotloop.harness.files import write_whole
 from hotloop.harness.machine import threads_default
 from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.records.seal import verify_seal, write_seal
 from hotloop.harness.sandbox.process import child_environment, tail
-from hotloop.harness.tuning.notes import write_whole
 
 __all__ = ["PARTS", "Bench", "Part", "forget"]
 

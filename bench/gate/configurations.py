@@ -66,7 +66,7 @@ def _compile(job: tuple[str, int, int]) -> tuple[str, dict[str, Any]]:
 
     module, index, capability = job
     case = _cases(module)[index]
-    name = f"{module.removeprefix('kernels.')} {case.key} sm_{capability}"
+    name = f"{module.removeprefix('hotloop.kernels.')} {case.key} sm_{capability}"
     signature = case.signature | dict.fromkeys(case.constants, "constexpr")
     # As at the shapes that matter: addresses and sizes are multiples of 16, so loads are wide and can be pipelined.
     names = case.function.arg_names

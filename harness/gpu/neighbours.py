@@ -11,7 +11,7 @@ from hotloop.harness.errors import LockedError
 from hotloop.harness.gpu import nvml
 from hotloop.harness.gpu.devices import chosen
 from hotloop.harness.gpu.nvml import Gpu, Process
-from hotloop.harness.sandbox.entry import descendants
+from hotloop.harness.processes import descendants
 
 __all__ = ["claim", "others", "strangers"]
 
@@ -72,12 +72,12 @@ def strangers(gpu: Gpu | None = None) -> list[str]:
     found = (gpu and nvml.processes(gpu)) or []
     ours = {os.getpid(), *descendants(os.getpid())}
     foreign = [p for p in found if _process_of(p.pid) not in ours]
-    if len(foreign) == len(found) == 1 and _contained():
+    if len(foreign) == len(found) == 1 and _in_container():
         return []
     return [_words(p) for p in foreign]
 
 
-def _contained() -> bool:
+def _in_container() -> bool:
     """Whether this process lives in a pid namespace of its own, so that the driver may count in another."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE

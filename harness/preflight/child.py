@@ -121,8 +121,8 @@ def _rehearse(
 ) -> None:
     import torch
 
-    from hotloop.harness.scoring.child import _logits
-    from hotloop.harness.settings import Spec
+    from hotloop.harness.scoring.child import logits_of, spare_bytes
+    from hotloop.harness.settings import PRESETS, Spec
     from hotloop.harness.training.feed import synthetic_rows
     from hotloop.harness.training.run import Batch, NonFiniteLossError, Run, Submitted, load_weights, plain_name
 
@@ -196,19 +196,22 @@ def _rehearse(
     if run.model is None:
         raise UnsubmittedError("train() ended without submitting weights")
     place.at, place.late = "evaluation", False
-    model = module.build_model(spec)
-    try:
-        load_weights(model, run.model)
-    except RuntimeError as e:
-        raise ContractError(f"the submitted weights do not load into build_model(spec): {e}") from e
-    model.eval().requires_grad_(False)
+    with torch.inference_mode():  # as the evaluators do
+        model = module.build_model(spec)
+        if (spare := spare_bytes(model)) > (most := PRESETS[spec.preset].limits.spare_bytes):
+            raise ContractError(f"the weights have {spare:,} bytes of buffers; {most:,} are allowed (persistent=False)")
+        try:
+            load_weights(model, run.model)
+        except RuntimeError as e:
+            raise ContractError(f"the submitted weights do not load into build_model(spec): {e}") from e
+        model.eval().requires_grad_(False)
     tokens = torch.zeros(eval_rows, spec.seq_len, dtype=torch.int64)
     if real:
         tokens = torch.from_numpy(synthetic_rows(eval_rows, spec.seq_len - 1, spec.vocab_size, 99).astype("int64"))
     with torch.inference_mode():
         logits = model(tokens)
         try:
-            _logits(torch, lambda _: logits, tokens, spec)
+            logits_of(torch, lambda _: logits, tokens, spec)
         except TypeError as e:
             raise ContractError(f"while evaluating: {e}") from None
         if real and not torch.isfinite(logits).all():

@@ -100,7 +100,7 @@ def _cpu(value: Any) -> Any:
 def _asked_by_train(depth: int) -> bool:
     """Whether the caller `depth` frames up is train.py or one of the kernels that it calls."""
     name = str(sys._getframe(depth).f_globals.get("__name__", ""))
-    return name == "train" or name.partition(".")[0] == "kernels"
+    return name == "train" or name.startswith("hotloop.kernels.")
 
 
 class _Autocast(torch.autocast):

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import ast
 import bz2
+import importlib.util
 import io
 import lzma
 import tokenize
 import zlib
+from pathlib import Path
 
-__all__ = ["MAX_BYTES", "MAX_COMPRESSED", "compressed_bytes", "problem"]
+from hotloop.harness.paths import project_root
+from hotloop.harness.text import one_line
+
+__all__ = ["MAX_BYTES", "MAX_COMPRESSED", "compressed_bytes", "problem", "unfit"]
 
 MAX_BYTES = 128 * 1024
 MAX_COMPRESSED = 12 * 1024
 MAX_TEXT = 32 * 1024  # characters or bytes of all strings and comments
 MAX_NUMBERS = 2000
 MAX_INTEGER_BITS = 4096  # bits of one integer
+_NOW = {"harness": "from hotloop.harness import Batch, Run, Spec, main", "kernels": "from hotloop import kernels"}
 
 
 def compressed_bytes(source: bytes) -> int:
@@ -29,6 +35,33 @@ def compressed_bytes(source: bytes) -> int:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
     packed = zlib.compress(source, 9), bz2.compress(source), lzma.compress(source, lzma.FORMAT_RAW, filters=filters)
     return min(map(len, packed))
+
+
+def unfit(source: bytes) -> tuple[str, int]:
+    """Why this text can be no experiment, and in which line (0: none); ("", 0) where it can."""
+    try:
+        tree = ast.parse(source)
+    except Exception as e:  # SyntaxError, ValueError, RecursionError, MemoryError
+        line = (e.lineno or 0) if isinstance(e, SyntaxError) else 0
+        return f"it does not parse: {one_line(str(getattr(e, 'msg', '') or e) or type(e).__name__, 200)}", line
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        for name in [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]:
+            root = name.partition(".")[0]
+            if root == "harness" or (root == "kernels" and not _others_kernels()):
+                return f"it imports {name}, as for hotloop 0.1; write: {_NOW[root]}", node.lineno
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    if missing := [f for f in ("build_model", "train") if f not in defined]:
+        return f"it has no function {missing[0]}(); it must define build_model(spec) and train(run)", 0
+    return "", 0
+
+
+def _others_kernels() -> bool:
+    """Whether the package of that name that is not ours is installed, which a train.py may use."""
+    spec = importlib.util.find_spec("kernels")
+    places = (spec and spec.submodule_search_locations) or []
+    return spec is not None and not any(Path(p).resolve() == project_root() / "kernels" for p in places)
 
 
 def problem(source: bytes) -> str:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child, tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.settings import Preset, Spec
 
-__all__ = ["STAGES", "Preflight", "Stage", "preflight"]
+__all__ = ["STAGES", "PreflightResult", "Stage", "preflight"]
 
 Status = Literal["ok", "crash", "inconclusive"]
 
@@ -47,7 +47,7 @@ class Stage:
 
 
 @dataclass
-class Preflight:
+class PreflightResult:
     """What the pre-flight found.
 
     Attributes:
@@ -72,7 +72,7 @@ def preflight(
     sandbox: Sandbox,
     folder: Path,
     timeout_s: float = 60.0,
-) -> Preflight:
+) -> PreflightResult:
     """Check `source`, the bytes of a train.py; never raises for what it does, and ends by itself.
 
     Args:
@@ -82,7 +82,7 @@ def preflight(
         timeout_s: for everything but the end of the child, by the parent's clock.
     """
     began = time.monotonic()
-    found = Preflight()
+    found = PreflightResult()
     log = folder / "preflight.txt"
     limits = replace(preset.limits, memory_bytes=min(preset.limits.memory_bytes or MEMORY_BYTES, MEMORY_BYTES))
     spec = Spec(preset.name, preset.device, 1, vocab_size, seq_len, preset.batch_divisor)
@@ -102,7 +102,7 @@ def preflight(
     return _conclude(found)
 
 
-def _conclude(found: Preflight) -> Preflight:
+def _conclude(found: PreflightResult) -> PreflightResult:
     """The status and the reason from the stages; `found.reason` says why there are no more of them."""
     crash = next((s for s in found.stages if s.status == "crash"), None)
     doubt = next((s for s in found.stages if s.status == "inconclusive"), None)

@@ -145,7 +145,7 @@ def _missing_name(s: Scene) -> bool:
     if not isinstance(s.error, ImportError) or not s.own or not s.error.name:
         return False
     root = s.error.name.partition(".")[0]
-    known = root in {"kernels", "harness", "numpy", "torch"} or root in sys.stdlib_module_names
+    known = root in {"hotloop", "numpy", "torch"} or root in sys.stdlib_module_names
     return known and "cannot import name" in s.text
 
 

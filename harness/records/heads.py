@@ -12,6 +12,8 @@ import json
 import os
 from pathlib import Path
 
+from hotloop.harness.files import write_whole
+
 __all__ = ["place", "remember", "remembered"]
 
 
@@ -25,10 +27,7 @@ def remember(chain: Path, entries: int, head: str) -> None:
     """Best effort: a record that is on the disk is never lost because this is not."""
     with contextlib.suppress(OSError, RuntimeError):
         path = place(chain)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"path": str(chain.resolve()), "entries": entries, "head": head}) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps({"path": str(chain.resolve()), "entries": entries, "head": head}) + "\n")
 
 
 def remembered(chain: Path) -> tuple[int, str] | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from hotloop.harness.errors import SealError
+from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
 
 __all__ = ["SEAL_FILE", "current_manifest", "verify_seal", "write_seal"]
@@ -36,9 +36,7 @@ def write_seal(root: Path | None = None) -> Path:
     """Seal the files as they are now; returns the path of the seal."""
     root = root or project_root()
     path = root / SEAL_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(current_manifest(root), indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(current_manifest(root), indent=1) + "\n")
     return path
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from hotloop.harness.sandbox.entry import descendants
+from hotloop.harness.processes import descendants
 
 __all__ = ["CpuTime"]
 

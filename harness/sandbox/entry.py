@@ -2,9 +2,9 @@
 
     python -I -B -u -c "...; from hotloop.harness.sandbox.entry import main; main()" ROOT CONFIG
 
-Order: a supervisor outside the walls (where no pid namespace does its work), resource limits, another uid, no
+Order: a supervisor outside of all that follows (where no pid namespace does its work), resource limits, another uid, no
 capabilities, Landlock, seccomp; then the job's module is imported and its `child_main(wire, descriptors)` runs, or a
-program is executed. `harness.sandbox.levels` writes CONFIG.
+program is executed. `harness.sandbox.policy` writes CONFIG.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import time
 from typing import Any
 
 from hotloop.harness.paths import SAME_CODE
+from hotloop.harness.processes import descendants
 from hotloop.harness.sandbox import landlock, seccomp
 from hotloop.harness.sandbox.bounds import FIRST
 
-__all__ = ["BOOT", "SURVIVORS", "descendants", "main"]
+__all__ = ["BOOT", "SURVIVORS", "main"]
 
 BOOT = SAME_CODE + "from hotloop.harness.sandbox.entry import main; main()"
 LAST_CHANCE_S = 10.0  # how long a supervisor goes on killing what does not end
@@ -128,7 +129,7 @@ def _supervise(parent: int, uid: int | None, score: int | None) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop | {signal.SIGINT})
         return
     os.closerange(3, 1 << 16)  # the wire must close when the child's end does
-    _write_score(score)  # what it is there to end goes first; see walls.first_to_go
+    _write_score(score)  # what it is there to end goes first; see launch.first_to_go
     status = 128 + signal.SIGTERM
     while True:
         ended = dict(_reap())
@@ -183,17 +184,6 @@ def _end_all(uid: int | None) -> bool:
     return False
 
 
-def descendants(pid: int) -> set[int]:
-    """The pids of all that a process started and that lives, as far down as it goes."""
-    found: set[int] = set()
-    waiting = [pid]
-    while waiting:
-        new = set(_children(waiting.pop())) - found
-        found |= new
-        waiting += new
-    return found
-
-
 def _kill_uid(uid: int) -> None:
     """All processes of a uid at once: the kernel lets none of them fork in between."""
     pid = os.fork()
@@ -204,12 +194,3 @@ def _kill_uid(uid: int) -> None:
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    with contextlib.suppress(OSError):  # it has ended
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as f:
-                found += [int(p) for p in f.read().split()]
-    return found

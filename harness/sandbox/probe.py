@@ -18,15 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hotloop.harness.errors import SandboxError
 from hotloop.harness.sandbox import landlock
-from hotloop.harness.sandbox.bubblewrap import hidden_text
+from hotloop.harness.sandbox.policy import Policy, Sandbox
+from hotloop.harness.sandbox.process import Child, tail
+from hotloop.harness.sandbox.visible import hidden_text
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut, Wire
-
-if TYPE_CHECKING:
-    from hotloop.harness.sandbox.levels import Sandbox
 
 __all__ = ["MUST", "child_main", "probe", "promised"]
 
@@ -62,8 +61,6 @@ def probe(sandbox: Sandbox, device: str = "cpu") -> dict[str, bool]:
     Raises:
         SandboxError: no child can be started in this sandbox.
     """
-    from hotloop.harness.sandbox.levels import Policy
-    from hotloop.harness.sandbox.process import Child, tail
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotloop-probe-")))

@@ -13,15 +13,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hotloop.harness.errors import SandboxError
 from hotloop.harness.gpu import toolchain
 from hotloop.harness.paths import SAME_CODE, import_root
+from hotloop.harness.sandbox.policy import Policy, Sandbox
+from hotloop.harness.sandbox.process import Child, tail
+from hotloop.harness.sandbox.rehearsal import refused_needs
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut, Wire
-
-if TYPE_CHECKING:
-    from hotloop.harness.sandbox.levels import Sandbox
 
 __all__ = ["child_main", "probe_cuda", "worker"]
 
@@ -37,9 +36,6 @@ def probe_cuda(sandbox: Sandbox) -> float:
         SandboxError: it got none; with the last words of its log, and what the sandbox refused of what CUDA is known
             to need.
     """
-    from hotloop.harness.sandbox.levels import Policy
-    from hotloop.harness.sandbox.process import Child, tail
-    from hotloop.harness.sandbox.rehearsal import refused_needs
 
     if lacking := toolchain.missing():
         raise SandboxError(lacking)

@@ -2,7 +2,7 @@
 
 The child gets an isolated interpreter (`-I`: no PYTHON* variables, no user site, no current folder on the path), a
 cleared environment, a private HOME, TMPDIR and compiler caches, the socket and the shared memory it needs, and what
-`harness.sandbox.levels` lets it have. It dies with the parent, and everything that it started dies with it.
+its sandbox lets it have. It dies with the parent, and everything that it started dies with it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Self
 
 from hotloop.harness.errors import SandboxError
+from hotloop.harness.processes import descendants
 from hotloop.harness.sandbox import residency
 from hotloop.harness.sandbox.bounds import (
     FIRST,
@@ -35,13 +36,14 @@ from hotloop.harness.sandbox.bounds import (
     tree_bytes,
     used,
 )
-from hotloop.harness.sandbox.bubblewrap import Launch, namespace_pid
+from hotloop.harness.sandbox.bubblewrap import pid_inside
 from hotloop.harness.sandbox.cputime import CpuTime
-from hotloop.harness.sandbox.entry import SURVIVORS, descendants
-from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox.entry import SURVIVORS
+from hotloop.harness.sandbox.launch import Launch
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.wire import Wire
 
-__all__ = ["Child", "Contained", "SharedMemory", "child_environment", "end_all", "tail"]
+__all__ = ["Child", "ProcessTree", "SharedMemory", "child_environment", "end_all", "tail"]
 
 # Settings of the user's machine that a child needs, or that choose an implementation openly.
 _PASSED = (
@@ -60,13 +62,13 @@ END_S = 20.0  # how long the end of a killed child may take
 WATCH_S = 1.0  # how often what a tree has is counted
 # What the machine has left is looked at the more often the less it is: memory is hardly filled faster.
 FASTEST_BYTES_S, LOOK_S, OFTEN_S = 20 << 30, 0.5, 0.02
-_alive: weakref.WeakSet[Contained] = weakref.WeakSet()
+_alive: weakref.WeakSet[ProcessTree] = weakref.WeakSet()
 
 
 def end_all() -> None:
     """End every child of this process, from any thread; those that wait for one find it dead and clean up."""
-    for contained in list(_alive):
-        contained.end()
+    for tree in list(_alive):
+        tree.end()
 
 
 class SharedMemory:
@@ -87,7 +89,7 @@ class SharedMemory:
         os.close(self.fd)
 
 
-class Contained:
+class ProcessTree:
     """A process tree in a sandbox. Use as a context manager: leaving it ends all of the tree.
 
     Args:
@@ -122,7 +124,7 @@ class Contained:
             launch.started.close()
         self.pid = self._process.pid
         if launch.info_fd is not None:
-            pid = namespace_pid(launch.info_fd)
+            pid = pid_inside(launch.info_fd)
             if pid is None:
                 self._process.kill()
                 self._process.wait()
@@ -269,7 +271,7 @@ class Contained:
         self.kill()
 
 
-class Child(Contained):
+class Child(ProcessTree):
     """A child that runs a train.py, and the wire to it.
 
     Args:

@@ -22,14 +22,13 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hotloop.harness.errors import SandboxError
-from hotloop.harness.sandbox import bubblewrap as walls
+from hotloop.harness.sandbox import visible
+from hotloop.harness.sandbox.policy import Policy, Sandbox
+from hotloop.harness.sandbox.process import Child, tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut, Wire
-
-if TYPE_CHECKING:
-    from hotloop.harness.sandbox.levels import Sandbox
 
 __all__ = ["NEEDS", "REFUSED", "Need", "child_main", "refused_needs", "rehearse"]
 
@@ -110,7 +109,7 @@ def _read(*paths: str) -> Callable[[], None]:
 def _open_device(*names: str) -> Callable[[], None]:
     def attempt() -> None:
         for name in names:
-            os.close(os.open(f"{walls.DEV}/{name}", os.O_RDWR | os.O_CLOEXEC))
+            os.close(os.open(f"{visible.DEV}/{name}", os.O_RDWR | os.O_CLOEXEC))
 
     return attempt
 
@@ -284,8 +283,6 @@ def rehearse(sandbox: Sandbox) -> dict[str, str]:
     Raises:
         SandboxError: no child can be started.
     """
-    from hotloop.harness.sandbox.levels import Policy
-    from hotloop.harness.sandbox.process import Child, tail
 
     with tempfile.TemporaryDirectory(prefix="hotloop-rehearsal-") as folder:
         log = Path(folder) / "log.txt"
@@ -295,7 +292,7 @@ def rehearse(sandbox: Sandbox) -> dict[str, str]:
                 there = [p for p in (*_OF_DRIVER, *_OF_SYSTEM, *_OF_BUSES) if os.path.exists(p)]
                 absent = [n.name for n in NEEDS if not all(map(_is_there, n.grants))]
                 child.wire.send(
-                    "hello", dev=walls.DEV, workers=sandbox.level != 1, there=there, absent=absent, other=os.getpid()
+                    "hello", dev=visible.DEV, workers=sandbox.level != 1, there=there, absent=absent, other=os.getpid()
                 )
                 found = child.wire.recv(LIMIT_S).get("found")
             except (Closed, Malformed, TimedOut):
@@ -316,12 +313,12 @@ def refused_needs(sandbox: Sandbox) -> dict[str, str]:
 def _is_there(grant: str) -> bool:
     """Whether this machine has it at all; only devices may be missing."""
     kind, _, name = grant.partition(" ")
-    return kind != "device" or os.path.exists(f"{walls.DEV}/{name}")
+    return kind != "device" or os.path.exists(f"{visible.DEV}/{name}")
 
 
 def child_main(wire: Wire, descriptors: list[int]) -> None:
     hello = wire.recv()
-    walls.DEV = hello["dev"]
+    visible.DEV = hello["dev"]
     found = {}
     for need in NEEDS:
         if need.name in hello["absent"] or (need.workers and not hello["workers"]):

@@ -22,9 +22,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from hotloop.harness.sandbox.bubblewrap import ETC, SYSTEM, python_and_code
+from hotloop.harness.sandbox.visible import ETC, SYSTEM, python_and_code
 
-__all__ = ["begin", "drop", "mark", "readable", "settle_times", "wait"]
+__all__ = ["begin", "drop", "mark", "readable", "settle_times", "taken_since", "wait"]
 
 # File systems whose reads are counted: those on the machine's own disks, and what is stacked on them.
 _COUNTED = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "squashfs", "erofs", "overlay", "tmpfs"}
@@ -44,6 +44,15 @@ def mark() -> tuple[int, int] | None:
             elif name.startswith("pgsteal_"):
                 taken = (taken or 0) + int(value)
     return None if read is None or taken is None else (read, taken)
+
+
+def taken_since(since: tuple[int, int] | None) -> bool:
+    """Whether the kernel took pages from the memory of files since `mark()`; True where it does not tell.
+
+    Which of its pages are gone a living process can see, and what they were used for last decides which go.
+    """
+    now = mark()
+    return since is None or now is None or now[1] != since[1]
 
 
 def begin(since: tuple[int, int] | None) -> None:

@@ -1,39 +1,68 @@
 """How much an evaluator may compute: it has the weights and a processor, and could go on training there.
 
-Its first batch is apart, with the import of train.py and the model's loading. Each further token may cost so many times
-what training on one did. On a CPU that is processor time, on a GPU, which nobody shares, the parent's clock.
+Its first batch is apart, with the import of train.py and the model's loading. What that may take, and what each token
+may take after it, is held against two things: what the evaluation of the night's baseline took, and for tokens what
+training on one did. On a CPU it is processor time, by the cgroup where there is one; on a GPU, which nobody shares, the
+parent's clock. The parent's clock bounds the whole anywhere (`Limits.evaluate_s`).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 from hotloop.harness.errors import TrialError
 from hotloop.harness.sandbox.process import Child
 from hotloop.harness.settings import Limits
 
-__all__ = ["SLACK_S", "Bound"]
+__all__ = ["SLACK_S", "Bound", "Cost"]
 
 SLACK_S = 1.0  # what a whole evaluation may take beside: batches of a model that costs next to nothing
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What evaluator A computed, seconds (of the processor on a CPU): up to its first batch, and after it."""
+
+    first_s: float
+    rest_s: float
+
+    @classmethod
+    def recorded(cls, conditions: Mapping[str, Any]) -> Self | None:
+        """That of an experiment's `conditions`; None where it was not measured."""
+        first_s, rest_s = (conditions.get(f"evaluate_{part}_s") for part in ("first", "rest"))
+        return None if first_s is None or rest_s is None else cls(first_s, rest_s)
+
+
 class Bound:
     """Args:
-    token_s: what training on a token cost; None bounds the first batch only.
+    tokens: that evaluator A is given in all, which is what the baseline's `rest_s` was for.
+    token_s: what training on a token cost; None for no such bound.
+    baseline: what the night's baseline took; None where there is none.
     """
 
-    def __init__(self, child: Child, device: str, limits: Limits, token_s: float | None) -> None:
-        self._child, self._limits, self._token_s = child, limits, token_s
-        self._on_cpu = device == "cpu"
-        self._began: float | None = None
+    def __init__(
+        self, device: str, limits: Limits, tokens: int, token_s: float | None, baseline: Cost | None = None
+    ) -> None:
+        self._on_cpu, self._limits = device == "cpu", limits
+        self._first_most_s = limits.evaluate_first_s
+        dues_s = [] if token_s is None else [limits.evaluate_step * token_s]
+        if baseline is not None:
+            self._first_most_s = min(self._first_most_s, limits.evaluate_baseline * (baseline.first_s + SLACK_S))
+            dues_s.append(limits.evaluate_baseline * baseline.rest_s / tokens)
+        self._token_s = min(dues_s, default=None)
+        self._child: Child | None = None
+        self._began = 0.0
         self._first_s: float | None = None
         self._tokens, self._spent_s = 0, 0.0
 
-    def begin(self, tokens: int) -> None:
+    def begin(self, child: Child, tokens: int) -> None:
         """Before the evaluator runs any code of train.py; so many tokens will lie ready for its first batches."""
-        self._tokens = tokens
+        self._child, self._tokens = child, tokens
         if self._on_cpu:
-            self._child.count_cpu()
+            child.count_cpu()
         self._began = self._now()
 
     def answered(self, tokens: int) -> None:
@@ -45,13 +74,13 @@ class Bound:
 
     def check(self) -> None:
         """Raises TrialError `overtime` where more was computed than an honest evaluation takes."""
-        if self._began is None:
+        if self._child is None:
             return
         self._spent_s = self._now() - self._began
         unit = "processor seconds" if self._on_cpu else "seconds"
-        due_s = self._limits.evaluate_step * (self._token_s or 0.0) * self._tokens
+        due_s = (self._token_s or 0.0) * self._tokens
         if self._first_s is None:
-            first_s = self._limits.evaluate_first_s + due_s
+            first_s = self._first_most_s + due_s
             if self._spent_s > first_s:
                 raise TrialError(
                     "overtime", f"an evaluator had no first batch after {first_s:.1f} {unit} of train.py's code"
@@ -61,7 +90,8 @@ class Bound:
             if self._spent_s - self._first_s > allowed_s:
                 raise TrialError(
                     "overtime", f"an evaluator took more than {allowed_s:.1f} {unit} after its first batch; each token "
-                    f"may cost {self._limits.evaluate_step:g} times what training on one did",
+                    f"may cost {self._limits.evaluate_step:g} times what training on one did, and "
+                    f"{self._limits.evaluate_baseline:g} times what the baseline's scoring did",
                 )  # fmt: skip
 
     def facts(self) -> dict[str, float]:
@@ -70,4 +100,5 @@ class Bound:
         return {"first_s": round(first_s, 3), "rest_s": round(self._spent_s - first_s, 3)}
 
     def _now(self) -> float:
+        assert self._child is not None
         return self._child.cpu_s() if self._on_cpu else time.monotonic()

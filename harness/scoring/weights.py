@@ -27,17 +27,22 @@ _ITEM_BYTES = {
 }
 # Bounds on what is read before anything is known of it. A model of a thousand layers has a header of a megabyte.
 _HEADER_BYTES = 4 << 20
+_WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # no training changes these: they are no parameters
 _DIGITS = 19  # of a number; the largest file offset has as many
 _RANK = 16
 
 
-def check_weights(data: bytearray) -> int:
+def check_weights(data: bytearray, spare_bytes: int | None = None) -> int:
     """Check the form and that every number is finite; returns the count of elements (parameters).
 
     The time that this takes grows with the bytes alone, whatever they say.
 
+    Args:
+        spare_bytes: that whole numbers may take, which no training changes; None for any.
+
     Raises:
-        TrialError: `invalid` for bytes that are not well-formed safetensors, `nan` for a number that is not finite.
+        TrialError: `invalid` for bytes that are not well-formed safetensors, or too many whole numbers; `nan` for a
+            number that is not finite.
     """
     try:
         (length,) = struct.unpack_from("<Q", data)
@@ -48,6 +53,11 @@ def check_weights(data: bytearray) -> int:
         spans = _spans(header, len(body))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
         raise TrialError("invalid", f"the submitted weights are not well-formed safetensors: {str(e)[:200]}") from None
+    whole = sum(end - begin for begin, end, dtype, _ in spans if dtype in _WHOLE)
+    if spare_bytes is not None and whole > spare_bytes:
+        raise TrialError(
+            "invalid", f"the submitted weights have {whole:,} bytes of whole numbers; {spare_bytes:,} are allowed"
+        )
     for begin, end, dtype, name in spans:
         if not _finite(body[begin:end], dtype):
             raise TrialError("nan", f"the submitted weights have a number in {name} that is not finite")

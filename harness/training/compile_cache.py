@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.harness.records.record import canonical
-from hotloop.harness.training.prewarm import Setup
+from hotloop.harness.training.trainer import Setup
 
 __all__ = ["GENERATIONS", "PACK", "Pack", "Store", "collect", "decode", "encode", "lay_out"]
 

@@ -1,10 +1,7 @@
-"""Trainer processes before they have a job: started in the sandbox, imports made, waiting for a train.py.
-
-    Trainer(setup, folder, log)        a process; it answers `ready`, and `harness.training.session` gives it its job
-    Prewarmer(setup, folder)           keeps one ready while another experiment runs
+"""Trainer processes made ready ahead: started in the sandbox, imports made, waiting for a train.py.
 
 What waits here has run trusted code only: the train.py of its job, the seed and every token come later, over the wire,
-and it has not touched the GPU. It is the ordinary trainer behind the ordinary walls, only started earlier, so what it
+and it has not touched the GPU. It is the ordinary trainer in the ordinary sandbox, only started earlier, so what it
 computes is the same; where it is not at hand, or anything has changed since, a trainer is started cold.
 """
 
@@ -17,22 +14,16 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.machine import environment
-from hotloop.harness.records.seal import verify_seal
-from hotloop.harness.sandbox.levels import Policy, Sandbox
-from hotloop.harness.sandbox.process import Child, SharedMemory, child_environment, tail
+from hotloop.harness.sandbox.process import tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
-from hotloop.harness.settings import Limits
-from hotloop.harness.training.feed import SLOT_BYTES, SLOTS
+from hotloop.harness.training.trainer import Setup, Trainer
 
-__all__ = ["Prewarmer", "Setup", "Trainer"]
+__all__ = ["Prewarmer"]
 
 # What a train.py for a GPU imports anyway: seconds of Python. Not `kernels`, which takes a tenth of one: whether it is
 # there tells the record what a train.py used. On a CPU the compiler would be memory that not every train.py needs.
@@ -41,78 +32,6 @@ AHEAD: dict[str, tuple[str, ...]] = {"cuda": ("triton", "torch._dynamo", "torch.
 # one core for seconds; on a CPU the training's processor time is measured, so nothing may run beside it.
 FROM = {"cuda": ("train", "submit", "evaluate", "audit", "done"), "cpu": ("evaluate", "audit", "done")}
 ANSWER_S = 5.0  # how long one that waits may take to say that it is there
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that a trainer process is started with; the same for every experiment of a night on one device.
-
-    Attributes:
-        repeatable: whether its results must repeat to the bit.
-    """
-
-    sandbox: Sandbox
-    device: str
-    limits: Limits
-    threads: int
-    repeatable: bool = True
-
-    def facts(self) -> dict[str, Any]:
-        """What a process of this setup depends on, as it is now. Raises SealError."""
-        return {
-            "setup": self,
-            "seal": verify_seal(),
-            "machine": environment(self.device, self.threads, self.sandbox.gpu),
-            "environment": child_environment(self.threads, self.repeatable),
-        }
-
-
-class Trainer:
-    """A trainer process and the shared memory of its batches. A context manager: leaving it ends both.
-
-    Args:
-        folder: for its scratch folder, at sandbox levels that need one.
-        log: file that takes its stdout and stderr.
-        modules: what it imports beside torch before it is ready.
-
-    Attributes:
-        how: for the record: `how` it was started (`cold`, `warm`), and with what.
-
-    Raises:
-        SandboxError: it cannot be started.
-    """
-
-    def __init__(self, setup: Setup, folder: Path, log: Path, modules: Sequence[str] = ()) -> None:
-        self.how: dict[str, Any] = {"how": "cold"}
-        self.own_folder: Path | None = None  # removed with it
-        self._closed = False
-        policy = Policy.of("hotloop.harness.training.child", folder, None, setup.device, setup.limits)
-        self.memory = SharedMemory(SLOTS * SLOT_BYTES)
-        try:
-            self.child = Child(setup.sandbox, policy, [self.memory.fd], log, setup.threads, setup.repeatable)
-        except BaseException:
-            self.memory.close()
-            raise
-        with contextlib.suppress(Closed):  # who reads next finds it dead
-            self.child.wire.send("prepare", modules=list(modules))
-
-    def close(self) -> None:
-        """End it; idempotent. Raises SandboxError where something of it does not end."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self.child.kill()
-        finally:
-            self.memory.close()
-            if self.own_folder is not None:
-                shutil.rmtree(self.own_folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class Prewarmer:

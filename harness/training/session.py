@@ -22,15 +22,17 @@ import numpy.typing as npt
 from hotloop.harness.errors import TrialError
 from hotloop.harness.gpu.between_runs import fresh
 from hotloop.harness.sandbox import residency
-from hotloop.harness.sandbox.levels import Sandbox, best
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.settings import Preset, Spec
 from hotloop.harness.training.budget import Budget, Shape
 from hotloop.harness.training.compile_cache import Pack, decode
 from hotloop.harness.training.feed import SLOTS, Ring, RowOrder, synthetic_rows
-from hotloop.harness.training.prewarm import Prewarmer, Setup, Trainer
+from hotloop.harness.training.prewarm import Prewarmer
+from hotloop.harness.training.trainer import Setup, Trainer
 
-__all__ = ["Event", "Session", "Trained"]
+__all__ = ["Event", "Session", "SessionConfig", "Trained"]
 
 COMPILE_STEPS = 2
 SHOW_S = 2.0  # how often a start that takes long shows that it goes on
@@ -72,50 +74,58 @@ class Trained:
     compiled: Pack | None = None  # what its compilers had made before it got real tokens
 
 
-class Session:
-    """Args:
-    source: the bytes of train.py.
-    rows: the train split, uint16 [N, T + 1].
-    budget: to be fixed by the calibration, or a replayed one.
-    baseline_cpu_s: processor seconds of the baseline's training, to bound a budget in operations; None for no bound.
-    clock: seconds, monotonic; tests pass their own.
-    stop: told the curve and the budget's tokens after each loss; a reason ends the run as `raced`.
-    prewarmer: may have a trainer that is ready; None starts one cold.
-    given: what compilers made before, for this trainer's; None for nothing.
-    ask_compiled: ask for what its own made.
-    repeatable: whether the trainer is asked for results that repeat to the bit.
-    warm_s: of steps that nobody times before the calibration, for a device that stood idle.
+@dataclass(kw_only=True)
+class SessionConfig:
+    """What one training is given.
+
+    Attributes:
+        source: the bytes of train.py.
+        rows: the train split, uint16 [N, T + 1].
+        budget: to be fixed by the calibration, or a replayed one; the session measures into it.
+        folder: receives log.txt, and a scratch folder at sandbox levels that need one.
+        threads: of the CPU.
+        sandbox: None for the machine's best.
+        repeatable: whether the trainer is asked for results that repeat to the bit.
+        on_event: told where the run is.
+        clock: seconds, monotonic; tests pass their own.
+        stop: told the curve and the budget's tokens after each loss; a reason ends the run as `raced`.
+        baseline_cpu_s: processor seconds of the baseline's training, to bound a budget in operations; None for no
+            bound.
+        prewarmer: may have a trainer that is ready; None starts one cold.
+        compiled: what compilers made before, for the trainer; None for nothing.
+        ask_compiled: ask for what its own compilers made.
+        warm_s: of steps that nobody times before the calibration, for a device that stood idle.
     """
 
-    def __init__(
-        self,
-        source: bytes,
-        spec: Spec,
-        preset: Preset,
-        rows: npt.NDArray[np.uint16],
-        budget: Budget,
-        folder: Path,
-        threads: int,
-        on_event: Callable[[Event], None] = lambda _: None,
-        clock: Callable[[], float] = time.monotonic,
-        sandbox: Sandbox | None = None,
-        baseline_cpu_s: float | None = None,
-        stop: Callable[[list[list[float]], int], str | None] | None = None,
-        prewarmer: Prewarmer | None = None,
-        given: Pack | None = None,
-        ask_compiled: bool = False,
-        repeatable: bool = True,
-        warm_s: float = 0.0,
-    ) -> None:
-        self._stop, self._prewarmer = stop, prewarmer
-        self._given, self._ask_compiled = given.data if given else b"", ask_compiled
-        self._baseline_cpu_s, self._repeatable = baseline_cpu_s, repeatable
-        self.sandbox = sandbox or best()
-        self.source, self.spec, self.preset = source, spec, preset
-        self.budget, self.folder, self.threads = budget, folder, threads
+    source: bytes
+    spec: Spec
+    preset: Preset
+    rows: npt.NDArray[np.uint16]
+    budget: Budget
+    folder: Path
+    threads: int
+    sandbox: Sandbox | None = None
+    repeatable: bool = True
+    on_event: Callable[[Event], None] = lambda _: None
+    clock: Callable[[], float] = time.monotonic
+    stop: Callable[[list[list[float]], int], str | None] | None = None
+    baseline_cpu_s: float | None = None
+    prewarmer: Prewarmer | None = None
+    compiled: Pack | None = None
+    ask_compiled: bool = False
+    warm_s: float = 0.0
+
+
+class Session:
+    """One training, served: a trainer is started, fed, timed, and ended when it has sent its weights."""
+
+    def __init__(self, config: SessionConfig) -> None:
+        self.config = config
+        self.sandbox = config.sandbox or best()
         self.result = Trained()
-        self._rows, self._emit, self._clock = rows, on_event, clock
-        self._limits, self._warm_s = preset.limits, warm_s
+        self._emit, self._clock, self._limits = config.on_event, config.clock, config.preset.limits
+        self._spec, self.budget = config.spec, config.budget
+        self._compiled = config.compiled.data if config.compiled else b""
         self._progress = 0.0
 
     def run(self) -> Trained:
@@ -124,7 +134,7 @@ class Session:
         Raises:
             TrialError: the experiment's fault, with its status.
         """
-        fresh(self.spec.device, gpu=self.sandbox.gpu)
+        fresh(self._spec.device, gpu=self.sandbox.gpu)
         began = self._clock()
         with self._trainer() as trainer:
             self._child, self._ring = trainer.child, Ring(trainer.memory)
@@ -144,11 +154,11 @@ class Session:
 
     def _trainer(self) -> Trainer:
         """One that is ready, or a new one that is getting ready. Raises SandboxError."""
-        setup = Setup(self.sandbox, self.spec.device, self._limits, self.threads, self._repeatable)
-        log = self.folder / "log.txt"
-        trainer, why = self._prewarmer.take(setup, log) if self._prewarmer else (None, "")
+        setup = Setup(self.sandbox, self._spec.device, self._limits, self.config.threads, self.config.repeatable)
+        log = self.config.folder / "log.txt"
+        trainer, why = self.config.prewarmer.take(setup, log) if self.config.prewarmer else (None, "")
         if trainer is None:
-            trainer = Trainer(setup, self.folder, log)
+            trainer = Trainer(setup, self.config.folder, log)
             trainer.how |= {"because": why} if why else {}
         self.result.start = trainer.how
         return trainer
@@ -161,13 +171,13 @@ class Session:
         if self.result.start["how"] == "cold":
             self._await("ready", began)
         residency.wait()  # what was made ready beside an evaluator begins when that one has left nothing
-        if self.spec.device == "cpu":  # on a GPU no limit asks for it
+        if self._spec.device == "cpu":  # on a GPU no limit asks for it
             self._child.count_cpu()
-        sizes = {"source_bytes": len(self.source), "compiled_bytes": len(self._given)}
-        how = {"spec": self.spec.as_dict(), "threads": self.threads, "repeatable": self._repeatable}
+        sizes = {"source_bytes": len(self.config.source), "compiled_bytes": len(self._compiled)}
+        how = {"spec": self._spec.as_dict(), "threads": self.config.threads, "repeatable": self.config.repeatable}
         self._child.wire.send("hello", **how, **sizes)
-        self._child.wire.send_bytes(self.source)
-        self._child.wire.send_bytes(self._given)
+        self._child.wire.send_bytes(self.config.source)
+        self._child.wire.send_bytes(self._compiled)
         self._await("started", began)
         ledger["start"] = self._clock() - began
         self._emit(Event("import"))
@@ -175,7 +185,7 @@ class Session:
         ledger["import"] = self._clock() - began - ledger["start"]
         self._note_implementations(imported)
         message = self._warm_up()
-        if self._ask_compiled and message["kind"] == "next":
+        if self.config.ask_compiled and message["kind"] == "next":
             self._take_compiled()
         message = self._feed(message)
         self._take_weights(message)
@@ -212,14 +222,14 @@ class Session:
             if message["kind"] != "warmup":
                 return message
             shape = self._shape(message)
-            rows = [synthetic_rows(shape.rows, shape.seq_len, self.spec.vocab_size, s) for s in range(SLOTS)]
+            rows = [synthetic_rows(shape.rows, shape.seq_len, self._spec.vocab_size, s) for s in range(SLOTS)]
             for _ in range(COMPILE_STEPS):
                 self._expect("next", warm_until, "to make a warm-up step")
                 self._serve(rows[0], 0, 0, 0.0, "compile")
             message = self._expect("next", warm_until, "to make a warm-up step")
             ledger["compile"] += self._clock() - mark
             mark = self._clock()
-            if self._warm_s and not self.budget.step_s:
+            if self.config.warm_s and not self.budget.step_s:
                 self._warm(rows[0], warm_until)
             self._emit(Event("calibrate"))
             flops = 0
@@ -245,13 +255,13 @@ class Session:
         """Whether one more step is timed. A replay makes as many as its original did, whatever its clock says."""
         if (recorded := self.budget.recorded_steps()) is not None:
             return len(steps) < recorded
-        return len(steps) < self.preset.calibrate_steps or sum(steps) < self.preset.calibrate_s
+        return len(steps) < self.config.preset.calibrate_steps or sum(steps) < self.config.preset.calibrate_s
 
     def _warm(self, rows: npt.NDArray[np.uint16], until: float) -> None:
         """Steps that are not timed, until the card is as warm as in a training; part of the calibration's time."""
         began = self._clock()
-        while (past_s := self._clock() - began) < self._warm_s:
-            self._emit(Event("warm", past_s / self._warm_s))
+        while (past_s := self._clock() - began) < self.config.warm_s:
+            self._emit(Event("warm", past_s / self.config.warm_s))
             self._serve(rows, 0, 0, 0.0, "time")
             self._expect("next", until, "to make a warm-up step")
 
@@ -273,7 +283,7 @@ class Session:
         if message["kind"] not in ("next", "log"):
             return message
         self.budget.fix()
-        order = RowOrder(self._rows, self.spec.seed)
+        order = RowOrder(self.config.rows, self._spec.seed)
         expected_s = self.budget.expected_s
         result, limits = self.result, self._limits
         began, cpu_s = self._clock(), self._child.cpu_s()
@@ -367,7 +377,7 @@ class Session:
                 f"trained for {self.result.training_s:.1f} s ({self.result.feed_late_s:.1f} s of it waiting for rows); "
                 f"the budget was {self.budget.expected_s:.1f} s and at most {allowed_s:.1f} s are accepted",
             )
-        if self.spec.device != "cpu":
+        if self._spec.device != "cpu":
             return
         if (hidden_s := self._child.hidden_cpu_s) > CPU_SLACK_S:
             raise TrialError(
@@ -383,12 +393,13 @@ class Session:
                 f"trained for {used_s:.1f} processor seconds; the calibrated step says {expected_s:.1f}, and at most "
                 f"{self._limits.overtime_cpu:g} times that are accepted",
             )
-        most = self._baseline_cpu_s and self._limits.baseline_cpu * self._baseline_cpu_s + CPU_SLACK_S
+        baseline_s = self.config.baseline_cpu_s
+        most = baseline_s and self._limits.baseline_cpu * baseline_s + CPU_SLACK_S
         if most and self.budget.rule.kind == "flops" and used_s > most:
             raise TrialError(
                 "overtime",
-                f"trained for {used_s:.1f} processor seconds; the baseline took {self._baseline_cpu_s:.1f}, and at "
-                f"most {self._limits.baseline_cpu:g} times that are accepted for as many operations",
+                f"trained for {used_s:.1f} processor seconds; the baseline took {baseline_s:.1f}, and at most "
+                f"{self._limits.baseline_cpu:g} times that are accepted for as many operations",
             )
 
     # Messages.
@@ -423,7 +434,7 @@ class Session:
 
     def _shape(self, message: dict[str, Any]) -> Shape:
         shape = Shape(self._count(message, "rows", 1 << 32), self._count(message, "seq_len", 1 << 32))
-        if self.spec.seq_len % shape.seq_len or not Ring.fits(shape.rows, shape.seq_len):
+        if self._spec.seq_len % shape.seq_len or not Ring.fits(shape.rows, shape.seq_len):
             raise TrialError("invalid", f"asked for a batch of {shape.rows} x {shape.seq_len} tokens")
         return shape
 
@@ -450,7 +461,7 @@ class Session:
         elapsed = self._clock() - began
         rate = self.result.tokens / elapsed if elapsed > 0 else None
         self._emit(Event("train", self._progress, loss, rate))
-        if self._stop and (reason := self._stop(curve, self.budget.tokens)):
+        if self.config.stop and (reason := self.config.stop(curve, self.budget.tokens)):
             raise TrialError("raced", reason)
 
     def _died(self) -> TrialError:

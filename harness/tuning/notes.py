@@ -7,28 +7,15 @@ or kernel makes it worthless, and then it is begun anew.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["UNFINISHED", "Notes", "write_whole"]
+from hotloop.harness.files import write_whole
+
+__all__ = ["UNFINISHED", "Notes"]
 
 UNFINISHED = 75  # exit status: the time was over, and the same command goes on
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, and a kill at any moment, finds the old text or the new one. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Notes:

@@ -27,13 +27,13 @@ from typing import Any
 
 from hotloop.harness.data.dataset import cache_dir
 from hotloop.harness.errors import DeviceError, SealError, UsageError
+from hotloop.harness.files import write_whole
 from hotloop.harness.gpu.nvml import Gpu
 from hotloop.harness.machine import cpu_name, installed_hash, package_version
 from hotloop.harness.paths import project_root
 from hotloop.harness.records.record import canonical
 from hotloop.harness.records.seal import current_manifest
 from hotloop.harness.settings import Preset
-from hotloop.harness.tuning.notes import write_whole
 
 __all__ = [
     "CHOSEN_BY_USER", "PACKAGES", "PASSED", "Profile", "asked_otherwise", "enter", "facts", "find", "kept", "own_path",

@@ -14,10 +14,11 @@ import pytest
 
 from hotloop.agent_loop.agents.agent import AgentError, Context, Turn
 from hotloop.agent_loop.agents.api import ApiAgent
-from hotloop.agent_loop.agents.edits import Draft, EditError, replace_file, without_thoughts
+from hotloop.agent_loop.agents.edits import Draft, EditError, without_thoughts
 from hotloop.agent_loop.agents.registry import _extra
 from hotloop.agent_loop.source import MAX_BYTES
 from hotloop.harness.errors import UsageError
+from hotloop.harness.files import write_whole
 from tests.agent_loop.services import Reply, Scripted, chat, serve, slowly
 
 SOURCE = "MATRIX_LR = 0.04\nDEPTH = 4\nWIDTH = 4\n\n\ndef build_model(spec): ...\n\n\ndef train(run): ...\n"
@@ -166,7 +167,7 @@ def test_train_py_that_became_a_link_is_replaced_and_not_followed(context: Conte
 def test_a_place_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "train.py").mkdir()
     with pytest.raises(OSError, match="directory"):
-        replace_file(tmp_path / "train.py", b"x")
+        write_whole(tmp_path / "train.py", b"x")
     assert os.listdir(tmp_path) == ["train.py"]
 
 

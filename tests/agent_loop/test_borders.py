@@ -509,7 +509,7 @@ def test_the_warning_of_a_lesser_sandbox_ends_in_a_reason(monkeypatch: pytest.Mo
     """The last line of a traceback, and no piece of the lines before it."""
     from hotloop.harness.errors import SandboxError
     from hotloop.harness.sandbox import probe
-    from hotloop.harness.sandbox.levels import Sandbox
+    from hotloop.harness.sandbox.policy import Sandbox
 
     class Died:
         def __init__(self, sandbox: Any, policy: Any, fds: Any, log: Path, threads: int) -> None:

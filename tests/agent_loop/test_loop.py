@@ -18,7 +18,7 @@ import pytest
 
 from hotloop.agent_loop.agents.agent import AgentError, CommandAgent, Turn
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
-from hotloop.agent_loop.agents.sandbox import Cage
+from hotloop.agent_loop.agents.sandbox import AgentSandbox
 from hotloop.agent_loop.cli import main
 from hotloop.agent_loop.commands.verify import checks
 from hotloop.agent_loop.gitrepo import free_tag, open_repo
@@ -288,8 +288,8 @@ def test_a_baseline_that_fails_ends_the_night(repo: Path) -> None:
 
 
 def command(code: str, timeout_s: float = 20.0) -> CommandAgent:
-    """An agent without a cage: what the driver makes of it then is what is tested here, the cage in test_cage."""
-    agent = CommandAgent("true", timeout_s, Cage(best(0), ()))
+    """An agent without a sandbox: what the driver makes of it is tested here, the sandbox in test_agent_sandbox."""
+    agent = CommandAgent("true", timeout_s, AgentSandbox(best(0), ()))
     agent.argv = [sys.executable, "-c", code]
     return agent
 
@@ -320,7 +320,7 @@ def test_a_command_edits_describes_and_is_run(repo: Path) -> None:
         (EDIT + "open('new.py', 'w').write('y')", "invalid", "also changed: new.py"),
         ("import os; os.unlink('train.py'); os.symlink('/etc/hostname', 'train.py')", "invalid", "ordinary file"),
         ("open('train.py', 'w').write('def train(')", "crash", "does not parse"),
-        ("open('train.py', 'w').write('x = 1')", "crash", "does not define build_model"),
+        ("open('train.py', 'w').write('x = 1')", "crash", "no function build_model()"),
         ("open('train.py', 'a').write('\\n# a comment\\n')", "discard", "was tried before"),
         ("import os; os.unlink('train.py')", "invalid", "train.py is gone"),
         ("import os; os.unlink('train.py'); os.mkfifo('train.py')", "invalid", "ordinary file"),

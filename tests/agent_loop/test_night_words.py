@@ -88,9 +88,7 @@ def test_a_file_where_nights_are_kept_is_one_line(
 
 def test_the_package_is_the_command(repo: Path) -> None:  # noqa: F811
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "agent_loop", "best"], cwd=repo, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hotloop", "best"], cwd=repo, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no night" in done.stderr
 
 
@@ -123,7 +121,7 @@ class Never:
     name, ahead = "codex", True
 
     def propose(self, context: Context) -> Turn:
-        raise AgentError("its cage [/b] does not start", permanent=True)
+        raise AgentError("its box [/b] does not start", permanent=True)
 
 
 def test_an_agent_that_never_worked_is_said_loudly(
@@ -133,7 +131,7 @@ def test_an_agent_that_never_worked_is_said_loudly(
 ) -> None:
     from hotloop.agent_loop.agents.builtin import BuiltinAgent
 
-    words = "the agent codex was asked for and never made an edit; 1 turns failed, lastly: its cage [/b] does not start"
+    words = "the agent codex was asked for and never made an edit; 1 turns failed, lastly: its box [/b] does not start"
     night = scripted.drive(repo, "t", 1, agent=[Never(), BuiltinAgent(1)])
     out = " ".join(capsys.readouterr().out.split())
     assert out.count(f"WARNING: {words}") == 2  # when it failed, and at the end

@@ -18,7 +18,7 @@ from hotloop.agent_loop.loop.watchdog import UNDER_WATCH
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.experiment import Job
 from hotloop.harness.gpu.nvml import Gpu
-from hotloop.harness.sandbox.levels import Sandbox
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import Budget, Shape
 from tests.agent_loop.test_loop import repo, scripted  # noqa: F401 - a fixture
@@ -94,7 +94,7 @@ def test_a_night_on_a_gpu_that_somebody_uses_does_not_begin(
     """Only where the user starts it: a driver that its watchdog starts again waits, as for any fault of the machine."""
     ours = Gpu(0, "GPU-aa")
     slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=ours))]
-    command = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_cages=lambda: None)
+    command = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_sandboxes=lambda: None)
     monkeypatch.setattr("hotloop.agent_loop.commands.start.start", lambda _: command)
     asked: list[Gpu] = []
 

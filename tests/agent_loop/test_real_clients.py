@@ -1,4 +1,4 @@
-"""The real Claude Code and Codex in their cage, against a scripted service on this machine: no key, no network.
+"""The real Claude Code and Codex in their sandbox, against a scripted service on this machine: no key, no network.
 
 `make clients` installs them; HOTLOOP_CLIENTS names another folder with the two programs.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from hotloop.agent_loop.agents.agent import Agent, AgentError, Context
 from hotloop.agent_loop.agents.coding_clients import ClaudeAgent, CodexAgent
-from hotloop.agent_loop.agents.sandbox import Cage
+from hotloop.agent_loop.agents.sandbox import AgentSandbox
 from hotloop.agent_loop.commands.start import hidden_from_agents
 from tests.agent_loop.services import Reply, anthropic, responses, serve, tool_use
 from tests.needs import at, clients, sandbox
@@ -52,12 +52,12 @@ def context(tmp_path: Path) -> Context:
 def made(kind: type[ClaudeAgent] | type[CodexAgent], level: int, context: Context, model: str = "") -> Agent:
     """With everything where it is in a night that was started without a flag."""
     data, runs = Path.home() / ".cache" / "hotloop" / "packages-t256-v2048", context.worktree.parents[1]
-    walls = Cage(sandbox(level), (data, *hidden_from_agents(runs, None)), network=True)
-    return kind(60.0, walls, model=model)
+    made = AgentSandbox(sandbox(level), (data, *hidden_from_agents(runs, None)), network=True)
+    return kind(60.0, made, model=model)
 
 
 @pytest.mark.parametrize("level", [at(3), at(1)])
-def test_claude_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+def test_claude_edits_in_its_sandbox(context: Context, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     train, words = str(context.worktree / "train.py"), str(context.folder / "handover" / "description.txt")
     last = anthropic(5, {"type": "text", "text": "It is done.\nDescription: not this one"}, stop="end_turn")
     script = (
@@ -85,7 +85,7 @@ def test_claude_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("level", [at(3), at(1)])
-def test_codex_edits_in_its_cage(context: Context, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+def test_codex_edits_in_its_sandbox(context: Context, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     patch = "*** Begin Patch\n*** Update File: train.py\n@@\n-MATRIX_LR = 0.04\n+MATRIX_LR = 0.07\n*** End Patch\n"
     shell = 'cat train.py; echo "key=$CODEX_API_KEY."; echo raise the rate > $HOTLOOP_DESCRIPTION; touch ~/mine'
     command = json.dumps({"cmd": shell})
@@ -150,7 +150,7 @@ def test_claude_reads_its_folders_only(context: Context, monkeypatch: pytest.Mon
         monkeypatch.setenv("ANTHROPIC_BASE_URL", service.url)
         assert (
             made(ClaudeAgent, 0, context).propose(context).description == "raise the rate"
-        )  # without a cage: its own walls
+        )  # outside of ours: in its own sandbox
     assert "not for agents" not in json.dumps([body for _, _, body in service.requests])
     assert not (tmp_path / "new").exists()
 

@@ -29,7 +29,7 @@ from hotloop.agent_loop.loop.watchdog import CRASHED, watch
 from hotloop.harness.errors import DeviceError, HotloopError, UsageError
 from hotloop.harness.machine import Gpu
 from hotloop.harness.records.record import Lock
-from hotloop.harness.sandbox.levels import Sandbox
+from hotloop.harness.sandbox.policy import Sandbox
 from tests.agent_loop.test_loop import night_of, repo, scripted, table  # noqa: F401 - a fixture
 
 
@@ -208,10 +208,10 @@ def test_a_gpu_that_stays_lost_ends_the_night_with_its_line_and_nothing_is_lost(
 
 def test_the_night_does_not_wait_for_an_agent_whose_edit_would_never_run(repo: Path) -> None:  # noqa: F811
     from hotloop.agent_loop.agents.agent import CommandAgent
-    from hotloop.agent_loop.agents.sandbox import Cage
+    from hotloop.agent_loop.agents.sandbox import AgentSandbox
     from hotloop.harness.sandbox.levels import best
 
-    agent = CommandAgent("sleep 1000", 1000.0, Cage(best(0), ()))
+    agent = CommandAgent("sleep 1000", 1000.0, AgentSandbox(best(0), ()))
     scripted.drive(repo, "t", None, agent=agent, hours=1.5 / 3600)
     assert not [t for t in threading.enumerate() if t.name.startswith("hotloop-")]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from hotloop.harness.sandbox import bubblewrap as walls
-from hotloop.harness.sandbox.bubblewrap import hidden_text
-from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox.policy import Policy, Sandbox
+from hotloop.harness.sandbox.uids import free_uid
+from hotloop.harness.sandbox.visible import hidden_text
 from hotloop.harness.settings import PRESETS
 
 DEVICES = {"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"}
@@ -32,7 +32,7 @@ def pairs(argv: list[str], flag: str) -> list[str]:
     return [argv[i + 1] for i, word in enumerate(argv) if word == flag]
 
 
-def test_the_walls_of_bubblewrap(tmp_path: Path) -> None:
+def test_what_bubblewrap_is_given(tmp_path: Path) -> None:
     argv, config, _ = launched(Sandbox(3, bwrap="bwrap"), tmp_path)
     assert {
         "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--unshare-user",
@@ -72,9 +72,9 @@ def test_without_namespaces_it_writes_to_its_scratch_folder_and_to_nothing_else(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a child another uid")
 def test_a_uid_that_a_process_has_is_passed_over() -> None:
     """That of a child in a container, whose locks are not seen here."""
-    with walls.free_uid() as uid:
+    with free_uid() as uid:
         pass
     with subprocess.Popen(["sleep", "100"], user=uid) as stranger:
-        with walls.free_uid() as other:
+        with free_uid() as other:
             assert other != uid
         stranger.kill()

@@ -16,11 +16,11 @@ import pytest
 from hotloop.harness.paths import project_root
 from hotloop.harness.sandbox import bounds, process
 from hotloop.harness.sandbox.bounds import Bounds, headroom, limited_cgroups, size_of, tree_bytes
-from hotloop.harness.sandbox.bubblewrap import first_to_go
-from hotloop.harness.sandbox.levels import Policy, Sandbox
-from hotloop.harness.sandbox.process import Contained
+from hotloop.harness.sandbox.launch import first_to_go
+from hotloop.harness.sandbox.policy import Policy, Sandbox
+from hotloop.harness.sandbox.process import ProcessTree
+from tests import needs
 from tests.needs import at
-from tests.needs import sandbox as level
 
 MIB = 1 << 20
 
@@ -115,17 +115,17 @@ def test_files_are_counted_until_they_are_too_many(tmp_path: Path) -> None:
     assert size_of(tmp_path / "a") >= 64 * 1024
 
 
-def run(sandbox: Sandbox, code: str, folder: Path, device: str = "cuda", most: Bounds | None = None) -> Contained:
-    """`code` behind the walls of a child, until it ends or is ended."""
+def run(sandbox: Sandbox, code: str, folder: Path, device: str = "cuda", most: Bounds | None = None) -> ProcessTree:
+    """`code` in the sandbox of a child, until it ends or is ended."""
     policy = Policy("", folder / "run", device=device)
     (folder / "run").mkdir()
     launch = sandbox.launch(policy, [], {"PATH": os.environ["PATH"]})
     config = json.loads(launch.argv[-1])
     config["exec"] = [sys.executable, "-I", "-S", "-c", "import os, time\n" + code + "\ntime.sleep(30)"]
     launch.argv[-1] = json.dumps(config)
-    with Contained(launch, folder / "log.txt", most or policy.bounds) as contained:
-        contained.wait(25.0)
-    return contained
+    with ProcessTree(launch, folder / "log.txt", most or policy.bounds) as tree:
+        tree.wait(25.0)
+    return tree
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
@@ -160,16 +160,16 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_who_asks_to_be_spared_is_refused_or_ended(tmp_path: Path, number: int, way: str) -> None:
     """On CUDA, where files in /proc must be writable; the kernel refuses it where root could fix the score."""
-    contained = run(level(number), SPARE + WAYS[way], tmp_path)
+    tree = run(needs.sandbox(number), SPARE + WAYS[way], tmp_path)
     said = (tmp_path / "log.txt").read_text()
     if said == "DONE\n":
-        assert contained.fault == "it made itself one of those that the system spares when memory runs out"
+        assert tree.fault == "it made itself one of those that the system spares when memory runs out"
     else:
-        assert (said, contained.fault, contained.returncode) == ("REFUSED\n", "", 0)
+        assert (said, tree.fault, tree.returncode) == ("REFUSED\n", "", 0)
 
 
 def test_a_log_and_files_are_bounded_while_they_grow(tmp_path: Path) -> None:
-    sandbox = level(1)
+    sandbox = needs.sandbox(1)
     (tmp_path / "a").mkdir()
     endless = run(sandbox, "while True: print('x' * 4096)", tmp_path / "a", "cpu", Bounds(log=MIB))
     assert endless.fault == "its log grew beyond 1 MiB"
@@ -198,8 +198,8 @@ def test_memory_under_way_in_a_socket_ends_it_before_the_machine_is_full(
         "import array, socket",
         "import sys; sys.path += __import__('sysconfig').get_paths().values()\nimport array, socket",
     )
-    contained = run(level(3), code, tmp_path)
-    assert (contained.fault_status, contained.fault.split(":")[0]) == ("oom", "memory ran out")
+    tree = run(needs.sandbox(3), code, tmp_path)
+    assert (tree.fault_status, tree.fault.split(":")[0]) == ("oom", "memory ran out")
 
 
 @pytest.fixture
@@ -240,8 +240,8 @@ for n in range(64):
     for _ in range(64): os.write(fd, bytes(1 << 20))
 time.sleep(30)
 '''
-contained = run(best({level}), code, Path({folder!r}))
-print(contained.fault_status, contained.fault)
+tree = run(best({level}), code, Path({folder!r}))
+print(tree.fault_status, tree.fault)
 """
 
 
@@ -250,7 +250,7 @@ def test_the_driver_lives_where_a_child_fills_the_cgroup_of_both(
     small_cgroup: Path, tmp_path: Path, number: int
 ) -> None:
     """The child asks to be spared, and hides what it takes in memfds that nothing maps."""
-    level(number)
+    needs.sandbox(number)
     code = DRIVER.format(root=str(project_root()), cgroup=str(small_cgroup), level=number, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, (done.returncode, done.stderr[-500:])

@@ -11,10 +11,10 @@ import torch
 
 from hotloop.harness.errors import TrialError
 from hotloop.harness.settings import BudgetRule, Preset, Spec
-from hotloop.harness.training import run as client
+from hotloop.harness.training import run
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.conditions import warnings
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.session import Session, SessionConfig, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
 # Some thirty steps, which SLOW makes slow in the training alone.
@@ -29,7 +29,10 @@ def train(folder: Path, preset: Preset | None = None, clock: Any = time.monotoni
     preset = preset or PRESET
     spec = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
     rows = tiny_rows(256, 0)
-    return Session(tiny_source(**changes), spec, preset, rows, Budget(preset.budget), folder, 1, clock=clock).run()
+    return Session(SessionConfig(
+        source=tiny_source(**changes), spec=spec, preset=preset, rows=rows, budget=Budget(preset.budget), folder=folder,
+        threads=1, clock=clock,
+    )).run()  # fmt: skip
 
 
 def told(result: Trained) -> list[str]:
@@ -115,5 +118,5 @@ def test_on_a_gpu_the_devices_own_events_are_read(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    first, last = client._Mark("cuda"), client._Mark("cuda")
+    first, last = run._Mark("cuda"), run._Mark("cuda")
     assert last.since(first) == 0.25

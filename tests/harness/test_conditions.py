@@ -20,14 +20,13 @@ from hotloop.harness.gpu import devices, neighbours, nvml
 from hotloop.harness.gpu.devices import Signs
 from hotloop.harness.gpu.nvml import Gpu
 from hotloop.harness.records.record import Outcome
-from hotloop.harness.sandbox.levels import Sandbox
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import PRESETS, Spec
 from hotloop.harness.training import conditions
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.conditions import Watch, clock_words, clocks, is_machines_fault, warnings
 from hotloop.harness.training.feed import RowOrder
-from hotloop.harness.training.session import Event, Session
-from hotloop.kernels import attend
+from hotloop.harness.training.session import Event, Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_dataset, tiny_preset, tiny_rows, tiny_source
 from tests.harness.fake_nvml import DROPPED, H100, SMALL, FakeNvml
 
@@ -309,7 +308,7 @@ def test_the_doctor_tells_preset_clocks_and_strangers(gpus: FakeNvml, monkeypatc
     monkeypatch.setattr(doctor, "probe_cuda", lambda _: 1.5)
     monkeypatch.setattr(doctor, "best", lambda *_, **given: Sandbox(0, gpu=given.get("gpu")))
     monkeypatch.setattr(doctor, "verify_seal", lambda: "0" * 64)
-    monkeypatch.setattr(neighbours, "_contained", lambda: False)
+    monkeypatch.setattr(neighbours, "_in_container", lambda: False)
     gpus.says(H100 | {"memory_mib": 24564}, SMALL)
     found = told()
     assert found["gpu"] == (
@@ -363,18 +362,6 @@ def test_the_doctor_names_what_keeps_bubblewrap_from_working(tmp_path: Path, mon
     assert list(doctor._user_namespaces(tmp_path)) == []
 
 
-def test_the_doctor_asks_the_kernels_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(doctor._attention("cpu")) == [("attention", True, "reference")]
-    plan = attend.Plan("", ("torch", "cudnn"), {"flash3": "not installed"}, {}, {}, "cuda")
-    monkeypatch.setitem(attend._plans, "cuda", plan)
-    assert list(doctor._attention("cuda")) == [
-        ("attention", True, "torch, cudnn, reference"), ("  not flash3", True, "not installed")
-    ]  # fmt: skip
-    monkeypatch.setattr(attend, "ASKED", "fast")
-    monkeypatch.setattr(attend, "_plans", {})
-    assert next(iter(doctor._attention("cpu")))[:2] == ("attention", False)
-
-
 # ---- the feed
 
 
@@ -383,9 +370,10 @@ def test_a_slow_feed_is_counted_and_warned_of(folder: Path, monkeypatch: pytest.
 
     def train() -> Session:
         budget = Budget(preset.budget)
-        made = Session(
-            tiny_source(), Spec("laptop", "cpu", 1, VOCAB, LENGTH), preset, tiny_rows(256, 0), budget, folder, 1
-        )
+        made = Session(SessionConfig(
+            source=tiny_source(), spec=Spec("laptop", "cpu", 1, VOCAB, LENGTH), preset=preset, rows=tiny_rows(256, 0),
+            budget=budget, folder=folder, threads=1,
+        ))  # fmt: skip
         made.run()
         return made
 

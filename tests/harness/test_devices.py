@@ -16,8 +16,7 @@ import pytest
 
 from hotloop.harness import machine
 from hotloop.harness.errors import DeviceError, LockedError, UsageError
-from hotloop.harness.gpu import between_runs as gpu
-from hotloop.harness.gpu import devices, neighbours, nvml
+from hotloop.harness.gpu import between_runs, devices, neighbours, nvml
 from hotloop.harness.gpu.devices import Signs, chosen, gpus_at, named, signs, usable, visible, why_unusable
 from hotloop.harness.gpu.nvml import Gpu
 from hotloop.harness.gpu.toolchain import Build
@@ -244,7 +243,7 @@ class Cuda:
 
 
 def test_cuda_is_awake_before_the_first_child_and_its_errors_have_cures() -> None:
-    assert gpu.touch_cuda(Cuda()) == {"cuda": 13000, "memory": 80 << 30}
+    assert between_runs.touch_cuda(Cuda()) == {"cuda": 13000, "memory": 80 << 30}
     for error, words in (
         (100, "--gpus all"),
         (304, "nvidia_uvm"),
@@ -253,15 +252,15 @@ def test_cuda_is_awake_before_the_first_child_and_its_errors_have_cures() -> Non
         (46, "busy"),
     ):
         with pytest.raises(DeviceError, match=f"CUDA error {error}: .*{words}"):
-            gpu.touch_cuda(Cuda(error))
-    assert gpu.cure(719) == "CUDA error 719"
+            between_runs.touch_cuda(Cuda(error))
+    assert between_runs.cure(719) == "CUDA error 719"
 
 
 def test_a_gpu_that_is_not_there_cannot_be_touched() -> None:
     if nvml.cards():
         pytest.skip("there is one")
     with pytest.raises(DeviceError, match=r"CUDA does not work on the GPU \(.*libcuda"):
-        gpu.touch(None)
+        between_runs.touch(None)
 
 
 # ---- who computes there
@@ -270,7 +269,7 @@ def test_a_gpu_that_is_not_there_cannot_be_touched() -> None:
 def test_a_stranger_is_who_is_not_below_this_process(gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ours:
         for contained in (False, True):
-            monkeypatch.setattr(neighbours, "_contained", lambda contained=contained: contained)
+            monkeypatch.setattr(neighbours, "_in_container", lambda contained=contained: contained)
             apps = [[ours.pid, "python"], [os.getpid(), "python"], [1, "other"]]
             gpus.says(H100 | {"apps": apps}, SMALL | {"apps": [[2, "elsewhere"]]})
             assert neighbours.strangers() == ["1 other"]
@@ -282,13 +281,13 @@ def test_a_stranger_is_who_is_not_below_this_process(gpus: FakeNvml, monkeypatch
 
 def test_in_a_container_our_own_child_is_no_stranger(gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the driver calls it there: a pid of the host, 0, nothing at all."""
-    monkeypatch.setattr(neighbours, "_contained", lambda: True)
+    monkeypatch.setattr(neighbours, "_in_container", lambda: True)
     for apps in ([[2147483647, None]], [[0, None]], [], None):
         gpus.says(H100 | {"apps": apps})
         assert neighbours.strangers() == []
     gpus.says(H100 | {"apps": [[2147483646, None], [2147483647, None]]})
     assert neighbours.strangers() == ["2147483646 (no name)", "2147483647 (no name)"]
-    monkeypatch.setattr(neighbours, "_contained", lambda: False)
+    monkeypatch.setattr(neighbours, "_in_container", lambda: False)
     gpus.says(H100 | {"apps": [[2147483647, None]]})
     assert neighbours.strangers() == ["2147483647 (no name)"]
 
@@ -334,34 +333,34 @@ def test_what_the_last_child_left_is_waited_for_and_a_stranger_is_not_for_ever(
     gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared: list[Gpu | None] = []
-    monkeypatch.setattr(gpu, "clear", cleared.append)
+    monkeypatch.setattr(between_runs, "clear", cleared.append)
     busy = H100 | {"apps": [[4242, "python"]]}
     gpus.says(busy, SMALL | {"apps": [[1, "elsewhere"]]})
     clock = Clock(lambda now: gpus.says() if now >= 19 else None)
-    monkeypatch.setattr(gpu, "time", clock)
-    gpu.fresh("cuda")
+    monkeypatch.setattr(between_runs, "time", clock)
+    between_runs.fresh("cuda")
     assert clock.now == 19.0 and len(cleared) == 1
     gpus.says(busy)
-    monkeypatch.setattr(gpu, "time", Clock(lambda _: None))
+    monkeypatch.setattr(between_runs, "time", Clock(lambda _: None))
     with pytest.raises(DeviceError, match=r"other processes compute on the GPU \(4242 python\); end them"):
-        gpu.fresh("cuda")
+        between_runs.fresh("cuda")
     assert len(cleared) == 1
 
 
 def test_a_lost_gpu_and_mps_are_told_in_words(gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[Gpu | None] = []
-    monkeypatch.setattr(gpu, "clear", cleared.append)
+    monkeypatch.setattr(between_runs, "clear", cleared.append)
     ours = chosen()
-    gpu.fresh("cuda", gpu=ours)
-    gpu.fresh("cuda")
+    between_runs.fresh("cuda", gpu=ours)
+    between_runs.fresh("cuda")
     assert cleared == [ours, ours]
     for error, words in ((15, "GPU is lost"), (16, "GPU requires restart"), (6, "Not Found")):
         gpus.says(H100 | {"error": error})
         with pytest.raises(DeviceError, match=f"GPU-aa.* is gone .{words}.*nvidia-smi -r"):
-            gpu.fresh("cuda", gpu=ours)
+            between_runs.fresh("cuda", gpu=ours)
     gpus.says(H100 | {"apps": [[1, "nvidia-cuda-mps-server"]]})
     with pytest.raises(DeviceError, match=re.escape("echo quit | nvidia-cuda-mps-control")):
-        gpu.fresh("cuda", 0.0, ours)
+        between_runs.fresh("cuda", 0.0, ours)
     assert len(cleared) == 2
 
 

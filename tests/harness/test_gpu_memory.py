@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hotloop.harness.gpu import between_runs as gpu
-from hotloop.harness.gpu import nvml
+from hotloop.harness.gpu import between_runs, nvml
 from hotloop.harness.gpu.devices import chosen
-from hotloop.harness.sandbox.levels import Policy, best
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Policy
 from hotloop.harness.sandbox.process import Child
 
 pytestmark = pytest.mark.skipif(not nvml.cards(), reason="no GPU")
@@ -43,7 +43,7 @@ def of(code: str) -> int:
 
 def test_nothing_of_a_process_is_left_in_gpu_memory() -> None:
     assert of(FILL) > 0
-    gpu.fresh("cuda")
+    between_runs.fresh("cuda")
     assert of(LOOK) == 0
 
 
@@ -58,4 +58,4 @@ def test_a_process_that_a_child_left_on_the_gpu_is_gone(tmp_path: Path) -> None:
     ) as child:
         assert child.wire.recv(120.0)["kind"] == "works"
         child.kill()
-    gpu.fresh("cuda")  # raises where something computes there still
+    between_runs.fresh("cuda")  # raises where something computes there still

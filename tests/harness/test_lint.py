@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotloop.harness.preflight.lint import MAX_COMPRESSED, compressed_bytes, problem
+from hotloop.harness.preflight.lint import MAX_COMPRESSED, compressed_bytes, problem, unfit
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = (ROOT / "train.py").read_bytes()
@@ -46,3 +46,27 @@ def test_any_bytes_are_judged(source: bytes) -> None:
 @pytest.mark.parametrize("source", [b"x = 1  # \xb5\n", b"# coding: no-such\n", b"\xef\xbb\xbf# coding: latin-1\n"])
 def test_what_is_no_text_is_refused(source: bytes) -> None:
     assert "not text" in problem(source)
+
+
+@pytest.mark.parametrize(
+    ("line", "now"),
+    [
+        (b"from harness import Batch, Run\n", "write: from hotloop.harness import Batch, Run, Spec, main"),
+        (b"import harness.settings\n", "write: from hotloop.harness import"),
+        (b"import kernels\n", "write: from hotloop import kernels"),
+        (b"from kernels import rms_norm\n", "write: from hotloop import kernels"),
+    ],
+)
+def test_imports_of_the_first_version_are_told_their_new_name(line: bytes, now: str) -> None:
+    reason, at = unfit(b"import torch\n" + line + REAL)
+    assert now in reason and at == 2
+
+
+def test_the_package_of_others_that_is_called_kernels_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert unfit(b"import kernels\n" + REAL) == ("", 0)
+    assert unfit(REAL) == ("", 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from hotloop.harness.preflight import preflight as parent
-from hotloop.harness.preflight.preflight import Preflight, Stage, preflight
+from hotloop.harness.preflight.preflight import PreflightResult, Stage, preflight
 from hotloop.harness.preflight.rules import COLUMNS, KINDS, TABLE, judge
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.wire import Wire
@@ -37,7 +37,7 @@ FLOOR = 0.9  # of the broken files that a CPU can see as such; all but one are c
 
 def whole(
     source: bytes, folder: Path, preset: str = "laptop", timeout_s: float = 60.0, level: int | None = None
-) -> Preflight:
+) -> PreflightResult:
     p = PRESETS[preset]
     return preflight(source, p, p.vocab_size, p.seq_len, 2, best(level), folder, timeout_s)
 
@@ -50,7 +50,7 @@ def warm() -> ForkServerContext:
             "hotloop.harness.preflight.child",
             "hotloop.harness.preflight.fake_cuda",
             "hotloop.harness.scoring.child",
-            "kernels",
+            "hotloop.kernels",
             "torch._dynamo",
         ]
     )
@@ -92,13 +92,13 @@ class Forked:
 
 def rehearse(
     warm: ForkServerContext, source: bytes, folder: Path, preset: Preset, seq_len: int | None = None
-) -> Preflight:
+) -> PreflightResult:
     child = Forked(warm, source, folder)
     try:
         spec = Spec(preset.name, preset.device, 1, preset.vocab_size, seq_len or preset.seq_len)
         stages: list[Stage] = []
         reason = parent._converse(child, spec, preset, 1, time.monotonic() + 60, stages)  # type: ignore[arg-type]
-        found = parent._conclude(Preflight(reason=reason, stages=stages))
+        found = parent._conclude(PreflightResult(reason=reason, stages=stages))
         found.log = parent.tail(folder / "log.txt")
         return found
     finally:
@@ -282,3 +282,20 @@ def raised(source: str) -> BaseException:
 )
 def test_verdicts(source: str, column: str, verdict: str) -> None:
     assert judge(raised(source), source, column) == verdict
+
+
+def test_the_kernels_are_told_that_there_is_a_gpu_as_train_py_is() -> None:
+    """They choose by `is_cuda`; what is not train.py's and not theirs must see what is true."""
+    import torch
+
+    from hotloop.harness.preflight.fake_cuda import Pretence, pretend_cuda
+
+    code = "def told(x):\n    return x.is_cuda, x.device.type"
+    seen = {}
+    with pretend_cuda(Pretence()):
+        x = torch.zeros(2)
+        for name in ("train", "hotloop.kernels.qkv", "torch.nn.functional", "hotloop.harness.training.run"):
+            scope: dict[str, object] = {"__name__": name}
+            exec(code, scope)
+            seen[name] = scope["told"](x)  # type: ignore[operator]
+    assert list(seen.values()) == [(True, "cuda"), (True, "cuda"), (False, "cpu"), (False, "cpu")]

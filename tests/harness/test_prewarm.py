@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 
 from hotloop.harness.paths import project_root
-from hotloop.harness.sandbox.levels import Sandbox, best
-from hotloop.harness.sandbox.process import descendants
+from hotloop.harness.processes import descendants
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import Spec
-from hotloop.harness.training import child as trainer
-from hotloop.harness.training import prewarm
+from hotloop.harness.training import child, prewarm
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.prewarm import AHEAD, Prewarmer, Setup
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.prewarm import AHEAD, Prewarmer
+from hotloop.harness.training.session import Session, SessionConfig, Trained
+from hotloop.harness.training.trainer import Setup
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
@@ -39,7 +40,10 @@ def setup(sandbox: Sandbox | None = None, **limits: Any) -> Setup:
 def train(folder: Path, prewarmer: Prewarmer | None = None, source: bytes | None = None) -> Trained:
     folder.mkdir(exist_ok=True)
     budget = Budget(PRESET.budget)
-    return Session(source or tiny_source(), SPEC, PRESET, ROWS, budget, folder, 1, prewarmer=prewarmer).run()
+    return Session(SessionConfig(
+        source=source or tiny_source(), spec=SPEC, preset=PRESET, rows=ROWS, budget=budget, folder=folder, threads=1,
+        prewarmer=prewarmer,
+    )).run()  # fmt: skip
 
 
 @pytest.fixture
@@ -162,14 +166,14 @@ def test_one_of_another_seal_or_other_settings_is_not_used(
 @pytest.mark.parametrize("level", [at(3), at(1)])
 def test_train_py_is_not_in_sight_before_the_job_is_there(tmp_path: Path, level: int) -> None:
     """Its working folder is empty, and what it was started with cannot carry one: there is no argument for it."""
-    walls = sandbox(level)
-    prewarmer = Prewarmer(setup(walls), tmp_path / "warm")
+    chosen = sandbox(level)
+    prewarmer = Prewarmer(setup(chosen), tmp_path / "warm")
     try:
         prewarmer.prepare()
         waiting = next_one(prewarmer)
         folder = inside(waiting.child.pid)
         assert list(folder.iterdir()) == []
-        taken, why = prewarmer.take(setup(walls), tmp_path / "log.txt")
+        taken, why = prewarmer.take(setup(chosen), tmp_path / "log.txt")
         assert taken is not None, why
         with taken:
             source = tiny_source(START="import time; time.sleep(60)")
@@ -219,7 +223,7 @@ def test_what_is_imported_ahead_for_a_gpu_makes_no_context_and_draws_no_random_n
         "make_ready(list(AHEAD['cuda']))\n"
         "assert state() == before\n"
         "assert all(name in sys.modules for name in AHEAD['cuda'])\n"
-        "assert 'train' not in sys.modules and 'kernels' not in sys.modules\n"
+        "assert 'train' not in sys.modules and 'hotloop.kernels' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -230,7 +234,7 @@ def test_an_import_that_touches_the_gpu_is_an_error(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA context"):
-        trainer.make_ready([])
+        child.make_ready([])
 
 
 @pytest.mark.parametrize("level", [at(3), at(1), at(0)])
@@ -239,8 +243,9 @@ def test_no_orphan_is_left_where_the_driver_is_killed(tmp_path: Path, level: int
         f"import sys; sys.path.insert(0, {str(project_root())!r})\n"
         "import time\n"
         "from pathlib import Path\n"
-        "from hotloop.harness.training.prewarm import Prewarmer, Setup\n"
-        "from hotloop.harness.sandbox.process import descendants\n"
+        "from hotloop.harness.training.prewarm import Prewarmer\n"
+        "from hotloop.harness.training.trainer import Setup\n"
+        "from hotloop.harness.processes import descendants\n"
         "from hotloop.harness.sandbox.levels import best\n"
         "from hotloop.harness.settings import Limits\n"
         f"p = Prewarmer(Setup(best({level}, True), 'cpu', Limits(), 1), Path({str(tmp_path / 'warm')!r}))\n"

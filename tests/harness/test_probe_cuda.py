@@ -12,7 +12,8 @@ from hotloop.harness.errors import DeviceError, SandboxError
 from hotloop.harness.gpu import nvml, toolchain
 from hotloop.harness.paths import project_root
 from hotloop.harness.sandbox import probe_cuda
-from hotloop.harness.sandbox.levels import Sandbox, best
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 
 pytestmark = pytest.mark.skipif(bool(nvml.cards()), reason="there is a GPU: tests/kernels/test_gpu.py has the real one")
 

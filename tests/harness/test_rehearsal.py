@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 
 from hotloop.harness.paths import project_root
-from hotloop.harness.sandbox import bubblewrap as walls
-from hotloop.harness.sandbox import landlock, seccomp
-from hotloop.harness.sandbox import levels as sandbox
-from hotloop.harness.sandbox.bubblewrap import device_nodes
-from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox import landlock, policy, seccomp, visible
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.rehearsal import NEEDS, REFUSED, rehearse
-from tests.needs import at
-from tests.needs import sandbox as level
+from hotloop.harness.sandbox.visible import device_nodes
+from tests.needs import at, sandbox
 
 NODES = ("nvidiactl", "nvidia0", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-caps/nvidia-cap21", "dxg")
 GRANTS = [(need.name, grant) for need in NEEDS for grant in need.grants]
@@ -34,18 +31,17 @@ def dev(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
         (folder / name).chmod(0o666)
-    monkeypatch.setattr(walls, "DEV", str(folder))
+    monkeypatch.setattr(visible, "DEV", str(folder))
     return folder
 
 
 @pytest.mark.parametrize("number", [at(3), at(2), at(1)])
 def test_what_cuda_needs_is_granted_and_what_it_must_not_have_is_refused(dev: Path, number: int) -> None:
-    assert rehearse(level(number)) == {}
+    assert rehearse(sandbox(number)) == {}
 
 
 def test_in_a_user_namespace_as_well(dev: Path) -> None:
-    walls_ = level(3)
-    assert rehearse(Sandbox(3, bwrap=walls_.bwrap)) == {}
+    assert rehearse(Sandbox(3, bwrap=sandbox(3).bwrap)) == {}
 
 
 @pytest.mark.parametrize("gone", NODES)
@@ -53,9 +49,9 @@ def test_a_device_that_is_not_handed_in_is_missed(dev: Path, gone: str, monkeypa
     def fewer(device: str, only: str = "") -> list[str]:
         return [n for n in device_nodes(device, only) if n != f"{dev}/{gone}"]
 
-    monkeypatch.setattr(sandbox, "device_nodes", fewer)
+    monkeypatch.setattr(policy, "device_nodes", fewer)
     named = {name for name, grant in GRANTS if grant == f"device {gone}"}
-    assert set(rehearse(level(3))) == named != set()
+    assert set(rehearse(sandbox(3))) == named != set()
 
 
 def test_one_gpu_of_several_gets_its_own_file_and_what_all_share(dev: Path) -> None:
@@ -68,16 +64,16 @@ def test_one_gpu_of_several_gets_its_own_file_and_what_all_share(dev: Path) -> N
     assert device_nodes("cpu") == []
 
 
-# Each grant of the table is taken away from a process behind the walls of L1 (with what L2 adds for workers), in a fork
+# Each grant of the table is taken away from a process at L1 (with what L2 adds for workers), in a fork
 # of one interpreter; which attempts fail then is printed.
 TAKE_AWAY = """
 import json, os, resource, sys, tempfile
 sys.path.insert(0, {root!r})
-from hotloop.harness.sandbox import landlock, rehearsal, seccomp, bubblewrap as walls
+from hotloop.harness.sandbox import landlock, rehearsal, seccomp, visible
 import ctypes, struct
 
 config = json.loads({config!r})
-walls.DEV = {dev!r}
+visible.DEV = {dev!r}
 os.environ["TMPDIR"] = tempfile.tempdir = {scratch!r}
 NUMBERS = {numbers!r}
 
@@ -102,7 +98,7 @@ def attempt(need, grant):
         write = [p for p in write if p != gone]
         read = [p for p in read if p != gone]
     elif kind == "device":
-        write = [p for p in write if p != f"{{walls.DEV}}/{{name}}"]
+        write = [p for p in write if p != f"{{visible.DEV}}/{{name}}"]
     elif kind == "settings":
         settings = []
     elif kind == "limit":

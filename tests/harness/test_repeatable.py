@@ -12,10 +12,10 @@ import pytest
 from hotloop.harness import single
 from hotloop.harness.records.record import Chain, Outcome
 from hotloop.harness.sandbox.process import child_environment
-from hotloop.harness.scoring.evaluation import Evaluator
+from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.settings import Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.session import Session, SessionConfig, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 
 SPEC, PRESET = Spec("laptop", "cpu", 1, VOCAB, LENGTH), tiny_preset()
@@ -27,9 +27,10 @@ ASKED = (
 
 
 def train(folder: Path, source: bytes, repeatable: bool) -> Trained:
-    return Session(
-        source, SPEC, PRESET, tiny_rows(256, 0), Budget(PRESET.budget), folder, 1, repeatable=repeatable
-    ).run()  # fmt: skip
+    return Session(SessionConfig(
+        source=source, spec=SPEC, preset=PRESET, rows=tiny_rows(256, 0), budget=Budget(PRESET.budget), folder=folder,
+        threads=1, repeatable=repeatable,
+    )).run()  # fmt: skip
 
 
 @pytest.mark.parametrize(("repeatable", "asked"), [(True, "True :4096:8 1"), (False, "False None None")])
@@ -42,7 +43,12 @@ def test_the_training_is_asked_or_spared_and_the_evaluation_always_asked(
     weights = train(folder, source, repeatable).weights
     assert f"ASKED {asked}\n" in (folder / "log.txt").read_text()
     val, bytes_ = tiny_rows(64, 1), np.ones(VOCAB, dtype=np.int32)
-    Evaluator(source, SPEC, PRESET, val, tiny_rows(16, 2), tiny_rows(64, 0), bytes_, folder, 1).run(weights)
+    Evaluator(
+        Scoring(
+            source=source, spec=SPEC, preset=PRESET, val=val, holdout=tiny_rows(16, 2), train=tiny_rows(64, 0),
+            token_bytes=bytes_, folder=folder, threads=1,
+        )
+    ).run(weights)  # fmt: skip
     said = [x for x in (folder / "evaluate.txt").read_text().splitlines() if x.startswith("ASKED")]
     assert said and set(said) == {"ASKED True :4096:8 1"}
 

@@ -10,36 +10,36 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hotloop.harness.sandbox.levels
 from hotloop.harness.errors import DeviceError, SandboxError, TrialError
-from hotloop.harness.gpu import between_runs as gpu
-from hotloop.harness.gpu import nvml
+from hotloop.harness.gpu import between_runs, nvml
 from hotloop.harness.gpu.devices import gpus_at
 from hotloop.harness.paths import project_root
 from hotloop.harness.preflight import lint
-from hotloop.harness.sandbox import landlock, seccomp
-from hotloop.harness.sandbox.bubblewrap import device_nodes
-from hotloop.harness.sandbox.levels import Policy, Sandbox, best, exposed
+from hotloop.harness.sandbox import landlock, levels, seccomp
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.probe import MUST
 from hotloop.harness.sandbox.probe_cuda import probe_cuda
 from hotloop.harness.sandbox.process import Child
+from hotloop.harness.sandbox.visible import device_nodes, exposed
 from hotloop.harness.sandbox.wire import Closed
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.budget import Budget
+from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.fake_nvml import H100, FakeNvml
 from tests.needs import at, sandbox
 
 ROOT = project_root()
 
 
-def confined(code: str, setup: str) -> subprocess.CompletedProcess[str]:
+def restricted(code: str, setup: str) -> subprocess.CompletedProcess[str]:
     """A Python that restricts itself with `setup` and then runs `code`."""
     text = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom hotloop.harness.sandbox import landlock, seccomp\n"
     text += f"{setup}\n{code}"
@@ -62,7 +62,7 @@ def test_landlock_allows_what_is_listed_and_nothing_else(tmp_path: Path) -> None
             f"__import__('os').rename({str(tmp_path / 'closed/file')!r}, {str(tmp_path / 'write/file2')!r})", False),
     }  # fmt: skip
     for name, (code, works) in tries.items():
-        done = confined(code, setup)
+        done = restricted(code, setup)
         assert (done.returncode == 0) == works, (name, done.stderr)
         assert works or "Permission" in done.stderr or "Invalid cross-device" in done.stderr, (name, done.stderr)
 
@@ -92,7 +92,7 @@ def test_landlock_allows_what_is_listed_and_nothing_else(tmp_path: Path) -> None
     ],
 )
 def test_seccomp_refuses_its_list_and_leaves_the_rest(code: str, works: bool) -> None:
-    done = confined(code, "seccomp.restrict(metadata=True, model=True)")
+    done = restricted(code, "seccomp.restrict(metadata=True, model=True)")
     assert (done.returncode == 0) == works, done.stderr
     assert works or re.search("not permitted|not supported|ZeroDivision", done.stderr), done.stderr
 
@@ -113,10 +113,10 @@ def test_seccomp_refuses_its_list_and_leaves_the_rest(code: str, works: bool) ->
 )
 def test_of_all_sockets_cuda_may_make_the_one_that_libcuda_listens_on(code: str, works: bool, flags: str) -> None:
     make = f"import os, socket\ndef make(family, kind): return socket.socket(family, kind | {flags})\n"
-    done = confined(make + code, "seccomp.restrict(cuda=True, model=True)")
+    done = restricted(make + code, "seccomp.restrict(cuda=True, model=True)")
     assert (done.returncode == 0) == works, done.stderr
     assert works or "Errno 1]" in done.stderr, done.stderr
-    assert confined(make + code, "seccomp.restrict(model=True)").returncode != 0
+    assert restricted(make + code, "seccomp.restrict(model=True)").returncode != 0
 
 
 def test_pages_that_are_to_be_dropped_stay(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_pages_that_are_to_be_dropped_stay(tmp_path: Path) -> None:
         "os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)\n"
         "m = mmap.mmap(fd, 0, prot=mmap.PROT_READ); sum(m[::4096]); m.madvise(21); m.madvise(20)"
     )
-    done = confined(code, "seccomp.restrict(model=True)")
+    done = restricted(code, "seccomp.restrict(model=True)")
     assert done.returncode == 0, done.stderr
     assert os.preadv(os.open(path, os.O_RDONLY), [bytearray(1 << 16)], 0, os.RWF_NOWAIT) == 1 << 16
 
@@ -231,7 +231,7 @@ def test_every_level_that_works_here_stops_what_it_promises() -> None:
 
 def test_a_level_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     best.cache_clear()
-    monkeypatch.setattr(hotloop.harness.sandbox.levels.shutil, "which", lambda _: None)
+    monkeypatch.setattr(levels.shutil, "which", lambda _: None)
     monkeypatch.setattr(landlock, "abi", lambda: 0)
     try:
         with pytest.raises(SandboxError, match=r"no sandbox works .*bubblewrap is not installed.*--unsafe-no-sandbox"):
@@ -244,13 +244,9 @@ def test_a_level_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_level_whose_probe_finds_a_hole_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hotloop.harness.sandbox.probe
-
-    real = hotloop.harness.sandbox.probe.probe
+    real = levels.probe
     best.cache_clear()
-    monkeypatch.setattr(
-        hotloop.harness.sandbox.probe, "probe", lambda s, d: real(s, d) | ({"UDP": False} if s.level > 1 else {})
-    )
+    monkeypatch.setattr(levels, "probe", lambda s, d: real(s, d) | ({"UDP": False} if s.level > 1 else {}))
     try:
         found = best()
         assert found.level == 1
@@ -267,7 +263,7 @@ def _processor_s() -> float:
 @pytest.mark.parametrize("level", [at(3), at(2), at(1)])
 def test_a_sandbox_adds_at_most_a_fifth_of_a_second_to_a_start(tmp_path: Path, level: int) -> None:
     """Processor time, which a busy machine hardly changes, of a child without torch; medians against no sandbox."""
-    walls = sandbox(level)
+    best_one = sandbox(level)
 
     def start(s: Sandbox) -> float:
         began = _processor_s()
@@ -276,9 +272,9 @@ def test_a_sandbox_adds_at_most_a_fifth_of_a_second_to_a_start(tmp_path: Path, l
             child.wire.recv(10)
         return _processor_s() - began
 
-    with_walls = sorted(start(walls) for _ in range(7))[3]
+    inside = sorted(start(best_one) for _ in range(7))[3]
     without = sorted(start(best(0)) for _ in range(7))[3]
-    assert with_walls - without < 0.2, (with_walls, without)
+    assert inside - without < 0.2, (inside, without)
 
 
 def test_data_that_a_child_could_read_is_refused(tmp_path: Path) -> None:
@@ -318,22 +314,22 @@ class Driver:
 
 def test_all_free_memory_of_a_gpu_is_cleared_and_given_back() -> None:
     driver = Driver((5 << 30) + (3 << 20) + 5)
-    assert gpu.clear_memory(driver) == (5 << 30) + (3 << 20)
+    assert between_runs.clear_memory(driver) == (5 << 30) + (3 << 20)
     assert sum(driver.cleared.values()) == (5 << 30) + (3 << 20)
     assert driver.held == {}
     with pytest.raises(DeviceError, match="cuInit failed"):
-        gpu.clear_memory(Driver(1 << 30, "cuInit"))
+        between_runs.clear_memory(Driver(1 << 30, "cuInit"))
 
 
 def test_a_gpu_that_somebody_else_uses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[int] = []
-    monkeypatch.setattr(gpu, "clear", lambda _: cleared.append(1))
-    monkeypatch.setattr(gpu, "others", lambda _: ["4242 python"])
-    gpu.fresh("cpu")
+    monkeypatch.setattr(between_runs, "clear", lambda _: cleared.append(1))
+    monkeypatch.setattr(between_runs, "others", lambda _: ["4242 python"])
+    between_runs.fresh("cpu")
     with pytest.raises(DeviceError, match="4242 python"):
-        gpu.fresh("cuda", wait_s=0.0)
-    monkeypatch.setattr(gpu, "others", lambda _: [])
-    gpu.fresh("cuda")
+        between_runs.fresh("cuda", wait_s=0.0)
+    monkeypatch.setattr(between_runs, "others", lambda _: [])
+    between_runs.fresh("cuda")
     assert cleared == [1]
 
 
@@ -341,7 +337,7 @@ def test_a_gpu_that_is_not_there_cannot_be_cleared() -> None:
     if nvml.cards():
         pytest.skip("there is one")
     with pytest.raises(DeviceError, match=r"could not be cleared \(.*libcuda"):
-        gpu.clear()
+        between_runs.clear()
 
 
 def test_a_sandbox_in_which_cuda_does_not_work_is_not_taken() -> None:
@@ -374,11 +370,11 @@ names = st.sampled_from(["bytes", "depth", "flops_per_token", "peak_mb", "rows",
 def test_whatever_a_trainer_says_is_a_status_or_a_sane_number(message: dict[str, Any]) -> None:
     from hotloop.harness.settings import PRESETS, Spec
 
-    session = Session.__new__(Session)
-    session.spec = Spec("laptop", "cpu", 1, 64, 256)
-    session.preset, session.result = PRESETS["laptop"], Trained()
-    session._limits, session._emit, session._progress = session.preset.limits, lambda _: None, 0.5
-    session._clock, session._stop = time.monotonic, None
+    preset = PRESETS["laptop"]
+    session = Session(SessionConfig(
+        source=b"", spec=Spec("laptop", "cpu", 1, 64, 256), preset=preset, rows=np.zeros((1, 257), np.uint16),
+        budget=Budget(preset.budget), folder=Path(), threads=1, sandbox=Sandbox(0),
+    ))  # fmt: skip
     for call in (
         lambda: session._shape(message),
         lambda: session._log(message, 0.0),
@@ -411,9 +407,9 @@ def test_a_child_of_one_gpu_gets_that_one_and_no_other(two_gpus: FakeNvml, tmp_p
     assert nodes[0] == "/dev/nvidia3" and not any(n in nodes for n in ("/dev/nvidia0", "/dev/nvidia1"))
     caps = ("/dev/nvidia-caps/nvidia-cap21", "/dev/nvidia-caps/nvidia-cap22")
     assert set(caps) < set(device_nodes("cuda", first.node, caps))  # those of its slice, and of no other
-    walls = dataclasses.replace(Sandbox(0), gpu=second)
+    one = dataclasses.replace(Sandbox(0), gpu=second)
     for device, visible in (("cuda", "GPU-bb"), ("cpu", None)):
-        launch = walls.launch(Policy("hotloop.harness.sandbox.probe", tmp_path / "run", device=device), [], {})
+        launch = one.launch(Policy("hotloop.harness.sandbox.probe", tmp_path / "run", device=device), [], {})
         assert launch.env.get("CUDA_VISIBLE_DEVICES") == visible
         launch.started.close()
         launch.ended.close()
@@ -421,5 +417,5 @@ def test_a_child_of_one_gpu_gets_that_one_and_no_other(two_gpus: FakeNvml, tmp_p
 
 def test_who_computes_is_asked_of_that_gpu_alone(two_gpus: FakeNvml) -> None:
     first, second = gpus_at([0, 1])
-    assert gpu.others(first) == gpu.others() == []
-    assert gpu.others(second) == ["4242 python"]
+    assert between_runs.others(first) == between_runs.others() == []
+    assert between_runs.others(second) == ["4242 python"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotloop.harness.errors import TrialError
-from hotloop.harness.scoring.cuts import draw
-from hotloop.harness.scoring.evaluation import Evaluator, bits_per_byte, compare, questions, surprise
+from hotloop.harness.scoring.audit import compare, draw, questions, surprise
+from hotloop.harness.scoring.bound import Bound
+from hotloop.harness.scoring.evaluation import Evaluator, Scoring, bits_per_byte
 from hotloop.harness.scoring.score import Noise, Score
 from hotloop.harness.scoring.weights import check_weights
-from hotloop.harness.settings import Spec
+from hotloop.harness.settings import PRESETS, Spec
 
 
 @given(st.floats(0.1, 9), st.floats(0.1, 9))
@@ -132,28 +134,32 @@ def test_what_evaluator_b_is_asked() -> None:
 class Answering(Evaluator):
     """Evaluators that answer what a test wants."""
 
-    def __init__(self, nll: np.ndarray) -> None:
-        self.spec = Spec("laptop", "cpu", 1, 5, nll.shape[1])
-        self.val, self.holdout = (np.zeros((len(nll) // 2, nll.shape[1] + 1), np.uint16) for _ in range(2))
-        self.token_bytes, self.nll, self._cost = np.ones(5, np.int32), nll, {}
-        self.reference_bytes = None
+    def __init__(self, nll: np.ndarray, folder: Path) -> None:
+        rows = np.zeros((len(nll) // 2, nll.shape[1] + 1), np.uint16)
+        super().__init__(
+            Scoring(
+                source=b"", spec=Spec("laptop", "cpu", 1, 5, nll.shape[1]), preset=PRESETS["laptop"], val=rows,
+                holdout=rows, train=rows, token_bytes=np.ones(5, np.int32), folder=folder, threads=1,
+            )
+        )  # fmt: skip
+        self.nll = nll
 
-    def _answer(self, phase: str, weights: bytearray, rows: np.ndarray, cuts: object, width: int, take: Any) -> None:
+    def _answer(self, phase: str, bound: Bound, weights: bytearray, rows: np.ndarray, cuts: Any, take: Any) -> None:
         assert len(rows) == len(self.nll)
         take(slice(0, len(rows)), self.nll)
 
-    def _audit(self, weights: bytearray, nll: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
+    def _audit(self, bound: Bound, weights: bytearray, nll: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
         return {"cuts": len(nll)}
 
 
 @pytest.mark.parametrize(("value", "status"), [(-2e-3, "invalid"), (math.nan, "nan"), (math.inf, "nan")])
 @pytest.mark.parametrize("row", [0, 3])  # of val, of holdout
-def test_a_loss_that_cannot_be_is_no_score(value: float, status: str, row: int) -> None:
+def test_a_loss_that_cannot_be_is_no_score(value: float, status: str, row: int, tmp_path: Path) -> None:
     nll = np.full((4, 6), 0.5, np.float32)
-    assert Answering(nll.copy()).run(bytearray()).val_bpb == pytest.approx(0.5 / math.log(2))
+    assert Answering(nll.copy(), tmp_path).run(bytearray()).val_bpb == pytest.approx(0.5 / math.log(2))
     nll[row, 2] = value
     with pytest.raises(TrialError) as e:
-        Answering(nll).run(bytearray())
+        Answering(nll, tmp_path).run(bytearray())
     assert e.value.status == status
 
 

@@ -42,8 +42,8 @@ def test_an_added_and_a_removed_file_are_found(copy: Path) -> None:
     with pytest.raises(SealError, match=r"kernels/extra\.py"):
         verify_seal(copy)
     (copy / "kernels" / "extra.py").unlink()
-    (copy / "harness" / "score.py").unlink()
-    with pytest.raises(SealError, match=r"harness/score\.py"):
+    (copy / "harness" / "settings.py").unlink()
+    with pytest.raises(SealError, match=r"harness/settings\.py"):
         verify_seal(copy)
 
 

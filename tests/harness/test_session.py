@@ -16,10 +16,10 @@ import torch
 
 from hotloop.harness import single
 from hotloop.harness.errors import TrialError
-from hotloop.harness.scoring.evaluation import Evaluation, Evaluator
+from hotloop.harness.scoring.evaluation import Evaluation, Evaluator, Scoring
 from hotloop.harness.settings import BudgetRule, Preset, Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Event, Session, Trained
+from hotloop.harness.training.session import Event, Session, SessionConfig, Trained
 from tests.needs import at
 
 _spec = importlib.util.spec_from_file_location("tiny_train", Path(__file__).with_name("conftest.py"))
@@ -34,19 +34,34 @@ BYTES = np.arange(tiny.VOCAB, dtype=np.int32) % 5  # some tokens have no bytes
 
 
 def session(
-    folder: Path, source: bytes, preset: Preset | None = None, budget: Budget | None = None, **kwargs: Any
+    folder: Path,
+    source: bytes,
+    preset: Preset | None = None,
+    budget: Budget | None = None,
+    spec: Spec = SPEC,
+    **kwargs: Any,
 ) -> Session:
     preset = preset or tiny.tiny_preset()
-    return Session(source, SPEC, preset, TRAIN, budget or Budget(preset.budget), folder, 1, **kwargs)
+    return Session(SessionConfig(
+        source=source, spec=spec, preset=preset, rows=TRAIN, budget=budget or Budget(preset.budget), folder=folder,
+        threads=1, **kwargs,
+    ))  # fmt: skip
 
 
 def train(folder: Path, source: bytes, **kwargs: Any) -> Trained:
     return session(folder, source, **kwargs).run()
 
 
+def scoring(folder: Path, source: bytes, preset: Preset | None = None, **more: Any) -> Scoring:
+    return Scoring(
+        source=source, spec=SPEC, preset=preset or tiny.tiny_preset(), val=VAL, holdout=HOLDOUT, train=TRAIN,
+        token_bytes=BYTES, folder=folder, threads=1, **more,
+    )  # fmt: skip
+
+
 def evaluate(folder: Path, source: bytes, weights: bytearray, preset: Preset | None = None) -> Evaluation:
     preset = preset or tiny.tiny_preset()
-    return Evaluator(source, SPEC, preset, VAL, HOLDOUT, TRAIN, BYTES, folder, 1).run(weights)
+    return Evaluator(scoring(folder, source, preset)).run(weights)
 
 
 def failure(call: Any) -> TrialError:
@@ -77,7 +92,7 @@ def test_training_learns_uses_its_budget_and_repeats_to_the_bit(trained: Trained
 def test_another_seed_gives_other_weights(trained: Trained, folder: Path) -> None:
     preset = tiny.tiny_preset()
     spec = Spec("laptop", "cpu", 2, tiny.VOCAB, tiny.LENGTH)
-    other = Session(tiny.tiny_source(), spec, preset, TRAIN, Budget(preset.budget), folder, 1).run()
+    other = session(folder, tiny.tiny_source(), preset, spec=spec).run()
     assert other.weights != trained.weights
     assert other.tokens == trained.tokens
 
@@ -180,7 +195,7 @@ def test_a_loader_whose_worker_fails_is_a_crash(folder: Path, item: str, words: 
 
 def test_a_folder_named_from_here_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the command line names its own: the child starts elsewhere."""
-    from hotloop.harness.sandbox.levels import Sandbox
+    from hotloop.harness.sandbox.policy import Sandbox
 
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
@@ -509,7 +524,8 @@ def test_a_child_dies_with_its_parent(folder: Path, level: int) -> None:
         f"import sys; sys.path.insert(0, {str(root)!r})\n"
         "from pathlib import Path\n"
         "from hotloop.harness.sandbox.process import Child, descendants\n"
-        "from hotloop.harness.sandbox.levels import Policy, best\n"
+        "from hotloop.harness.sandbox.levels import best\n"
+        "from hotloop.harness.sandbox.policy import Policy\n"
         f"folder = Path({str(folder)!r})\n"
         f"c = Child(best({level}), Policy('hotloop.harness.training.child', folder), [], folder / 'log.txt', 1)\n"
         "c.__enter__()\n"

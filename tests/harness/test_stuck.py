@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from hotloop.harness.errors import SandboxError, TrialError
+from hotloop.harness.processes import descendants
 from hotloop.harness.sandbox import process
-from hotloop.harness.sandbox.entry import descendants
-from hotloop.harness.sandbox.levels import Policy, Sandbox, best
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child
 from hotloop.harness.settings import Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, Trained
+from hotloop.harness.training.session import Session, SessionConfig, Trained
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
@@ -32,12 +33,13 @@ HANG = (
 )
 
 
-def train(folder: Path, walls: Sandbox, stall_s: float = 20.0, **changes: str) -> Trained:
+def train(folder: Path, sandbox: Sandbox, stall_s: float = 20.0, **changes: str) -> Trained:
     preset = tiny_preset().with_limits(stall_s=stall_s)
     budget = Budget(preset.budget)
-    return Session(
-        tiny_source(**changes), SPEC, preset, tiny_rows(256, 0), budget, folder, 1, sandbox=walls
-    ).run()  # fmt: skip
+    return Session(SessionConfig(
+        source=tiny_source(**changes), spec=SPEC, preset=preset, rows=tiny_rows(256, 0), budget=budget, folder=folder,
+        threads=1, sandbox=sandbox,
+    )).run()  # fmt: skip
 
 
 def writers(log: Path) -> list[str]:
@@ -54,23 +56,23 @@ def writers(log: Path) -> list[str]:
 def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     folder: Path, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    walls = sandbox(level)
+    inside = sandbox(level)
     seen: list[list[str]] = []
-    real = process.Contained.kill
+    real = process.ProcessTree.kill
 
-    def kill(self: process.Contained) -> None:
+    def kill(self: process.ProcessTree) -> None:
         seen.append(writers(folder / "log.txt"))
         real(self)
 
-    monkeypatch.setattr(process.Contained, "kill", kill)
+    monkeypatch.setattr(process.ProcessTree, "kill", kill)
     with pytest.raises(TrialError) as e:
-        train(folder, walls, 1.5, STEP=HANG)
+        train(folder, inside, 1.5, STEP=HANG)
     assert e.value.status == "timeout"
     assert re.fullmatch(r"no sign of life for \d+ s while training", e.value.reason)
     assert "HANGS" in (folder / "log.txt").read_text()
     assert max(map(len, seen)) >= 2, "the trainer and its child"
     assert writers(folder / "log.txt") == []
-    assert train(folder, walls).steps > 0  # the next one is none the worse
+    assert train(folder, inside).steps > 0  # the next one is none the worse
 
 
 def test_a_process_that_no_signal_ends_is_said_to_be_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ from hotloop.harness.data.dataset import Dataset
 from hotloop.harness.errors import DataError
 from hotloop.harness.experiment import Event, Job, Settings, data_warnings, run_experiment
 from hotloop.harness.records.record import OPEN_TEXT, Chain
-from hotloop.harness.sandbox.levels import Sandbox, best, readable_text
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
+from hotloop.harness.sandbox.visible import readable_text
 from hotloop.harness.settings import BudgetRule
 from tests.harness.conftest import tiny_preset, tiny_source
 
@@ -48,7 +50,7 @@ def job(folder: Path, tokens: int) -> Job:
     return Job(tiny_source(), 0, "t", "baseline", "c", "", "", 1, folder, budget=BudgetRule("tokens", tokens))
 
 
-def test_a_run_without_walls_says_so_in_every_view(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_run_without_a_sandbox_says_so_in_every_view(tmp_path: Path, dataset: Dataset) -> None:
     settings = Settings(PRESET, "cpu", dataset, 1, Sandbox(0))
     events: list[Event] = []
     epoch = 40 * 64

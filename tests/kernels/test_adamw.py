@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from hotloop.kernels import adamw
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
 # Sixteen elements a thread: four loads of 128 bits of fp32, two of bf16, of each of p, g, m, v; all but g are stored.
 COUNT = """
@@ -42,10 +37,7 @@ for text, (loads, stores) in zip((made["ptx"], sass), patterns):
 
 def test_aligned_tensors_are_read_and_written_in_128_bits() -> None:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton"}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", COUNT], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(COUNT, HOTLOOP_KERNELS="triton")
 
 
 @pytest.mark.parametrize(("dtype", "plain", "wide"), [(torch.float32, 0, 2), (torch.bfloat16, 1, 3)])
@@ -80,7 +72,8 @@ def test_tensors_that_begin_anywhere_are_updated_alike() -> None:
     """Each of the kernel's four ways, through the interpreter."""
     pytest.importorskip("triton")
     script = """
-import torch, kernels
+import torch
+from hotloop import kernels
 from hotloop.kernels import reference
 from hotloop.kernels.adamw import kind_of
 torch.manual_seed(0)
@@ -98,6 +91,4 @@ for dtype in (torch.float32, torch.bfloat16):
             assert ((ours[0].double() - true[0]).abs() <= unit * true[0].abs() + 1e-6).all(), (dtype, first)
 assert kinds == {0, 1, 2, 3}, kinds
 """
-    env = os.environ | {"HOTLOOP_KERNELS": "adamw_", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, HOTLOOP_KERNELS="adamw_", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")

@@ -5,8 +5,6 @@ wrappers of other people's packages, against stand-ins that have their signature
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,11 @@ from hotloop import kernels
 from hotloop.kernels import attend as chosen
 from hotloop.kernels import attention_backends as others
 from hotloop.kernels import flash, reference
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
 PREAMBLE = """
-import torch, kernels, contextlib
+import torch, contextlib
+from hotloop import kernels
 from unittest import mock
 from hotloop.kernels import flash, reference
 torch.manual_seed(0)
@@ -56,10 +54,7 @@ PLAIN = dict(ROWS=32, COLUMNS=32, TMA=0, SPLIT=1)
 
 def run(script: str, **env: str) -> str:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"} | env
-    done = subprocess.run([sys.executable, "-c", PREAMBLE + script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return warm.output(PREAMBLE + script, **{"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"} | env)
 
 
 def test_windows_lengths_and_groups() -> None:
@@ -184,8 +179,7 @@ def test_what_is_named_and_cannot_run_says_why() -> None:
             kernels.attention(*bad)
     script = "from hotloop import kernels; print(kernels.implementations())"
     for asked, words in (("nonsense", "is no backend; they are"), ("flash3", "cannot run: flash_attn_interface")):
-        env = os.environ | {"HOTLOOP_ATTENTION": asked}
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = warm.run(script, HOTLOOP_ATTENTION=asked)
         assert done.returncode
         assert words in done.stderr
     assert kernels.implementations()["attention"].startswith("reference: ")

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
+
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, which: str = "triton") -> str:
-    env = os.environ | {"HOTLOOP_KERNELS": which, "TRITON_INTERPRET": "1"}
     script = (
         "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import reference\ntorch.manual_seed(0)\n"
         + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return warm.output(script, HOTLOOP_KERNELS=which, TRITON_INTERPRET="1")
 
 
 def test_adamw_over_tensors_of_all_sizes_and_both_types() -> None:
@@ -196,10 +191,10 @@ torch.save(found + [p.detach() for p in model.parameters()], PATH)
     found = []
     for setting in ("reference", "triton"):
         path = tmp_path / setting
-        env = os.environ | {"HOTLOOP_KERNELS": setting, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-        code = "import torch, kernels\ntorch.manual_seed(0)\n" + script.replace("PATH", repr(str(path)))
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        code = "import torch\nfrom hotloop import kernels\ntorch.manual_seed(0)\n" + script.replace(
+            "PATH", repr(str(path))
+        )
+        warm.output(code, HOTLOOP_KERNELS=setting, TRITON_INTERPRET="1")
         found.append(torch.load(path))
     assert not all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # they are different programs
     for i, (want, have) in enumerate(zip(*found, strict=True)):

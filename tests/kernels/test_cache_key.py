@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hotloop.kernels import cache_key
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
 
 def test_the_fingerprint_knows_selection_sources_and_tuned_files(tmp_path: Path) -> None:
@@ -40,7 +36,7 @@ CHOICES = {
 
 def test_whatever_chooses_marks_what_is_compiled_and_keeps_a_tag_that_is_there() -> None:
     script = (
-        "import torch, kernels\n"
+        "import torch\nfrom hotloop import kernels\n"
         "from torch.compiler import config\n"
         "from hotloop.kernels import attend, cache_key, dispatch, fp8\n"
         "assert config.cache_key_tag == 'mine'\n"  # importing does nothing
@@ -52,12 +48,12 @@ def test_whatever_chooses_marks_what_is_compiled_and_keeps_a_tag_that_is_there()
         "    exec(choice)\n"
         "    assert config.cache_key_tag == f'mine hotloop-{cache_key.fingerprint()}', name\n"
     )
-    env = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": "mine"}
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True)
+    warm.output(script, TORCH_COMPILE_CACHE_KEY_TAG="mine")
 
 
 SCRIPT = """
-import torch, kernels
+import torch
+from hotloop import kernels
 from torch._dynamo.utils import counters
 from hotloop.kernels import weight_gradient
 launched, parts = [], weight_gradient.parts
@@ -74,9 +70,7 @@ def test_two_selections_in_one_cache_run_their_own_backward_pass(tmp_path: Path)
     pytest.importorskip("triton")
     found = []
     for chosen in ("mlp_relu2", "mlp_relu2,linear", "mlp_relu2"):
-        env = os.environ | {"HOTLOOP_KERNELS": chosen, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = {"HOTLOOP_KERNELS": chosen, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found.append(done.stdout.split())
+        found.append(warm.output(SCRIPT, **env).split())
     assert found == [["0", "0"], ["2", "0"], ["0", "1"]]  # the third is the first again, from the cache

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from hotloop.harness.settings import PRESETS, Spec
 from hotloop.harness.training.run import Batch
 from hotloop.kernels import KernelError, dispatch, fp8, reference
 from hotloop.kernels.reference import E4M3, E5M2, quantize
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -238,7 +236,8 @@ def test_the_mlp_is_its_two_products(implementation: str) -> None:
 
 
 LOSS = """
-import torch, kernels
+import torch
+from hotloop import kernels
 from hotloop.kernels import fp8, reference
 from torch.utils.flop_counter import FlopCounterMode
 from hotloop.kernels import linear_cross_entropy as module
@@ -292,9 +291,7 @@ refused("up to 1679 logits a pass, not 21 x 80", x, w, t, fp8="bf16")
 def test_the_loss_in_8_bits_and_in_one_pass() -> None:
     """The operator, through the interpreter, against the reference: loss, gradients, operations, one graph."""
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", LOSS], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(LOSS, HOTLOOP_KERNELS="triton", TRITON_INTERPRET="1")
 
 
 def test_what_cannot_be_served_is_refused_with_what_was_given(implementation: str) -> None:

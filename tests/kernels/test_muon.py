@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,21 +9,18 @@ from torch import Tensor
 
 import train
 from hotloop.kernels import reference
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
 POLYNOMIALS = train.POLAR_EXPRESS
 
 
 def run(script: str) -> None:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
     script = (
         "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import muon, reference\ntorch.manual_seed(0)\n"
         + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, HOTLOOP_KERNELS="triton", TRITON_INTERPRET="1")
 
 
 # ---- what train.py computed before the operator was one

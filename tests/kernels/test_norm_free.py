@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
+
 EPS = 2.0**-23
 M, D, N, E = 7, 12, 20, 5
 
@@ -89,13 +85,11 @@ def test_the_qkv_projections_gradients_by_what_attention_took() -> None:
 def run(script: str, which: str = "norm_mlp_relu2") -> None:
     """With the three kernels of the stream on: one brings the others."""
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": which, "TRITON_INTERPRET": "1"}
     script = (
         "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import reference\ntorch.manual_seed(0)\n"
         + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, HOTLOOP_KERNELS=which, TRITON_INTERPRET="1")
 
 
 STREAM = """

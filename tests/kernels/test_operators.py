@@ -6,11 +6,6 @@ The interpreter must be asked for before Triton is imported, so what needs it ru
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,8 +13,8 @@ from hotloop import kernels
 from hotloop.harness.proof.accuracy import check, results, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
 from hotloop.kernels import reference
+from tests import warm
 
-ROOT = Path(__file__).resolve().parents[2]
 INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 # "baseline" is a size for a GPU; "long" keeps what is long about it (a vocabulary, a row) with few rows.
 SMALL = ("odd", "tiny", "long")
@@ -100,10 +95,7 @@ def test_a_wrong_kernel_is_found() -> None:
 
 
 def run(script: str, kernels: str = "triton") -> str:
-    env = os.environ | INTERPRETER | {"HOTLOOP_KERNELS": kernels}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return warm.output(script, **INTERPRETER, HOTLOOP_KERNELS=kernels)
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.module])
@@ -113,7 +105,8 @@ def test_the_kernel_is_right_through_the_interpreter(name: str) -> None:
     # bfloat16 is allowed the interpreter's truncation at every step where hardware rounds.
     run(
         f"""
-import torch, kernels
+import torch
+from hotloop import kernels
 from hotloop.harness.proof.accuracy import check
 from hotloop.harness.proof.operators import OPERATORS
 torch.manual_seed(0)
@@ -136,7 +129,8 @@ for shape, sizes in {sizes}.items():
 def test_every_registered_operator_passes_opcheck_and_is_in_the_table() -> None:
     pytest.importorskip("triton")
     run("""
-import torch, kernels
+import torch
+from hotloop import kernels
 from hotloop.harness.proof.operators import OPERATORS
 registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("hotloop::")}
 assert registered == {name for op in OPERATORS.values() for name in op.torch_ops}, registered
@@ -233,7 +227,8 @@ for name in sorted(registered):
 def test_a_module_of_all_operators_compiles_without_a_graph_break() -> None:
     pytest.importorskip("triton")
     run("""
-import torch, kernels
+import torch
+from hotloop import kernels
 from torch import nn
 class All(nn.Module):
     def __init__(self):

@@ -5,30 +5,22 @@ The interpreter must be asked for before Triton is imported, so each check is a 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests import warm
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def run(script: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return warm.output(script, **env)
 
 
 INTERPRETER = {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 
 PRELUDE = """
-import torch, kernels
+import torch
+from hotloop import kernels
 from hotloop.kernels import reference
 torch.manual_seed(0)
 real_empty = torch.empty
@@ -111,7 +103,8 @@ def test_the_operator_has_a_flop_formula() -> None:
     """A budget in FLOPs must not depend on which implementation runs."""
     run(
         """
-import torch, kernels
+import torch
+from hotloop import kernels
 from torch.utils.flop_counter import FlopCounterMode
 x, w = torch.randn(12, 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
 with FlopCounterMode(display=False) as counter:

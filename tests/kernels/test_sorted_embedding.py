@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hotloop import kernels
 from hotloop.kernels import reference
 from hotloop.kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
+from tests import warm
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNTS = [0, 1, PLAIN_PIECE, PLAIN_PIECE + 1, 5 * PLAIN_PIECE + 5, 0]  # of each token
 
 
@@ -90,6 +85,4 @@ assert f"({PLAIN_PIECE}, {V + M // PLAIN_PIECE}, {D})" not in backward, backward
 _, (_, plain) = both(lambda n, t, *_: embedding(n, t))
 assert "index_put" in plain  # what this is instead of
 """
-    env = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    warm.output(script, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1", CUDA_VISIBLE_DEVICES="")

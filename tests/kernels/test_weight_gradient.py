@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hotloop.kernels import weight_gradient as wg
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
 
 def run(script: str) -> None:
     pytest.importorskip("triton")
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "TRITON_INTERPRET": "1"}
     script = (
         "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import tuning, weight_gradient as wg\n"
         "torch.manual_seed(0)\n" + script
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm.output(script, HOTLOOP_KERNELS="triton", TRITON_INTERPRET="1")
 
 
 def test_parts_fill_whole_waves_at_the_baselines_shapes() -> None:

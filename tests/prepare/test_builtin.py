@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import hotloop.harness.sandbox.bubblewrap
-import hotloop.harness.sandbox.levels
+import hotloop.harness.sandbox.policy
 import hotloop.harness.sandbox.probe
 from hotloop.harness.data import packages
 from hotloop.harness.data.building import prepare
@@ -19,8 +19,8 @@ from hotloop.harness.data.dataset import SPLITS, default_data_dir
 from hotloop.harness.data.sources import CodeText
 from hotloop.harness.errors import DataError
 from hotloop.harness.paths import project_root
-from hotloop.harness.sandbox.bubblewrap import around, hidden_text
 from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.visible import around, hidden_text
 from hotloop.harness.settings import PRESETS
 from tests.needs import at, sandbox
 
@@ -108,7 +108,7 @@ def test_a_level_that_shows_the_text_is_not_taken(level: int, monkeypatch: pytes
     """The probe is a child that tries; it reads the text when nothing hides it, and then there is no such level."""
     assert sandbox(level).probes["reading the built-in text"]
     assert hidden_text()
-    monkeypatch.setattr(hotloop.harness.sandbox.levels, "hidden_text", lambda: ())
+    monkeypatch.setattr(hotloop.harness.sandbox.policy, "hidden_text", lambda: ())
     assert not hotloop.harness.sandbox.probe.probe(best(level))["reading the built-in text"]
 
 

@@ -15,9 +15,9 @@ from hotloop.harness.experiment import Job, Settings, run_experiment
 from hotloop.harness.records.record import Outcome
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.settings import Preset
-from hotloop.harness.training import compile_cache as compiled
+from hotloop.harness.training import compile_cache
 from hotloop.harness.training.compile_cache import GENERATIONS, PACK, Pack, Store, collect, decode, encode, lay_out
-from hotloop.harness.training.prewarm import Setup
+from hotloop.harness.training.trainer import Setup
 from tests.harness.conftest import tiny_dataset, tiny_preset, tiny_rows, tiny_source
 
 SPLITS = {"train": tiny_rows(256, 0), "val": tiny_rows(64, 1), "holdout": tiny_rows(16, 2)}
@@ -182,22 +182,22 @@ def test_a_run_says_that_its_cache_was_set_aside_and_compiles_again(tmp_path: Pa
 @pytest.mark.parametrize("what", ["versions", "device", "seal"])
 def test_the_cache_of_another_machine_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     path = promoted(tmp_path)
-    facts = compiled._facts(setup())
+    facts = compile_cache._facts(setup())
     other = facts | {what: {"torch": "0.1"} if what == "versions" else "another"}
-    monkeypatch.setattr(compiled, "_facts", lambda _: other)
+    monkeypatch.setattr(compile_cache, "_facts", lambda _: other)
     assert Store(tmp_path).load(setup()) == (None, "")  # it has another name
-    path.rename(tmp_path / f"{compiled._key(other)}.pack")  # somebody has copied it here
+    path.rename(tmp_path / f"{compile_cache._key(other)}.pack")  # somebody has copied it here
     given, note = Store(tmp_path).load(setup())
     assert given is None
     assert f"it was made elsewhere (another {what})" in note
 
 
 def test_what_compiled_code_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    was = compiled._facts(setup())
+    was = compile_cache._facts(setup())
     assert was["versions"]["torch"] and len(was["seal"]) == 64 and was["device"] and was["python"]
-    assert compiled._facts(dataclasses.replace(setup(), threads=2)) != was
+    assert compile_cache._facts(dataclasses.replace(setup(), threads=2)) != was
     monkeypatch.setenv("HOTLOOP_KERNELS", "triton")
-    assert compiled._facts(setup()) != was
+    assert compile_cache._facts(setup()) != was
 
 
 def test_what_is_too_large_is_neither_taken_nor_given(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an agent in its cage sees, may change, and may reach: real programs, real sandboxes."""
+"""What an agent in its sandbox sees, may change, and may reach: real programs, real sandboxes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 from hotloop.agent_loop.agents.agent import CommandAgent
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
-from hotloop.agent_loop.agents.sandbox import Cage, everything_but, outermost, text_of, try_cage
+from hotloop.agent_loop.agents.sandbox import AgentSandbox, everything_but, outermost, text_of, try_sandbox
 from hotloop.agent_loop.commands.start import NightCommand
 from hotloop.agent_loop.loop.planner import Options
 from hotloop.harness.data.readers import kind_of
 from hotloop.harness.errors import SandboxError, UsageError
 from hotloop.harness.sandbox.bounds import Bounds
 from hotloop.harness.sandbox.levels import best
-from hotloop.harness.sandbox.process import Contained
+from hotloop.harness.sandbox.process import ProcessTree
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
 from tests.needs import at, sandbox
 
@@ -70,7 +70,7 @@ def places(repo: Path, tmp_path: Path) -> dict[str, str]:  # noqa: F811
 
 def agent(level: int, code: str, places: dict[str, str], network: bool = False) -> CommandAgent:
     hidden = tuple(Path(p) for p in (places["data"], places["runs"], places["repo"] + "/.git"))
-    made = CommandAgent("true", 30.0, Cage(sandbox(level), hidden, (Path(places["allowed"]),), network))
+    made = CommandAgent("true", 30.0, AgentSandbox(sandbox(level), hidden, (Path(places["allowed"]),), network))
     made.argv = [sys.executable, "-c", code]
     return made
 
@@ -89,7 +89,7 @@ def test_the_text_that_data_was_made_of_is_hidden_with_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("level", [at(3), at(2), at(1)])
 def test_what_an_agent_writes_is_bounded_while_it_grows(places: dict[str, str], level: int, tmp_path: Path) -> None:
-    cage = agent(level, "", places).cage
+    inside = agent(level, "", places).sandbox
     for name, code in {
         "log": "import time\nwhile True: print('x' * 4096, flush=True), time.sleep(0.001)",
         "files": "for n in range(10**6): open(f'{n}', 'w').close()",
@@ -97,10 +97,10 @@ def test_what_an_agent_writes_is_bounded_while_it_grows(places: dict[str, str], 
     }.items():
         for folder in ("worktree", "handover"):
             (tmp_path / name / folder).mkdir(parents=True)
-        launch = cage.launch(
+        launch = inside.launch(
             [sys.executable, "-c", code], tmp_path / name / "worktree", tmp_path / name / "handover", dict(os.environ)
         )
-        with Contained(launch, tmp_path / name / "log.txt", Bounds(files=1 << 20, log=1 << 20)) as process:
+        with ProcessTree(launch, tmp_path / name / "log.txt", Bounds(files=1 << 20, log=1 << 20)) as process:
             process.wait(30.0)
         if name == "hole":
             assert process.returncode != 0 and not (tmp_path / name / "worktree" / "hole").stat().st_size
@@ -150,7 +150,7 @@ def test_the_network_is_there_when_it_is_asked_for(repo: Path, places: dict[str,
         listener.accept()[0].close()
 
 
-def test_in_the_best_cage_other_files_of_the_worktree_are_read_only(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
+def test_in_the_best_sandbox_other_files_of_the_worktree_are_read_only(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
     code = "open('other.py', 'a')"
     night = scripted.drive(repo, "t", 1, agent=[agent(3, code, places), BuiltinAgent(1)])
     assert "exit status 1" in night.turns()[0]["reason"]
@@ -158,18 +158,18 @@ def test_in_the_best_cage_other_files_of_the_worktree_are_read_only(repo: Path, 
     assert len(logs) == 1 and "Read-only file system" in logs[0]
 
 
-def test_a_folder_that_would_open_the_cage_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_would_open_the_sandbox_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for path in (tmp_path, tmp_path / "data"):
         with pytest.raises(UsageError, match="would give the agent"):
-            Cage(best(0), (tmp_path / "data",), (path,))
+            AgentSandbox(best(0), (tmp_path / "data",), (path,))
     with pytest.raises(UsageError, match="no such file"):
-        Cage(best(0), (), (tmp_path / "nowhere",))
+        AgentSandbox(best(0), (), (tmp_path / "nowhere",))
 
 
 def test_a_program_that_is_not_there_is_a_line(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
     with pytest.raises(UsageError, match="no such program; see --command"):
-        CommandAgent("no-such-program --flag", 30.0, Cage(best(0), ()))
+        CommandAgent("no-such-program --flag", 30.0, AgentSandbox(best(0), ()))
     made = agent(0, "", places)
     made.argv = ["gone-since"]
     night = scripted.drive(repo, "t", 1, agent=[made, BuiltinAgent(1)])
@@ -194,9 +194,9 @@ def test_a_folder_that_lies_in_a_hidden_one_is_hidden_with_it(tmp_path: Path, le
         folder.mkdir(parents=True)
     (data / "val.bin").write_text("val")
     hidden = (data, data.parent, runs, runs / "none", data / "val.bin", runs)
-    cage = Cage(sandbox(level), hidden)
-    assert cage.hidden == (runs, data.parent)
-    try_cage(cage, runs)
+    made = AgentSandbox(sandbox(level), hidden)
+    assert made.hidden == (runs, data.parent)
+    try_sandbox(made, runs)
     assert not os.listdir(runs)
 
 
@@ -209,9 +209,9 @@ def test_each_path_is_hidden_once_and_the_outermost_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.bubblewrap
-def test_a_cage_that_cannot_start_is_said_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(SandboxError, match=r"no agent can start in its cage: .+"):
-        try_cage(Cage(best(3), (Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())), tmp_path)
+def test_a_sandbox_that_cannot_start_is_said_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(SandboxError, match=r"no agent can start in its sandbox: .+"):
+        try_sandbox(AgentSandbox(best(3), (Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())), tmp_path)
 
 
 def test_what_an_agent_prints_has_a_cap_while_it_runs(
@@ -227,16 +227,16 @@ def test_what_an_agent_prints_has_a_cap_while_it_runs(
     assert (night.folder / "turns" / "000001" / "agent.log").stat().st_size <= 300_000
 
 
-def test_the_cages_of_a_night_are_tried_before_it_begins(repo: Path, places: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_nights_sandboxes_are_tried_before_it_begins(repo: Path, places: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
     def command(*agents: object) -> NightCommand:
         return NightCommand("t", repo / "runs" / "t", git.Repo(repo), list(agents), [], Options(), "")  # type: ignore[arg-type]
 
-    command(BuiltinAgent(1)).try_cages()
+    command(BuiltinAgent(1)).try_sandboxes()
     assert not (repo / "runs" / "t").exists()
     good = agent(1, "pass", places)
-    command(good, good, BuiltinAgent(1)).try_cages()
+    command(good, good, BuiltinAgent(1)).try_sandboxes()
     assert not list((repo / "runs" / "t").iterdir())
     bad = agent(1, "pass", places)
-    bad.cage = dataclasses.replace(bad.cage, hidden=(Path(sys.base_prefix).resolve(), Path("/usr"), Path("/bin")))
-    with pytest.raises(SandboxError, match="no agent can start in its cage"):
-        command(bad).try_cages()
+    bad.sandbox = dataclasses.replace(bad.sandbox, hidden=(Path(sys.base_prefix).resolve(), Path("/usr"), Path("/bin")))
+    with pytest.raises(SandboxError, match="no agent can start in its sandbox"):
+        command(bad).try_sandboxes()

@@ -17,7 +17,7 @@ from hotloop.agent_loop.agents.agent import AgentError, Context, Turn
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
 from hotloop.agent_loop.agents.coding_clients import ClaudeAgent, CodexAgent, described
 from hotloop.agent_loop.agents.registry import AGENTS, make_agent
-from hotloop.agent_loop.agents.sandbox import FILE_BYTES, Cage
+from hotloop.agent_loop.agents.sandbox import FILE_BYTES, AgentSandbox
 from hotloop.agent_loop.agents.service_errors import retry_after_s, service_error
 from hotloop.agent_loop.agents.transcript import Said, from_claude, from_codex
 from hotloop.harness.errors import UsageError
@@ -60,15 +60,15 @@ def context(tmp_path: Path) -> Context:
     return Context(worktree, 1, "laptop", SOURCE.encode(), [], frozenset(), folder, "nothing was tried yet")
 
 
-def cage(level: int = 1, network: bool = True) -> Cage:
-    return Cage(sandbox(level), (), network=network)
+def inside(level: int = 1, network: bool = True) -> AgentSandbox:
+    return AgentSandbox(sandbox(level), (), network=network)
 
 
 def propose(
     installed: Path, context: Context, name: str, variant: str, level: int = 1, timeout_s: float = 30.0, **options: Any
 ) -> Turn:
     (installed / "variant").write_text(variant)
-    return KINDS[name](timeout_s, cage(level), **options).propose(context)
+    return KINDS[name](timeout_s, inside(level), **options).propose(context)
 
 
 def failure(installed: Path, context: Context, name: str, variant: str, **options: Any) -> AgentError:
@@ -268,14 +268,14 @@ def test_secrets_of_the_user_are_out_of_sight(context: Context, installed: Path,
 def test_a_client_that_is_not_installed(installed: Path, name: str) -> None:
     (installed / name).unlink()
     with pytest.raises(UsageError, match=f"{name} is not installed; run: npm install -g @"):
-        KINDS[name](30.0, cage())
+        KINDS[name](30.0, inside())
 
 
 @both
 def test_a_key_that_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS[name])
     with pytest.raises(UsageError, match=f"{name} has no key; export {KEYS[name]}="):
-        KINDS[name](30.0, cage())
+        KINDS[name](30.0, inside())
 
 
 @pytest.mark.parametrize("variable", ["ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"])
@@ -283,7 +283,7 @@ def test_other_keys_of_claude(variable: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     monkeypatch.setenv(variable, "token")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:1")
-    assert ClaudeAgent(30.0, cage()).keys == {variable: "token", "ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}
+    assert ClaudeAgent(30.0, inside()).keys == {variable: "token", "ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}
 
 
 @pytest.mark.parametrize("login", ['{"OPENAI_API_KEY": "sk-login"}', '{"OPENAI_API_KEY": null}', "[1]", "{", ""])
@@ -292,34 +292,34 @@ def test_the_login_of_codex(login: str, monkeypatch: pytest.MonkeyPatch) -> None
     (Path.home() / ".codex").mkdir()
     (Path.home() / ".codex" / "auth.json").write_text(login)
     if "sk-login" in login:
-        assert CodexAgent(30.0, cage()).keys == {"CODEX_API_KEY": "sk-login"}
+        assert CodexAgent(30.0, inside()).keys == {"CODEX_API_KEY": "sk-login"}
         monkeypatch.setenv("OPENAI_API_KEY", "sk-env")
-        assert CodexAgent(30.0, cage()).keys == {"CODEX_API_KEY": "sk-env"}
+        assert CodexAgent(30.0, inside()).keys == {"CODEX_API_KEY": "sk-env"}
     else:
         with pytest.raises(UsageError, match="has no key"):
-            CodexAgent(30.0, cage())
+            CodexAgent(30.0, inside())
 
 
 @both
 def test_limits_that_make_no_sense(name: str) -> None:
     with pytest.raises(UsageError, match="must be positive"):
-        KINDS[name](0.0, cage())
+        KINDS[name](0.0, inside())
     for cost in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="cost limit"):
-            KINDS[name](30.0, cage(), max_cost_usd=cost)
-    with pytest.raises(UsageError, match="needs a cage with a network"):
-        KINDS[name](30.0, cage(network=False))
+            KINDS[name](30.0, inside(), max_cost_usd=cost)
+    with pytest.raises(UsageError, match="needs a sandbox with a network"):
+        KINDS[name](30.0, inside(network=False))
 
 
 def test_codex_is_refused_where_nothing_would_hold_its_shell() -> None:
     with pytest.raises(UsageError, match="without a sandbox"):
-        CodexAgent(30.0, cage(0))
-    assert ClaudeAgent(30.0, cage(0)).name == "claude"
+        CodexAgent(30.0, inside(0))
+    assert ClaudeAgent(30.0, inside(0)).name == "claude"
 
 
 def test_every_agent_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {
-        "command": "true", "timeout_s": 5.0, "cage": cage(network=False), "networked_cage": cage(), "seed": 1,
+        "command": "true", "timeout_s": 5.0, "sandbox": inside(network=False), "networked_sandbox": inside(), "seed": 1,
         "model": "m", "api_url": "http://127.0.0.1:1/v1", "max_cost_usd": 0.5, "state_folder": None,
     }  # fmt: skip
     assert [make_agent(name, **given).name for name in AGENTS] == list(AGENTS)
@@ -384,11 +384,11 @@ def test_waits_have_a_bound() -> None:
 @pytest.mark.parametrize("level", [3, 1])
 @both
 def test_a_night_by_a_client_is_in_its_records(installed: Path, repo: Path, name: str, level: int) -> None:  # noqa: F811
-    """The driver, git and the cage are real, with the night's own folders hidden as the command line hides them."""
+    """The driver, git and the sandbox are real, with the night's own folders hidden as the command line hides them."""
     (installed / "variant").write_text("edit")
     hidden = (repo / "runs", repo / ".git")
-    walls = dataclasses.replace(cage(level), hidden=tuple(p.resolve() for p in hidden))
-    night = scripted.drive(repo, "t", 1, agent=[KINDS[name](30.0, walls), BuiltinAgent(1)])
+    hidden_from = dataclasses.replace(inside(level), hidden=tuple(p.resolve() for p in hidden))
+    night = scripted.drive(repo, "t", 1, agent=[KINDS[name](30.0, hidden_from), BuiltinAgent(1)])
     row = night.rows()[-1]
     assert (row.agent, row.description, row.decision) == (name, "raise the rate", "keep"), night.turns()
     assert row.cost_usd == (0.007 if name == "claude" else 0.0)
@@ -397,7 +397,7 @@ def test_a_night_by_a_client_is_in_its_records(installed: Path, repo: Path, name
 
 def test_a_client_at_its_limit_is_left_alone_and_another_goes_on(installed: Path, repo: Path) -> None:  # noqa: F811
     (installed / "variant").write_text("usage limit")
-    agents = [ClaudeAgent(30.0, cage()), BuiltinAgent(1)]
+    agents = [ClaudeAgent(30.0, inside()), BuiltinAgent(1)]
     night = scripted.drive(repo, "t", 3, agent=agents)
     assert [t["agent"] for t in night.turns()] == ["claude"]  # asked once, and not before its limit ends
     assert [r.agent for r in night.rows() if r.kind == "experiment"] == ["builtin"] * 3

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from hotloop import prepare as prep
-from hotloop.bench import quality
-from hotloop.bench import versus_plain as beside
+from hotloop.bench import quality, versus_plain
 from hotloop.bench.cli import main
 from hotloop.bench.versus_plain import FREE, OURS, PLAIN, Side, page, source_of
 from hotloop.harness.errors import UsageError
@@ -22,7 +21,7 @@ SEEDS = (2.010, 1.990, 2.000, 2.005, 1.995)  # standard deviation 0.0079
 def side(name: str, seed: int = 1, bpb: float = 2.0, losses: tuple[float, ...] = (), **changes: object) -> Side:
     losses = losses or tuple(bpb + 3.0 - i for i in range(4))
     made = Side(
-        name, seed, "cpu", 4096, 4, 0.5, 2.5, 4.0, 100.0, None, bpb, dict.fromkeys(beside.PHASES, 1.0),
+        name, seed, "cpu", 4096, 4, 0.5, 2.5, 4.0, 100.0, None, bpb, dict.fromkeys(versus_plain.PHASES, 1.0),
         [[i / 4, loss] for i, loss in enumerate(losses)], {"embedding": "reference: cpu tensors"},
     )  # fmt: skip
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
@@ -93,7 +92,7 @@ def test_the_third_column_is_another_file() -> None:
 
 
 def test_a_constant_is_changed_where_it_stands() -> None:
-    pair = beside.pair_of(["FP8='mlp lm_head'", "DEPTH=12"], "h100")
+    pair = versus_plain.pair_of(["FP8='mlp lm_head'", "DEPTH=12"], "h100")
     assert list(pair) == ["train.py with FP8='mlp lm_head', DEPTH=12", OURS]
     assert pair[OURS] == source_of(OURS)
     ours, changed = (dict(enumerate(source.splitlines())) for source in (pair[OURS], next(iter(pair.values()))))
@@ -102,7 +101,7 @@ def test_a_constant_is_changed_where_it_stands() -> None:
         for i in ours
         if ours[i].startswith((b"DEPTH = ", b"FP8 = "))
     ]
-    assert list(beside.pair_of([], "h100")) == [OURS, PLAIN]
+    assert list(versus_plain.pair_of([], "h100")) == [OURS, PLAIN]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_a_constant_is_changed_where_it_stands() -> None:
 )
 def test_a_change_that_would_not_show_is_refused(change: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        beside.pair_of([change], "laptop")
+        versus_plain.pair_of([change], "laptop")
 
 
 def test_train_py_in_8_bits_is_trained_scored_and_audited(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

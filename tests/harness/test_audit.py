@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from hotloop.harness.errors import TrialError
-from hotloop.harness.scoring.cuts import ALARM, allowed_mismatches, draw
-from hotloop.harness.scoring.evaluation import TOLERANCE_NATS, compare
+from hotloop.harness.scoring.audit import ALARM, TOLERANCE_NATS, allowed_mismatches, compare, draw
 from hotloop.harness.settings import PRESETS
 
 LAPTOP = PRESETS["laptop"]
