@@ -26,7 +26,7 @@ from hotloop.harness.text import one_line
 __all__ = ["Flight", "Night", "Proposal", "Row", "Run"]
 
 
-_BEFORE = {"repeatable": True}  # settings of nights that were begun before these could be chosen
+_BEFORE = {"repeatable": True, "profile": ""}  # settings of nights that were begun before these could be chosen
 _EXTRA = ("agent", "agent_s", "cost_usd", "tokens", "why", "again", "again_of", "slot", "idle_s")
 
 

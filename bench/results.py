@@ -124,7 +124,7 @@ def compare(base: Result, new: Result) -> list[Comparison]:
     now = {r.key: r for r in new.rows}
     found = []
     for was in base.rows:
-        if not was.implementation.startswith("hotloop"):
+        if not was.implementation.startswith("triton"):
             continue
         here = now.get(was.key)
         if here is None:
@@ -198,7 +198,7 @@ def plot(results: list[Result], path: Path) -> None:
 
     if len({r.device for r in results}) != 1:
         raise UsageError("a plot shows results of one device; give files of one")
-    keys = sorted({row.key for r in results for row in r.rows if row.implementation.startswith("hotloop")})
+    keys = sorted({row.key for r in results for row in r.rows if row.implementation.startswith("triton")})
     if not keys:
         raise UsageError("none of the results has a kernel of hotloop to plot")
     figure = Figure(figsize=(11, 2.2 + 0.35 * len(keys)), layout="constrained")
@@ -207,7 +207,7 @@ def plot(results: list[Result], path: Path) -> None:
     x = range(len(results))
     for key in keys:
         rows = [next((row for row in r.rows if row.key == key), None) for r in results]
-        label = key.removesuffix(" hotloop")
+        label = key.removesuffix(" triton")
         times.plot(x, [row.median_us if row else float("nan") for row in rows], marker="o", label=label)
         shares.plot(x, [100 * row.roofline if row else float("nan") for row in rows], marker="o")
     for axes, title in ((times, "median time (us)"), (shares, "share of the roofline (%)")):

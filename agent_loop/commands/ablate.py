@@ -57,6 +57,8 @@ def ablate(
     have = night.settings or {}
     if have.get("data") != settings.dataset.digest or have.get("preset") != settings.preset.name:
         raise UsageError(f"{night.folder.name} was scored on other data or with another preset; give the same --data")
+    if best.outcome.profile != (settings.profile.sha256 if settings.profile else ""):
+        raise UsageError("the night ran under another profile of this machine; scores would not compare")
     if best.outcome.repeatable != settings.repeatable:
         wanted = "without" if best.outcome.repeatable else "with"
         raise UsageError(f"{night.folder.name} was run {wanted} --fast-nondeterministic; give the same")

@@ -23,13 +23,12 @@ from hotloop.bench import results
 from hotloop.bench.check import predictions
 from hotloop.bench.check.parts import PARTS, Bench, Part, forget
 from hotloop.bench.check.processes import OUT_OF_TIME, commit
-from hotloop.bench.switches import UNFINISHED
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
 from hotloop.harness.records.seal import current_manifest
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.tuning.notes import Notes
+from hotloop.harness.tuning.notes import UNFINISHED, Notes
 
 __all__ = ["main", "stamp"]
 
@@ -80,8 +79,7 @@ def main(
     if again and not named:
         notes.body.clear()
     if not notes.body:
-        for stale in ("chosen.json", "chosen.md", "kernels.json", "attention-rows.json"):
-            (folder / "work" / stale).unlink(missing_ok=True)
+        (folder / "work" / "kernels.json").unlink(missing_ok=True)
     done: dict[str, Any] = notes.body.setdefault("parts", {})
     bench = Bench(device, train.resolve(), folder / "work", data, say, notes.body.setdefault("facts", {}), notes.save)
     wanted = [p for p in PARTS.values() if (p.name in named if named else not p.named)]
@@ -156,10 +154,9 @@ def _asked(what: str, device: str) -> dict[str, Any]:
 
 def _write(notes: Notes, folder: Path, device: str) -> Path:
     """The results so far; the path of the JSON."""
-    rows = [folder / "work" / name for name in ("kernels.json", "attention-rows.json")]
-    found = [json.loads(path.read_text()) for path in rows if path.exists()]
-    if found:
-        body: dict[str, Any] = found[0] | {"benchmarks": [b for part in found for b in part["benchmarks"]]}
+    rows = folder / "work" / "kernels.json"
+    if rows.exists():
+        body: dict[str, Any] = json.loads(rows.read_text())
     else:
         body = {"benchmarks": [], "datetime": datetime.datetime.now(datetime.UTC).isoformat()}
         body |= {"commit_info": {"id": commit()}, "machine_info": notes.body.get("machine") or _asked("facts", device)}
@@ -168,9 +165,6 @@ def _write(notes: Notes, folder: Path, device: str) -> Path:
         "failed": {n: p["code"] for n, p in notes.body["parts"].items() if p["code"] not in (0, UNFINISHED)},
         "pages": {n: p["page"] for n, p in notes.body["parts"].items()},
     }
-    chosen = folder / "work" / "chosen.json"
-    if chosen.exists():
-        body["hotloop"]["chosen"] = json.loads(chosen.read_text())
     now = datetime.datetime.now(datetime.UTC)
     name = notes.body.setdefault("file", f"{now:%Y%m%d-%H%M}-{body['commit_info']['id'][:9]}.json")
     path = folder / str(name)

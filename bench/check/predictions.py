@@ -105,7 +105,7 @@ def _measured(part: Part, rows: list[Row], time_us: Callable[[Row], float]) -> s
     total = 0.0
     for (operator, shape, way), times in zip(part.rows, part.times, strict=True):
         row = next(
-            (r for r in rows if (r.operator, r.shape, r.way, r.implementation) == (operator, shape, way, "hotloop")),
+            (r for r in rows if (r.operator, r.shape, r.way, r.implementation) == (operator, shape, way, "triton")),
             None,
         )
         if row is None or not time_us(row):

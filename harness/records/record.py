@@ -98,6 +98,11 @@ class Outcome:
         return asdict(self)
 
     @property
+    def profile(self) -> str:
+        """The hash of the profile that it ran under; empty for none."""
+        return str((self.environment.get("profile") or {}).get("sha256", ""))
+
+    @property
     def repeatable(self) -> bool:
         """Whether its training was asked for results that repeat to the bit, as all were before there was a choice."""
         return bool(self.environment.get("repeatable", True))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hotloop.harness.tuning.profile import PASSED
+from hotloop.harness.profile import PASSED
 from hotloop.harness.tuning.runner import Setting
 from hotloop.harness.tuning.selection import Member, Members, words
 from hotloop.kernels.dispatch import OPERATORS

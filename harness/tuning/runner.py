@@ -21,7 +21,7 @@ from typing import Any
 
 from hotloop.harness.errors import SandboxError
 from hotloop.harness.machine import threads_default
-from hotloop.harness.sandbox.levels import Policy, Sandbox
+from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child, tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut, Wire
 from hotloop.harness.settings import Preset

@@ -152,7 +152,7 @@ class Selection:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._let_go()
+        self.let_go()
 
     def with_member(self, members: Members, member: Member) -> Members:
         """`member` in the place of another implementation of its part."""
@@ -244,7 +244,7 @@ class Selection:
         try:
             return base.turn()
         except Unfit as e:  # a fault of the device's ends all that is on it
-            self._let_go()
+            self.let_go()
             raise Unfit(f"what ran beside it ended: {e}") from None
 
     def base(self, members: Members) -> Runner:
@@ -252,7 +252,7 @@ class Selection:
         if "losses" not in self._notes.body and members != self._plain:
             self.base(self._plain)
         if self._ready is None or self._ready[0] != members:
-            self._let_go()
+            self.let_go()
             try:
                 runner = self._start(members)
                 self._ready = members, runner
@@ -261,11 +261,12 @@ class Selection:
                     self._notes.save()
                 runner.turn()
             except Unfit as e:
-                self._let_go()
+                self.let_go()
                 raise HotloopError(f"what others are compared with, {words(members)}, does not run: {e}") from None
         return self._ready[1]
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """End the set that others are compared with; it is started again when it is needed."""
         if self._ready is not None:
             with contextlib.suppress(Unfit):
                 self._ready[1].close()

@@ -17,13 +17,11 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hotloop.harness.machine import installed_hash
+from hotloop.harness.profile import PACKAGES, Machine, Profile, own_path, write
 from hotloop.harness.proof.floor import step_floor_s
-from hotloop.harness.sandbox.levels import Sandbox
-from hotloop.harness.settings import Preset
 from hotloop.harness.tuning.children import asked
 from hotloop.harness.tuning.members import (
     ATTENTION,
@@ -35,37 +33,15 @@ from hotloop.harness.tuning.members import (
     setting_of,
 )
 from hotloop.harness.tuning.notes import Notes
-from hotloop.harness.tuning.profile import PACKAGES, Profile, own_path, write
 from hotloop.harness.tuning.runner import READY_S, StepRunner
-from hotloop.harness.tuning.selection import Comparison, Member, Members, Selection, Start, TimeIsUp
+from hotloop.harness.tuning.selection import Comparison, Member, Members, Selection, Start, TimeIsUp, words
 
-__all__ = ["MINUTES", "QUICK_MINUTES", "Machine", "Progress", "tune"]
+__all__ = ["MINUTES", "QUICK_MINUTES", "Progress", "tune"]
 
 MINUTES, QUICK_MINUTES = 15.0, 4.0
 SHARES = {"prove": 0.3, "configurations": 0.6}  # of the time, after which the next stage begins
 PATIENCE = {"cuda": 1, "cpu": 5}  # with what hangs; a CPU may be anybody's
 PLAIN: Members = frozenset()
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What is tuned, and for what.
-
-    Attributes:
-        facts: what the profile depends on; see `profile.facts`.
-        threads: of the CPU that a trainer has by default.
-    """
-
-    preset: Preset
-    device: str
-    sandbox: Sandbox
-    facts: dict[str, Any]
-    threads: int
-
-    @property
-    def work(self) -> Path:
-        """The folder of what was found so far."""
-        return own_path(self.facts).with_suffix("")
 
 
 @dataclass
@@ -116,7 +92,7 @@ def tune(
     found = _Found([])
 
     def starts(members: Members) -> Any:
-        progress.step(_told(members))
+        progress.step(words(members))
         if start:
             return start(members)
         setting = setting_of(members, {"configs": found.configs}, machine.threads)
@@ -127,26 +103,26 @@ def tune(
         if "asked" not in notes.body:
             notes.body["asked"] = sorted(selection.base(PLAIN).asked)  # type: ignore[attr-defined]
             notes.save()
-    found.members = candidates(notes.body["asked"], machine.device, machine.threads)
-    progress.planned = progress.done + 2 * len(found.members) + 2
-    if machine.device == "cuda":
-        _prove(machine, stamp, found, began + SHARES["prove"] * (deadline - began), progress)
-        if not quick:
-            _configure(machine, stamp, found, began + SHARES["configurations"] * (deadline - began), progress)
-    with Selection(starts, notes, progress.say, lambda: time.time() > deadline) as selection:
+        found.members = candidates(notes.body["asked"], machine.device, machine.threads)
+        progress.planned = progress.done + 2 * len(found.members) + 2
+        if machine.device == "cuda":
+            selection.let_go()  # the device's memory is wanted
+            _prove(machine, stamp, found, began + SHARES["prove"] * (deadline - began), progress)
+            if not quick:
+                _configure(machine, stamp, found, began + SHARES["configurations"] * (deadline - began), progress)
         try:
             (_confirm if quick else _choose)(selection, found)
             if found.chosen != PLAIN:
                 selection.compare(found.chosen, PLAIN)
-                best = _attention_alone(found.chosen)
-                if best not in (PLAIN, found.chosen):
-                    selection.compare(found.chosen, best)
+            best = _attention_alone(found.chosen)
+            if best not in (PLAIN, found.chosen):
+                selection.compare(found.chosen, best)
         except TimeIsUp:
             found.complete = False
             if found.chosen == PLAIN:
-                found.chosen = selection.best_known(_sets(selection, found), PLAIN)
+                found.chosen = selection.best_known((selection.with_member(PLAIN, m) for m in found.members), PLAIN)
             progress.say("the time is over: what was found by now decides; run it again with more for the rest")
-        profile = write(own_path(machine.facts), _body(machine, found, selection, time.time() - began))
+    profile = write(own_path(machine.facts), _body(machine, found, selection, time.time() - began))
     if found.complete:
         for path in machine.work.glob("*.json"):  # the next tuning measures anew
             path.unlink()
@@ -211,16 +187,8 @@ def _choose(selection: Selection, found: _Found) -> None:
         found.chosen = whole
 
 
-def _sets(selection: Selection, found: _Found) -> list[Members]:
-    return [selection.with_member(PLAIN, m) for m in found.members]
-
-
 def _attention_alone(members: Members) -> Members:
     return frozenset(m for m in members if m.part == ATTENTION)
-
-
-def _told(members: Members) -> str:
-    return " ".join(sorted(map(str, members))) or "plain"
 
 
 # ---- what was found ---------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_each_part_for_real_at_a_minute_size(
 
 def test_predictions_are_labelled_and_set_beside_what_was_measured(tmp_path: Path) -> None:
     def row(operator: str, way: str, us: float, ratio: float) -> results.Row:
-        return results.Row(operator, "baseline", way, "hotloop", us, us, us, ratio, 0.5, True)
+        return results.Row(operator, "baseline", way, "triton", us, us, us, ratio, 0.5, True)
 
     rows = [row("embedding", "backward", 400.0, 3.5), row("softcap_linear_cross_entropy", "both", 14_000.0, 1.2)]
     extra = {"chosen": {"chosen": "mlp=ours", "tokens_per_s": 1.9e6, "plain_tokens_per_s": 1.6e6, "ratio": 1.1875}}

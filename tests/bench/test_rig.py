@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def entry(name: str, ratio: float = 1.5, **changes: Any) -> dict[str, Any]:
     info = {
-        "operator": name, "shape": "baseline", "pass": "both", "implementation": "hotloop", "dtype": "bfloat16",
+        "operator": name, "shape": "baseline", "pass": "both", "implementation": "triton", "dtype": "bfloat16",
         "median_us": 100.0, "p20_us": 99.5, "p80_us": 100.5, "reference_us": 100.0 * ratio, "ratio": ratio,
         "roofline": 0.7, "right": True, "runs": 100, "runs_with_other_bits": 0,
     }  # fmt: skip
@@ -337,9 +337,9 @@ def test_the_whole_path_through_the_interpreter(tmp_path: Path, capsys: pytest.C
     page = capsys.readouterr().out
     assert page.startswith("# CPU figures: a test of the rig, no measurement")
     result = results.read(out)
-    ours = {r.operator for r in result.rows if r.implementation == "hotloop"}
+    ours = {r.operator for r in result.rows if r.implementation == "triton"}
     assert ours == {op.name for op in OPERATORS.values() if op.module} | {"linear_fp8"}  # which the vendor multiplies
     assert all(r.right and r.runs_with_other_bits == 0 for r in result.rows)
-    assert {(r.operator, r.way) for r in result.rows if r.implementation == "eager"} == {
+    assert {(r.operator, r.way) for r in result.rows if r.implementation == "reference"} == {
         (op.name, way) for op in OPERATORS.values() for way in op.passes
     }

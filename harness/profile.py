@@ -16,6 +16,7 @@ run. An agent's code never sees the file: the parent turns it into the environme
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,11 +34,23 @@ from hotloop.harness.machine import cpu_name, installed_hash, package_version
 from hotloop.harness.paths import project_root
 from hotloop.harness.records.record import canonical
 from hotloop.harness.records.seal import current_manifest
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import Preset
 
 __all__ = [
-    "CHOSEN_BY_USER", "PACKAGES", "PASSED", "Profile", "asked_otherwise", "enter", "facts", "find", "kept", "own_path",
-    "read", "write",
+    "CHOSEN_BY_USER",
+    "PACKAGES",
+    "PASSED",
+    "Machine",
+    "Profile",
+    "asked_otherwise",
+    "enter",
+    "facts",
+    "find",
+    "kept",
+    "own_path",
+    "read",
+    "write",
 ]  # fmt: skip
 
 # Implementations by others -> the distributions whose files run.
@@ -48,6 +61,7 @@ PACKAGES = {
     "cudnn": ("nvidia-cudnn-frontend",),
 }
 CHOSEN_BY_USER = ("HOTLOOP_KERNELS", "HOTLOOP_ATTENTION")
+KEPT = "profile.json"
 PASSED = "HOTLOOP_PROFILE"  # what `kernels.tuning` reads; where it is set, this program chose and not the user
 
 
@@ -105,10 +119,8 @@ class Profile:
         return {"sha256": self.sha256, "selection": self.selection, "packages": self.body["packages"]}
 
     def keep(self, folder: Path) -> None:
-        """Beside records, where a resumed night and a replay look for it: see `kept`."""
-        path = _kept_path(folder, self.sha256)
-        if not path.exists():
-            write_whole(path, _text(self.body))
+        """Among an experiment's files, where a resumed night and a replay look for it: see `kept`."""
+        write_whole(folder / KEPT, _text(self.body))
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -117,10 +129,6 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 def _text(body: Mapping[str, Any]) -> str:
     return json.dumps({"profile": body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n"
-
-
-def _kept_path(folder: Path, sha256: str) -> Path:
-    return folder / "profiles" / f"{sha256[:16]}.json"
 
 
 def facts(preset: Preset, device: str, gpu: Gpu | None) -> dict[str, Any]:
@@ -181,8 +189,8 @@ def asked_otherwise() -> str:
 
 def find(here: Mapping[str, Any]) -> tuple[Profile | None, str]:
     """(the profile that holds for a machine of these facts: its own, else a shipped one; a warning, or nothing)."""
-    if variable := asked_otherwise():
-        return None, f"{variable} is set, so no profile is used"
+    if asked_otherwise():
+        return None, ""
     told = ""
     path = own_path(here)
     if path.exists():
@@ -197,28 +205,28 @@ def find(here: Mapping[str, Any]) -> tuple[Profile | None, str]:
 
 
 def kept(folder: Path, sha256: str, here: Mapping[str, Any]) -> Profile | None:
-    """The profile that a record in `folder` names; None for "".
+    """The profile of a record; None for "".
+
+    Args:
+        folder: of its experiment.
 
     Raises:
         DeviceError: it is not there any more, or does not hold here now.
     """
     if not sha256:
         return None
-    for path in (_kept_path(folder, sha256), own_path(here)):
-        try:
-            found = read(path)
-        except UsageError:
-            continue
-        if found.sha256 == sha256:
-            if why := found.refusal(here):
-                raise DeviceError(
-                    f"{folder} was made under the profile {sha256[:12]}, which does not hold here any more: {why}; "
-                    f"scores would not compare"
-                )
-            return found
-    if same := next((p for p in shipped() if p.sha256 == sha256 and not p.refusal(here)), None):
-        return same
-    raise DeviceError(f"{folder} was made under the profile {sha256[:12]}, and it is not in {folder / 'profiles'}")
+    known = shipped()
+    for path in (folder / KEPT, own_path(here)):
+        with contextlib.suppress(UsageError):
+            known.append(read(path))
+    found = next((p for p in known if p.sha256 == sha256), None)
+    why = f"it is not in {folder / KEPT}" if found is None else found.refusal(here)
+    if why:
+        raise DeviceError(
+            f"{folder} was made under the profile {sha256[:12]}, and that does not hold here: {why}; scores would not "
+            f"compare"
+        )
+    return found
 
 
 def enter(profile: Profile | None) -> None:
@@ -228,3 +236,24 @@ def enter(profile: Profile | None) -> None:
     for name in (*CHOSEN_BY_USER, PASSED):
         os.environ.pop(name, None)
     os.environ.update(profile.environment() if profile else {})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is tuned, and for what.
+
+    Attributes:
+        facts: what the profile depends on; see `facts`.
+        threads: of the CPU that a trainer has by default.
+    """
+
+    preset: Preset
+    device: str
+    sandbox: Sandbox
+    facts: dict[str, Any]
+    threads: int
+
+    @property
+    def work(self) -> Path:
+        """The folder of what was found so far."""
+        return own_path(self.facts).with_suffix("")
