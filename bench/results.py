@@ -18,6 +18,7 @@ from hotloop.harness.paths import project_root
 __all__ = ["RESULTS", "Comparison", "Result", "Row", "compare", "folder_of", "markdown", "newest", "plot", "read"]
 
 RESULTS = project_root() / "bench" / "results"
+OURS = ("triton", "vendor")  # as names of implementations begin
 WORSE = 0.03  # a ratio may worsen by so much beyond the spread of both measurements
 
 
@@ -124,7 +125,7 @@ def compare(base: Result, new: Result) -> list[Comparison]:
     now = {r.key: r for r in new.rows}
     found = []
     for was in base.rows:
-        if not was.implementation.startswith("triton"):
+        if not was.implementation.startswith(OURS):
             continue
         here = now.get(was.key)
         if here is None:
@@ -198,7 +199,7 @@ def plot(results: list[Result], path: Path) -> None:
 
     if len({r.device for r in results}) != 1:
         raise UsageError("a plot shows results of one device; give files of one")
-    keys = sorted({row.key for r in results for row in r.rows if row.implementation.startswith("triton")})
+    keys = sorted({row.key for r in results for row in r.rows if row.implementation.startswith(OURS)})
     if not keys:
         raise UsageError("none of the results has a kernel of hotloop to plot")
     figure = Figure(figsize=(11, 2.2 + 0.35 * len(keys)), layout="constrained")

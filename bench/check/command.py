@@ -164,6 +164,7 @@ def _write(notes: Notes, folder: Path, device: str) -> Path:
     body["hotloop"] = {
         "failed": {n: p["code"] for n, p in notes.body["parts"].items() if p["code"] not in (0, UNFINISHED)},
         "pages": {n: p["page"] for n, p in notes.body["parts"].items()},
+        "tuned": notes.body["facts"].get("tune", {}),
     }
     now = datetime.datetime.now(datetime.UTC)
     name = notes.body.setdefault("file", f"{now:%Y%m%d-%H%M}-{body['commit_info']['id'][:9]}.json")

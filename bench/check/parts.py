@@ -18,6 +18,7 @@ from hotloop.bench import overheads
 from hotloop.bench.check.processes import ALL_KERNELS, GRACE_S, INTERPRETER, call, run_kernels
 from hotloop.harness.files import write_whole
 from hotloop.harness.machine import threads_default
+from hotloop.harness.profile import read
 from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.sandbox.process import child_environment, tail
 from hotloop.harness.tuning.notes import UNFINISHED
@@ -176,7 +177,11 @@ def _tune(bench: Bench, limit_s: float) -> Result:
     command = [*HOTLOOP, "tune", str(bench.train), "--preset", bench.preset, "--device", bench.device]
     command += ["--minutes", f"{max(limit_s / 2, limit_s - GOES_ON_S) / 60:.3f}", *(["--quick"] if bench.trial else [])]
     code, _ = call(command, limit_s, bench.log("tune"))
-    return code, fenced(tail(bench.log("tune"), 60))
+    said = tail(bench.log("tune"), 60)
+    if said and (written := re.match(r"written: (.+) \(", said[-1])):
+        body = read(Path(written[1])).body
+        bench.facts["tune"] = {"chosen": body["selection"], "whole": body["whole"]}
+    return code, fenced(said)
 
 
 def _step(bench: Bench, limit_s: float) -> Result:

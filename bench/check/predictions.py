@@ -7,6 +7,7 @@ and 560 (K = 2048), FA3 500 and 400 forward and backward, FA2 340 and 240, FlexA
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -88,12 +89,13 @@ def page(result: Result) -> str:
         lines.append(f"| {part.what} | {part.plain} | {part.ours} | {part.expected} | {plain} | {ours} |")
     lines += ["", "| whole step | M tokens/s | over plain + FA3 | over plain + FlexAttention |", "|---|---:|---:|---:|"]
     lines += [f"| predicted: {what} | {rate:.2f} | {fa3:.2f} | {flex:.2f} |" for what, rate, fa3, flex in STEPS]
-    chosen = result.extra.get("chosen", {})
-    if "tokens_per_s" in chosen:
-        rate, plain_rate = chosen["tokens_per_s"] / 1e6, chosen["plain_tokens_per_s"] / 1e6
+    tuned = result.extra.get("tuned", {})
+    against = tuned.get("whole", {}).get("plain with the best attention")
+    if against:
+        names = " ".join(f"{k}={v}" for k, v in sorted(tuned["chosen"].items()))
         lines.append(
-            f"| measured: {chosen['chosen']}, over plain with the fastest attention ({plain_rate:.2f} M) | {rate:.2f} "
-            f"| {chosen['ratio']:.3f} | |"
+            f"| measured: {names}, over plain with the fastest attention ({against['old_rate'] / 1e6:.2f} M) "
+            f"| {against['new_rate'] / 1e6:.2f} | {statistics.median(against['ratios']):.3f} | |"
         )
     else:
         lines.append("| measured: nothing was chosen yet | | | |")
