@@ -196,7 +196,11 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
     agents.add_argument("--command", metavar="STR", help="for command: the program that edits train.py")
     agents.add_argument("--agent-network", action="store_true", help="for command: let it use the network")
     agents.add_argument(
-        "--agent-write", action="append", default=[], metavar="PATH", help="for command: let it write to PATH, too"
+        "--agent-write",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="let sandboxed agents write to PATH, too",
     )
     decisions = loop.add_argument_group("decisions")
     decisions.add_argument(

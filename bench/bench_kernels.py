@@ -25,6 +25,7 @@ from hotloop import kernels
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import bitwise_repeats, check, fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
+from hotloop.harness.text import one_line
 from hotloop.harness.tuning.proving import function_of
 from hotloop.kernels import attend, dispatch, reference
 
@@ -129,7 +130,7 @@ def test_operator(
         if implementation.startswith("triton"):
             raise
         # A peer that does not serve this case, or the eager reference without the memory for it.
-        pytest.skip(f"{implementation}: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
+        pytest.skip(f"{implementation}: {type(e).__name__}: {one_line(str(e), 120)}")
     benchmark.extra_info["errors"] = errors
     if not right and not implementation.startswith("triton"):
         pytest.skip(f"{implementation} is wrong, so it is not timed: {errors}")

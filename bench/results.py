@@ -53,6 +53,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
+    """A file of measurements, with the machine and the commit that it is of."""
+
     path: Path
     machine: dict[str, Any]
     commit: str
@@ -100,6 +102,8 @@ def newest(device: str, but: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Comparison:
+    """One measurement against an earlier one."""
+
     key: str
     base: float  # ratio to the reference, then and now
     new: float

@@ -24,6 +24,7 @@ from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.floor import FLOOR, floor_s
 from hotloop.harness.settings import batch_divisor
 from hotloop.harness.single import read_train_source
+from hotloop.harness.text import one_line
 from hotloop.harness.tuning.overrides import with_constants
 from hotloop.harness.tuning.step import step_of, time_step
 
@@ -188,7 +189,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _short(name: str, most: int) -> str:
-    return (name if len(name) <= most else name[: most - 3] + "...").replace("|", " ")
+    return one_line(name, most).replace("|", " ")
 
 
 def _floor_ns(name: str) -> float:

@@ -40,34 +40,48 @@ class HotloopError(Exception):
 
 
 class UsageError(HotloopError):
+    """A wrong flag, a missing file, a dirty checkout."""
+
     exit_code = 2
 
 
 class DataError(HotloopError):
+    """Prepared data is missing, incomplete or not what its manifest says."""
+
     exit_code = 3
 
 
 class SealError(HotloopError):
+    """A sealed file is not what its seal says."""
+
     exit_code = 4
 
 
 class DeviceError(HotloopError):
+    """The device that was asked for is not there or does not work."""
+
     exit_code = 5
 
 
 class RecordError(HotloopError):
+    """A chain of records is broken or cannot be written."""
+
     exit_code = 6
 
 
 class DiskFullError(RecordError):
-    pass
+    """No space is left for a record."""
 
 
 class LockedError(HotloopError):
+    """Another driver works on this run tag."""
+
     exit_code = 7
 
 
 class SandboxError(HotloopError):
+    """No sandbox works here, or a child outlived its end."""
+
     exit_code = 8
 
 

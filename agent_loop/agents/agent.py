@@ -97,9 +97,11 @@ class AgentError(HotloopError):
 
 
 class Agent(Protocol):
-    """Attributes:
-    name: as `--agent` has it.
-    ahead: whether it thinks for so long that its next turn should come while the GPU trains.
+    """Whoever edits train.py: a program, a coding client, a model, or the built-in search.
+
+    Attributes:
+        name: as `--agent` has it.
+        ahead: whether it thinks for so long that its next turn should come while the GPU trains.
     """
 
     name: str

@@ -69,7 +69,9 @@ _MADE = "The edit is made."
 
 
 class ApiAgent:
-    """Args:
+    """A model behind an OpenAI-compatible endpoint, which edits train.py by function calls or blocks of text.
+
+    Args:
         url: of the API, such as http://localhost:8000/v1.
         key: sent as a bearer token; none where it is empty.
         timeout_s: for one turn, all rounds together.

@@ -142,6 +142,8 @@ _CHANGE = re.compile(r"([A-Z][A-Z0-9_]*) ([^\s,]+) -> ([^\s,]+)")
 
 
 class BuiltinAgent:
+    """A seeded search over train.py's constants: no model, no network."""
+
     name = "builtin"
     ahead = False
 

@@ -80,7 +80,6 @@ class _Client:
         sandbox: with the network on.
         model: as the client names it; empty for its own default.
         max_cost_usd: for one turn, where the client can hold it; 0 for none.
-        state_folder: where the private home is made; the handover folder where none is given.
 
     Raises:
         UsageError: the client is not installed, there is no key, a number makes no sense, the sandbox has no network.
@@ -90,10 +89,7 @@ class _Client:
     package = ""
     ahead = True
 
-    def __init__(
-        self, timeout_s: float, sandbox: AgentSandbox, *, model: str = "", max_cost_usd: float = 0.0,
-        state_folder: Path | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, timeout_s: float, sandbox: AgentSandbox, *, model: str = "", max_cost_usd: float = 0.0) -> None:
         if not timeout_s > 0:
             raise UsageError(f"--agent-timeout must be positive, not {timeout_s}")
         if not 0 <= max_cost_usd < float("inf"):
@@ -104,7 +100,7 @@ class _Client:
         if found is None:
             raise UsageError(f"--agent {self.name}: {self.name} is not installed; run: npm install -g {self.package}")
         self.program = os.path.abspath(found)
-        self.timeout_s, self.model, self.max_cost_usd, self.state_folder = timeout_s, model, max_cost_usd, state_folder
+        self.timeout_s, self.model, self.max_cost_usd = timeout_s, model, max_cost_usd
         self.keys = self._keys()
         secrets = tuple((Path.home() / name).resolve() for name in _SECRETS if (Path.home() / name).exists())
         programs = (*sandbox.programs, *_folders(self.program))
@@ -127,23 +123,14 @@ class _Client:
     def propose(self, context: Context) -> Turn:
         """Raises AgentError."""
         handover = fresh_handover(context.folder)
-        home = self._home(handover)
-        sandbox = self.sandbox
-        if self.state_folder is not None:
-            sandbox = replace(sandbox, writable=(*sandbox.writable, home))
+        home = handover / f"home-{self.name}"
+        home.mkdir()
         try:
-            return self._turn(context, handover, home, sandbox)
+            return self._turn(context, handover, home)
         finally:
             shutil.rmtree(home, ignore_errors=True)
 
-    def _home(self, handover: Path) -> Path:
-        parent = handover if self.state_folder is None else self.state_folder.resolve()
-        home = parent / f"home-{self.name}"
-        shutil.rmtree(home, ignore_errors=True)  # of a driver that was killed
-        home.mkdir(parents=True)
-        return home
-
-    def _turn(self, context: Context, handover: Path, home: Path, sandbox: AgentSandbox) -> Turn:
+    def _turn(self, context: Context, handover: Path, home: Path) -> Turn:
         prompt, errors, description = handover / "prompt.md", handover / "stderr.txt", handover / "description.txt"
         prompt.write_text(PROMPT + context.brief, encoding="utf-8")
         (handover / "brief.md").write_text(context.brief, encoding="utf-8")
@@ -154,7 +141,7 @@ class _Client:
         log = context.folder / "agent.log"
         before = log.stat().st_size if log.exists() else 0
         with ProcessTree(
-            sandbox.launch(argv, context.worktree.resolve(), handover, env), log, Bounds(log=FILE_BYTES)
+            self.sandbox.launch(argv, context.worktree.resolve(), handover, env), log, Bounds(log=FILE_BYTES)
         ) as process:
             code = process.wait(self.timeout_s)
         output = _end_of(log, before)
@@ -233,13 +220,10 @@ class CodexAgent(_Client):
     name = "codex"
     package = "@openai/codex"
 
-    def __init__(
-        self, timeout_s: float, sandbox: AgentSandbox, *, model: str = "", max_cost_usd: float = 0.0,
-        state_folder: Path | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, timeout_s: float, sandbox: AgentSandbox, *, model: str = "", max_cost_usd: float = 0.0) -> None:
         if sandbox.base.level == 0:
             raise UsageError("--agent codex runs commands, and without a sandbox (level 0) nothing would hold them")
-        super().__init__(timeout_s, sandbox, model=model, max_cost_usd=max_cost_usd, state_folder=state_folder)
+        super().__init__(timeout_s, sandbox, model=model, max_cost_usd=max_cost_usd)
 
     def _keys(self) -> dict[str, str]:
         given = _given("CODEX_API_KEY", "OPENAI_API_KEY")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from hotloop.agent_loop.agents.agent import Agent, CommandAgent
@@ -20,20 +20,17 @@ AGENTS = ("builtin", "command", "claude", "codex", "api")
 
 
 def make_agent(
-    name: str, *, command: str | None, timeout_s: float, sandbox: AgentSandbox, networked_sandbox: AgentSandbox,
-    seed: int, model: str | None,
-    api_url: str | None, max_cost_usd: float | None, state_folder: Path | None, api_extra: str | None = None,
+    name: str, *, command: str | None, timeout_s: float, sandbox: AgentSandbox, seed: int, model: str | None,
+    api_url: str | None, max_cost_usd: float | None, api_extra: str | None = None,
 ) -> Agent:  # fmt: skip
     """The agent of that name.
 
     Args:
         command: for `command`, what to run.
-        sandbox: for `command`.
-        networked_sandbox: for the coding agents, which talk to their models.
+        sandbox: for `command`; the coding clients get it with a network, since they talk to their models.
         model, max_cost_usd: for those that have a model.
         api_url: for `api`; else HOTLOOP_API_URL.
         api_extra: for `api`: a JSON object whose entries go into each request, such as {"temperature": 0.7}.
-        state_folder: where the coding agents' private homes are made; the proposal's own folder where it is None.
 
     Raises:
         UsageError: no such agent, or it cannot work here: a program, a key, an address or a model is missing.
@@ -45,7 +42,7 @@ def make_agent(
         return CommandAgent(command or "", timeout_s, sandbox)
     if name in ("claude", "codex"):
         client = ClaudeAgent if name == "claude" else CodexAgent
-        return client(timeout_s, networked_sandbox, model=model or "", max_cost_usd=cost, state_folder=state_folder)
+        return client(timeout_s, replace(sandbox, network=True), model=model or "", max_cost_usd=cost)
     if name == "api":
         url = api_url or os.environ.get("HOTLOOP_API_URL", "")
         if not url:

@@ -45,11 +45,13 @@ _SERVICES = ("/run/user", "/run/dbus", "/run/docker.sock", "/run/containerd", "/
 
 @dataclass(frozen=True)
 class AgentSandbox:
-    """Attributes:
-    hidden: folders that the agent must not see: data, runs, git's. What lies in another of them is left out.
-    writable: what it may change besides the worktree: a client's own folder of settings, say.
-    network: whether it may reach anything beyond this machine's memory.
-    programs: folders of what it runs, which stay visible where they lie below /tmp.
+    """Where an agent's program runs: what it sees, may change and may reach.
+
+    Attributes:
+        hidden: folders that the agent must not see: data, runs, git's. What lies in another of them is left out.
+        writable: what it may change besides the worktree: a client's own folder of settings, say.
+        network: whether it may reach anything beyond this machine's memory.
+        programs: folders of what it runs, which stay visible where they lie below /tmp.
     """
 
     base: Sandbox

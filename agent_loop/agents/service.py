@@ -1,22 +1,19 @@
 """One bounded HTTP exchange with a model's service, in the driver's process.
 
 Redirects are not followed: the key in the request is for the host that the user named. An answer has a size and the
-whole exchange a time, however it trickles in. Proxies are those of the environment.
+whole exchange a time, however it trickles in. Proxies are those of the environment, certificates the system's.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import http.client
-import json
-import socket
-import threading
+import asyncio
+import os
+import ssl
 import time
-import urllib.request
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+
+import httpx
 
 from hotloop.agent_loop.agents.agent import AgentError
 from hotloop.harness.errors import UsageError
@@ -29,8 +26,10 @@ _MOST_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Answer:
+    """What a service answered, whatever its status."""
+
     status: int
-    headers: http.client.HTTPMessage
+    headers: httpx.Headers
     body: bytes
 
 
@@ -42,14 +41,19 @@ class Service:
     """
 
     def __init__(self, url: str, key: str = "") -> None:
-        parts = urlsplit(url.rstrip("/"))
         try:
-            fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
+            parts = httpx.URL(url)
+            fine = parts.scheme in ("http", "https") and parts.host and (parts.port or 80) in range(1, 1 << 16)
+            fine = fine and not (parts.query or parts.fragment or parts.userinfo or any(c.isspace() for c in url))
+        except httpx.InvalidURL:
             fine = False
-        if not fine or parts.query or parts.fragment or parts.username or any(c.isspace() for c in url):
+        if not fine:
             raise UsageError(f"--api-url {url!r} is not an address such as http://localhost:8000/v1")
-        self.url, self._parts, self._key = url.rstrip("/"), parts, key
+        self.url = url.rstrip("/")
+        self._certificates = ssl.create_default_context()
+        self._headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "hotloop"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
 
     def post(self, path: str, value: Any, deadline: float) -> Answer:
         """Send JSON; `deadline` is of time.monotonic().
@@ -57,65 +61,35 @@ class Service:
         Raises:
             AgentError: no connection, no HTTP, an answer that is too large, or none by the deadline.
         """
-        body = json.dumps(value).encode()
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "hotloop"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        left_s = max(0.1, deadline - time.monotonic())
-        connection, target, more = self._connection(f"{self._parts.path}{path}", min(_CONNECT_S, left_s))
-        late = threading.Event()
-        sockets: list[socket.socket] = []  # the connection forgets its own once the answer began
-
-        def stop() -> None:
-            late.set()
-            for sock in sockets or [connection.sock]:
-                with contextlib.suppress(OSError, AttributeError):  # ends a read that each byte would prolong
-                    sock.shutdown(socket.SHUT_RDWR)
-
-        watch = threading.Timer(left_s, stop)
-        watch.daemon = True
-        watch.start()
         try:
-            connection.connect()
-            sockets.append(connection.sock)
-            connection.sock.settimeout(left_s)
-            connection.request("POST", target, body, headers | more)
-            with connection.getresponse() as response:
-                data = response.read(_MOST_BYTES + 1)
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            if late.is_set() or time.monotonic() >= deadline:
-                raise AgentError(f"{self.url} did not answer in time") from None
-            words = str(e) or type(e).__name__
-            raise AgentError(f"{self.url} cannot be reached: {words}", retry_after_s=30.0) from None
-        finally:
-            watch.cancel()
-            connection.close()
-            for sock in sockets:
-                sock.close()
-        if late.is_set():
-            raise AgentError(f"{self.url} did not answer in time")
-        if len(data) > _MOST_BYTES:
-            raise AgentError(f"{self.url} answered with more than {_MOST_BYTES >> 20} MiB")
-        return Answer(response.status, response.headers, data)
+            return asyncio.run(self._post(path, value, max(0.1, deadline - time.monotonic())))
+        except (TimeoutError, httpx.TimeoutException):
+            raise AgentError(f"{self.url} did not answer in time") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as e:  # the last two: of a proxy
+            raise AgentError(
+                f"{self.url} cannot be reached: {_cause(e) if isinstance(e, httpx.HTTPError) else e}",
+                retry_after_s=30.0,
+            ) from None
 
-    def _connection(self, path: str, timeout_s: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-        """Where to connect to, what to ask for there, and headers for a proxy of plain HTTP."""
-        parts, host = self._parts, self._parts.hostname or ""
-        proxy = None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme)
-        secure = parts.scheme == "https"
-        make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        if not proxy:
-            return make(host, parts.port, timeout=timeout_s), path, {}
-        at = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        connection = make(at.hostname or "", at.port or 80, timeout=timeout_s)
-        if secure:
-            connection.set_tunnel(host, parts.port, headers=_proxy_login(at))
-            return connection, path, {}
-        return connection, f"http://{parts.netloc}{path}", _proxy_login(at)
+    async def _post(self, path: str, value: Any, left_s: float) -> Answer:
+        # A handshake has to end by itself: one that is cancelled leaves its socket open.
+        limits = httpx.Timeout(None, connect=min(_CONNECT_S, 0.9 * left_s))
+        data = bytearray()
+        async with (
+            asyncio.timeout(left_s),  # of all of it; httpx's own are for each read
+            httpx.AsyncClient(headers=self._headers, timeout=limits, verify=self._certificates) as client,
+            client.stream("POST", self.url + path, json=value) as response,
+        ):
+            async for part in response.aiter_bytes():
+                data += part
+                if len(data) > _MOST_BYTES:
+                    raise AgentError(f"{self.url} answered with more than {_MOST_BYTES >> 20} MiB")
+        return Answer(response.status_code, response.headers, bytes(data))
 
 
-def _proxy_login(proxy: SplitResult) -> dict[str, str]:
-    if not proxy.username:
-        return {}
-    words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(words).decode()}
+def _cause(error: BaseException) -> str:
+    """What is at the bottom of an error; httpx's own words for it are few."""
+    while below := error.exceptions[0] if isinstance(error, ExceptionGroup) else error.__cause__ or error.__context__:
+        error = below
+    refused = isinstance(error, ConnectionError) and error.errno
+    return os.strerror(refused) if refused else str(error) or type(error).__name__

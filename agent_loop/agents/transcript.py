@@ -19,12 +19,14 @@ __all__ = ["Said", "from_claude", "from_codex", "objects"]
 
 @dataclass
 class Said:
-    """Attributes:
-    message: the model's last words.
-    error: why the client gave up; empty where it did not, or did not say.
-    trouble: what it was waiting for when its output ended: a service that it would have asked again.
-    status: of HTTP, 0 where unknown.
-    after_s: how long the service asked to wait; 0 where it did not say.
+    """What a client's output says of its turn.
+
+    Attributes:
+        message: the model's last words.
+        error: why the client gave up; empty where it did not, or did not say.
+        trouble: what it was waiting for when its output ended: a service that it would have asked again.
+        status: of HTTP, 0 where unknown.
+        after_s: how long the service asked to wait; 0 where it did not say.
     """
 
     message: str = ""

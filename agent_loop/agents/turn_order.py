@@ -25,9 +25,11 @@ class _State:
 
 
 class TurnOrder:
-    """Args:
-    agents: the first that is not paused takes the turn.
-    clock: seconds, monotonic; tests pass their own.
+    """Whose turn it is: the first agent of a list that is not paused.
+
+    Args:
+        agents: the first that is not paused takes the turn.
+        clock: seconds, monotonic; tests pass their own.
     """
 
     def __init__(self, agents: Sequence[Agent], clock: Callable[[], float] = time.monotonic) -> None:

@@ -201,12 +201,10 @@ def _agents(args: argparse.Namespace, settings: Settings, repo: git.Repo, runs: 
     text = text_of(settings.dataset.path, settings.dataset.source)
     hidden = (settings.dataset.path, *text, *hidden_from_agents(runs, repo))
     sandbox = AgentSandbox(settings.sandbox, hidden, tuple(map(Path, args.agent_write)), args.agent_network)
-    networked = dataclasses.replace(sandbox, network=True)
     return [
         make_agent(
-            name, command=args.command, timeout_s=args.agent_timeout, sandbox=sandbox, networked_sandbox=networked,
-            seed=args.seed, model=args.model, api_url=args.api_url, api_extra=args.api_extra,
-            max_cost_usd=args.agent_max_cost, state_folder=None,
+            name, command=args.command, timeout_s=args.agent_timeout, sandbox=sandbox, seed=args.seed,
+            model=args.model, api_url=args.api_url, api_extra=args.api_extra, max_cost_usd=args.agent_max_cost,
         )
         for name in names
     ]  # fmt: skip

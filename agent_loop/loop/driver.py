@@ -102,10 +102,12 @@ class TurnEnded:
 
 
 class Driver:
-    """Args:
-    agents: in the order in which they are asked.
-    slots: the settings of each device.
-    clock: seconds, monotonic.
+    """The event loop of a night: it begins what the planner names and waits for what ends.
+
+    Args:
+        agents: in the order in which they are asked.
+        slots: the settings of each device.
+        clock: seconds, monotonic.
     """
 
     def __init__(

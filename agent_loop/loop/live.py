@@ -93,8 +93,10 @@ class _Output:
 
 
 class View:
-    """Args:
-    log: where the lines are kept as well; None for nowhere.
+    """What the user sees of a night while it runs: lines, and one status line for each device.
+
+    Args:
+        log: where the lines are kept as well; None for nowhere.
     """
 
     def __init__(self, console: Console, log: Path | None = None) -> None:
@@ -250,9 +252,7 @@ class View:
 
     def _row(self, current: _Current) -> list[Text | ProgressBar]:
         event = current.event
-        words = one_line(f"#{current.job.number} {current.job.description}")
-        limit = max(20, self.console.width - 96)
-        words = words if len(words) <= limit else words[: limit - 1] + "…"
+        words = one_line(f"#{current.job.number} {current.job.description}", max(20, self.console.width - 96))
         facts = [f"{time.monotonic() - current.began:5.1f} s"]
         if event.loaded_mb:
             facts.append(f"{event.loaded_mb:,.0f} MB loaded")

@@ -27,9 +27,11 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Args:
-    settings: of the first device.
-    note: shows a line to the user.
+    """Writes what became of a run: its entry, its decision, the branch and the reports.
+
+    Args:
+        settings: of the first device.
+        note: shows a line to the user.
     """
 
     def __init__(

@@ -96,7 +96,8 @@ Result = tuple[int, str]
 
 @dataclass(frozen=True)
 class Part:
-    """
+    """One thing that `make gpu-check` does.
+
     Attributes:
         limit_s: it is ended after so long.
         run: (bench, seconds) -> exit status, page. UNFINISHED: the same part goes on.

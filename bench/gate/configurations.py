@@ -22,6 +22,7 @@ from typing import Any
 
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.paths import project_root
+from hotloop.harness.text import one_line
 
 __all__ = ["COMMITTED", "compile_all", "faults", "main"]
 
@@ -76,7 +77,7 @@ def _compile(job: tuple[str, int, int]) -> tuple[str, dict[str, Any]]:
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
     except Exception as e:  # whatever the compiler raises is this configuration's fault, and is shown
-        return name, {"error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
+        return name, {"error": f"{type(e).__name__}: {one_line(str(e), 300)}"}
     facts: dict[str, Any] = dict(resources(kernel.asm["cubin"]))
     facts["shared"] = kernel.metadata.shared
     facts["matrix_instructions"] = kernel.asm["ptx"].count(ARCHITECTURES[capability].matrix_instruction)

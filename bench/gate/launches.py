@@ -44,12 +44,14 @@ _ACCUMULATE = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put
 
 
 class Recorder(FakeTensorMode):
-    """Attributes:
-    stage: what is going on, "" for what does not count; launches carry it.
-    launches: (stage, name, the operator of ours that it is part of, bytes) -> how often.
-    kernels: name -> of each configuration: registers, stack, shared (bytes), warps.
-    accumulated: stage and name of what adds into one place from many, in no order or one by one.
-    timed: what torch would decide by timing it on the device, and another decision gives other bits.
+    """torch's mode of tensors without memory, which notes what compiled code would launch on a GPU.
+
+    Attributes:
+        stage: what is going on, "" for what does not count; launches carry it.
+        launches: (stage, name, the operator of ours that it is part of, bytes) -> how often.
+        kernels: name -> of each configuration: registers, stack, shared (bytes), warps.
+        accumulated: stage and name of what adds into one place from many, in no order or one by one.
+        timed: what torch would decide by timing it on the device, and another decision gives other bits.
     """
 
     def __init__(self) -> None:

@@ -244,7 +244,7 @@ def _settle(torch: Any, capability: int) -> None:
     setattr(triton_helpers, "set_driver_to_gpu", _says(None))  # noqa: B010
     setattr(fuse_attention, "_sfdp_init", _says(None))  # noqa: B010
 
-    class OnCpu(TorchFunctionMode):
+    class _OnCpu(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = dict(kwargs or {})
             if getattr(kwargs.get("device"), "type", "") == "cuda":
@@ -254,7 +254,7 @@ def _settle(torch: Any, capability: int) -> None:
     fold = joint_graph.constant_fold_uniform_value
 
     def fold_on_cpu(gm: Any) -> Any:
-        with OnCpu():  # it computes constants of one element, on the device
+        with _OnCpu():  # it computes constants of one element, on the device
             return fold(gm)
 
     joint_graph.constant_fold_uniform_value = fold_on_cpu

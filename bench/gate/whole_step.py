@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.bench.gate import offline
+from hotloop.harness.text import one_line
 
 __all__ = ["facts_of", "main"]
 
@@ -57,7 +58,7 @@ def facts_of(capability: int, path: Path) -> dict[str, Any]:
             _step(seen, step, rows, spec)
             _evaluation(seen, module, spec, preset.eval_batch_rows)
     except torch._dynamo.exc.Unsupported as e:  # a graph break under fullgraph
-        broken = " ".join(str(e).split())[:300]
+        broken = one_line(str(e), 300)
     return {
         "tokens": tokens,
         "versions": f"torch {torch.__version__.partition('+')[0]}, triton {triton.__version__}",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from hotloop.harness.errors import DataError
+from hotloop.harness.text import one_line
 
 __all__ = [
     "DOCUMENT_CHARS",
@@ -45,9 +46,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """Attributes:
-    key: what decides its split, empty for the text itself; the same for all parts of one file.
-    place: the line, row, item or part of its file that it is, from 1.
+    """A piece of text that is split, packed and scored as one.
+
+    Attributes:
+        key: what decides its split, empty for the text itself; the same for all parts of one file.
+        place: the line, row, item or part of its file that it is, from 1.
     """
 
     text: str
@@ -233,7 +236,7 @@ def _json(file: Path, raw: bytes, name: str, tally: Tally) -> Iterator[Document]
 
 
 def _why(error: Exception) -> str:
-    return "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:80]
+    return "nested too deep" if isinstance(error, RecursionError) else one_line(str(error), 80)
 
 
 def _value(file: Path, place: int, value: Any, name: str, tally: Tally) -> Iterator[Document]:
@@ -293,9 +296,7 @@ def _parquet(file: Path, name: str, tally: Tally) -> Iterator[Document]:
                             continue
                     yield from _document(file, place, value, tally)
     except (pa.ArrowException, OSError) as e:
-        raise DataError(
-            f"{shown(file)} is no parquet file that can be read ({' '.join(str(e).split())[:120]})"
-        ) from None
+        raise DataError(f"{shown(file)} is no parquet file that can be read ({one_line(str(e), 120)})") from None
 
 
 def _check_column(file: Path, name: str, schema: Any) -> None:

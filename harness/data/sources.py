@@ -61,8 +61,10 @@ class Corpus(Protocol):
 
 
 class Text(Protocol):
-    """Attributes:
-    name: what the manifest calls the source.
+    """Where the text of a prepared folder comes from.
+
+    Attributes:
+        name: what the manifest calls the source.
     """
 
     name: str

@@ -34,8 +34,10 @@ def split_share(key: str) -> float:
 
 
 class Spool:
-    """Attributes:
-    tally: of what was read; its `read` are the documents here and those that were refused.
+    """The documents of all files, written to the disk once, and which split each belongs to.
+
+    Attributes:
+        tally: of what was read; its `read` are the documents here and those that were refused.
     """
 
     def __init__(self, path: Path, names: list[str]) -> None:

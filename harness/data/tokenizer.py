@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotloop.harness.errors import DataError
+from hotloop.harness.text import one_line
 
 __all__ = ["SPECIAL_TOKENS", "SPLIT_PATTERN", "Row", "Tokenizer", "Untokenizable"]
 
@@ -97,7 +98,7 @@ class Tokenizer:
         except UnicodeEncodeError:  # a lone surrogate; becomes U+FFFD
             ids = np.array(self._encoding.encode_ordinary(text))
         except ValueError as e:
-            raise Untokenizable(" ".join(str(e).split())[:120]) from None
+            raise Untokenizable(one_line(str(e), 120)) from None
         row = np.empty(len(ids) + 1, dtype=np.uint16)
         row[0], row[1:] = self.bos_id, ids
         return row

@@ -16,6 +16,7 @@ from typing import Any
 
 from hotloop.harness.preflight.rules import ContractError, UnsubmittedError, judge
 from hotloop.harness.sandbox.wire import Wire
+from hotloop.harness.text import one_line
 from hotloop.harness.training.child import failure, load_train_module, prepare_torch
 
 __all__ = ["child_main"]
@@ -80,7 +81,7 @@ def _stage(wire: Wire, source: str, name: str, body: Callable[[_Place], None], c
         status = judge(e, source, place.column(column or name))
         reason = failure(e)[1]
         if isinstance(e, ContractError):
-            reason = " ".join(str(e).split())[:300]
+            reason = one_line(str(e), 300)
     sys.stdout.flush()
     sys.stderr.flush()
     wire.send("stage", name=name, status=status, reason=reason, did=place.at)

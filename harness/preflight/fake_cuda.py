@@ -37,8 +37,10 @@ _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
 class Pretence(FakeTensorMode):
-    """Attributes:
-    doubt: a value was made up, or an operation gave up (train.py may have caught that).
+    """torch's mode of tensors without memory, which makes up the numbers that train.py reads.
+
+    Attributes:
+        doubt: a value was made up, or an operation gave up (train.py may have caught that).
     """
 
     def __init__(self) -> None:

@@ -94,7 +94,7 @@ def problem(source: bytes) -> str:
         for token in tokenize.tokenize(io.BytesIO(source).readline):
             text += len(token.string) if token.type == tokenize.COMMENT else 0
     except Exception as e:  # the parser passes over comments and line ends that the tokenizer does not take
-        return f"train.py is not plain UTF-8 text with ordinary line ends ({' '.join(str(e).split())[:120]})"
+        return f"train.py is not plain UTF-8 text with ordinary line ends ({one_line(str(e), 120)})"
     if text > MAX_TEXT:
         return f"train.py has {text} characters in strings and comments; at most {MAX_TEXT} are code, more is data"
     if numbers > MAX_NUMBERS:

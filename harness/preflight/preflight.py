@@ -25,6 +25,7 @@ from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child, tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.settings import Preset, Spec
+from hotloop.harness.text import one_line
 
 __all__ = ["STAGES", "PreflightResult", "Stage", "preflight"]
 
@@ -170,7 +171,7 @@ def _stage(message: dict[str, Any], seconds: float) -> Stage | None:
         return None
     if status not in ("ok", "crash", "inconclusive") or not math.isfinite(seconds):
         return None
-    words = [" ".join(str(message.get(key, "")).split())[:400] for key in ("reason", "did")]
+    words = [one_line(str(message.get(key, "")), 400) for key in ("reason", "did")]
     if status != "ok" and not words[0]:
         words[0] = "no reason given"
     return Stage(name, status, words[0], seconds, words[1])

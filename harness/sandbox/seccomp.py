@@ -201,12 +201,12 @@ def restrict(*, network: bool = False, metadata: bool = False, cuda: bool = Fals
     code = program(machine, network=network, metadata=metadata, cuda=cuda, model=model)
     buffer = ctypes.create_string_buffer(code, len(code))
 
-    class Program(ctypes.Structure):
+    class _Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
-    whole = Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
+    whole = _Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     number = _SECCOMP[_ARCH[machine][0]]
     # SPEC_ALLOW: no speculation penalty for a process that has the machine to itself anyway.
     if (

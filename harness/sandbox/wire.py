@@ -32,9 +32,11 @@ class TimedOut(Exception):
 
 
 class Wire:
-    """Args:
-    send_s: how long a message may wait for a reader; None for ever. The parent sets it: who never reads must not
-        be able to hold it up.
+    """One end of the connection between the parent and a child.
+
+    Args:
+        send_s: how long a message may wait for a reader; None for ever. The parent sets it: who never reads must not
+            be able to hold it up.
     """
 
     def __init__(self, sock: socket.socket, send_s: float | None = None) -> None:

@@ -37,10 +37,12 @@ class Cost:
 
 
 class Bound:
-    """Args:
-    tokens: that evaluator A is given in all, which is what the baseline's `rest_s` was for.
-    token_s: what training on a token cost; None for no such bound.
-    baseline: what the night's baseline took; None where there is none.
+    """What an evaluator may compute before it is stopped.
+
+    Args:
+        tokens: that evaluator A is given in all, which is what the baseline's `rest_s` was for.
+        token_s: what training on a token cost; None for no such bound.
+        baseline: what the night's baseline took; None where there is none.
     """
 
     def __init__(

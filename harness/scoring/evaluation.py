@@ -40,8 +40,8 @@ from hotloop.harness.scoring.audit import (
 from hotloop.harness.scoring.bound import Bound, Cost
 from hotloop.harness.scoring.process import LOG_BYTES, EvaluatorProcess, Rows, Take
 from hotloop.harness.settings import Preset, Spec
-from hotloop.harness.training.prewarm import Setup
 from hotloop.harness.training.session import Event
+from hotloop.harness.training.trainer import Setup
 
 __all__ = ["Evaluation", "Evaluator", "Scoring", "bits_per_byte"]
 

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.text import one_line
 from hotloop.harness.training.conditions import is_machines_fault
 
 __all__ = ["failure_of"]
@@ -30,7 +31,7 @@ def failure_of(message: dict[str, Any], served: bool, lines: int) -> TrialError:
         lines: of train.py.
     """
     status = next((s for s in _STATUSES if s == message.get("status")), "crash")
-    said = " ".join(str(message.get("reason", "")).split())[:400]
+    said = one_line(str(message.get("reason", "")), 400)
     if served:
         return TrialError(status, f"while evaluating: {_bare(said, lines)}; its words are in evaluate.txt")
     if "Error(s) in loading state_dict" in said:

@@ -25,7 +25,8 @@ from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.scoring.bound import Bound
 from hotloop.harness.scoring.failures import failure_of
 from hotloop.harness.settings import Preset, Spec
-from hotloop.harness.training.prewarm import AHEAD, Setup
+from hotloop.harness.training.prewarm import AHEAD
+from hotloop.harness.training.trainer import Setup
 
 __all__ = ["LOG_BYTES", "EvaluatorProcess", "Rows", "Take"]
 

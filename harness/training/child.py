@@ -15,6 +15,7 @@ import traceback
 from typing import Any
 
 from hotloop.harness.sandbox.wire import Wire
+from hotloop.harness.text import one_line
 
 __all__ = ["child_main", "failure", "load_train_module", "make_ready", "prepare_torch"]
 
@@ -85,7 +86,7 @@ def load_train_module(path: str = "train.py") -> Any:
 def failure(e: BaseException) -> tuple[str, str]:
     """The status and the one-line reason of an exception that reached the top."""
     names = {c.__name__ for c in type(e).__mro__}
-    text = " ".join(str(e).split())[:300]
+    text = one_line(str(e), 300)
     reason = f"{type(e).__name__}: {text}" if text else type(e).__name__
     frames = [f for f in traceback.extract_tb(e.__traceback__) if os.path.basename(f.filename) == "train.py"]
     if frames:
@@ -142,10 +143,10 @@ def _train(wire: Wire, memories: list[int]) -> None:
     module = load_train_module()
     wire.send("imported", implementations=implementations())
 
-    class Mapped:  # what Ring needs of a SharedMemory, from an inherited descriptor
+    class _Mapped:  # what Ring needs of a SharedMemory, from an inherited descriptor
         map = mmap.mmap(memories[0], SLOTS * SLOT_BYTES)
 
-    run = Run(Spec(**hello["spec"]), wire, Ring(Mapped))  # type: ignore[arg-type]
+    run = Run(Spec(**hello["spec"]), wire, Ring(_Mapped))  # type: ignore[arg-type]
     try:
         module.train(run)
     except Submitted:

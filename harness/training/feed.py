@@ -40,10 +40,6 @@ class RowOrder:
         self._order = self._permutation()
         self._pieces: Rows | None = None
 
-    @property
-    def epoch(self) -> int:
-        return self._epoch
-
     def take(self, count: int, seq_len: int) -> Rows:
         """The next batch, [count, seq_len + 1]. `seq_len` divides T."""
         full = self._rows.shape[1] - 1

@@ -26,6 +26,7 @@ from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.settings import Preset, Spec
+from hotloop.harness.text import one_line
 from hotloop.harness.training.budget import Budget, Shape
 from hotloop.harness.training.compile_cache import Pack, decode
 from hotloop.harness.training.feed import SLOTS, Ring, RowOrder, synthetic_rows
@@ -420,7 +421,7 @@ class Session:
             status = message.get("status")
             if message.get("peak_mb") is not None:
                 self.result.peak_mb = self._number(message, "peak_mb")
-            reason = " ".join(str(message.get("reason", "")).split())[:400]
+            reason = one_line(str(message.get("reason", "")), 400)
             if status == "oom" and self.result.peak_mb:
                 reason += f"; at most {self.result.peak_mb:,.0f} MB were in use"
             raise TrialError(status if status in ("crash", "oom", "nan") else "crash", reason or "no reason given")

@@ -22,6 +22,7 @@ from typing import Any
 from hotloop.harness.errors import HotloopError
 from hotloop.harness.paths import project_root
 from hotloop.harness.sandbox.process import tail
+from hotloop.harness.text import one_line
 from hotloop.harness.tuning.notes import UNFINISHED, Notes
 from hotloop.harness.tuning.search import blame
 from hotloop.harness.tuning.selection import Unfit
@@ -115,7 +116,7 @@ def faults_are_reasons() -> Iterator[None]:
             except Exception:  # nothing can be launched any more; the one that was tried is noted
                 print(f"hotloop: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
                 os._exit(1)
-        raise Unfit(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        raise Unfit(f"{type(e).__name__}: {one_line(str(e), 200)}") from None
 
 
 def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:

@@ -29,6 +29,7 @@ from hotloop import kernels
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS
+from hotloop.harness.text import one_line
 from hotloop.harness.tuning.children import die_with_parent, faults_are_reasons, in_children
 from hotloop.harness.tuning.notes import UNFINISHED, Notes
 from hotloop.harness.tuning.search import entry, halving, out_of
@@ -284,7 +285,7 @@ def _prune(candidate: Candidate, space: dict[str, Config], card: Card, notes: No
             try:
                 launches[name] = candidate.launches(space[name])
             except Exception as e:  # a launcher that refuses its configuration
-                out_of(notes, candidate.name, name, f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+                out_of(notes, candidate.name, name, f"{type(e).__name__}: {one_line(str(e), 200)}")
         facts = compile_all([*default, *(x for found in launches.values() for x in found)], card.capability)
         for name, found in launches.items():
             why = next((r for x in found if (r := facts[x].refusal(card.shared_limit))), "")

@@ -529,7 +529,7 @@ def test_the_warning_of_a_lesser_sandbox_ends_in_a_reason(monkeypatch: pytest.Mo
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr("hotloop.harness.sandbox.process.Child", Died)
+    monkeypatch.setattr("hotloop.harness.sandbox.probe.Child", Died)
     with pytest.raises(SandboxError) as raised:
         probe.probe(Sandbox(1))
     assert str(raised.value) == "a child could not be started (ImportError: no ?[1m libc)"

@@ -135,14 +135,6 @@ def test_the_description_file_comes_first(installed: Path, context: Context, nam
     assert propose(installed, context, name, "description").description == "by its \\x1b[1mfile"
 
 
-@pytest.mark.bubblewrap
-def test_a_home_in_a_folder_of_state(installed: Path, context: Context, tmp_path: Path) -> None:
-    propose(installed, context, "codex", "edit", level=3, state_folder=tmp_path / "state")
-    env = json.loads((context.folder / "handover" / "seen.json").read_text())["env"]
-    assert env["HOME"] == str(tmp_path / "state" / "home-codex")
-    assert not os.listdir(tmp_path / "state")
-
-
 @both
 def test_an_exit_without_fault_and_an_edit_is_a_turn_whatever_was_printed(
     installed: Path, context: Context, name: str
@@ -319,8 +311,8 @@ def test_codex_is_refused_where_nothing_would_hold_its_shell() -> None:
 
 def test_every_agent_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {
-        "command": "true", "timeout_s": 5.0, "sandbox": inside(network=False), "networked_sandbox": inside(), "seed": 1,
-        "model": "m", "api_url": "http://127.0.0.1:1/v1", "max_cost_usd": 0.5, "state_folder": None,
+        "command": "true", "timeout_s": 5.0, "sandbox": inside(network=False), "seed": 1,
+        "model": "m", "api_url": "http://127.0.0.1:1/v1", "max_cost_usd": 0.5,
     }  # fmt: skip
     assert [make_agent(name, **given).name for name in AGENTS] == list(AGENTS)
     with pytest.raises(UsageError, match="no agent 'gemini'; there are: builtin, command, claude, codex, api"):

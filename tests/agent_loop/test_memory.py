@@ -1,4 +1,4 @@
-"""What the records are good for: the brief, racing, leaving one out, looking at experiments."""
+"""What the records are good for: the brief, racing, leaving one out, showing experiments."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_a_night_that_kept_nothing_has_nothing_to_leave_out(repo: Path) -> None:
         list(ablate(night, NightRepo(open_repo(repo), "t", night.folder), scripted.SETTINGS, None))
 
 
-# ---- looking
+# ---- show, diff, best, checkout
 
 
 def test_show_diff_best_and_checkout(repo: Path) -> None:  # noqa: F811

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hotloop.agent_loop import cli
-from hotloop.agent_loop.loop import driver as loop
+from hotloop.agent_loop.loop import driver
 from hotloop.agent_loop.loop.watchdog import UNDER_WATCH
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.experiment import Job
@@ -75,12 +75,12 @@ def test_a_device_is_cold_after_a_pause_and_after_a_restart(repo: Path, monkeypa
         jobs.append(job)
         return scripted.run(job, settings, on_event)
 
-    monkeypatch.setattr(loop, "COLD_AFTER_S", 1e9)
+    monkeypatch.setattr(driver, "COLD_AFTER_S", 1e9)
     scripted.drive(repo, "t", 1, runner=runner, noise_seeds=1, quiet=True)
     assert [j.cold for j in jobs] == [True, False, False]
     scripted.drive(repo, "t", 3, runner=runner, noise_seeds=1, quiet=True)
     assert [j.cold for j in jobs[3:]] == [True, False]
-    monkeypatch.setattr(loop, "COLD_AFTER_S", 0.0)
+    monkeypatch.setattr(driver, "COLD_AFTER_S", 0.0)
     time.sleep(0.01)
     scripted.drive(repo, "t", 5, runner=runner, noise_seeds=1, quiet=True)
     assert [j.cold for j in jobs[5:]] == [True, True]

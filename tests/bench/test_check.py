@@ -34,7 +34,7 @@ class Adam(torch.optim.Optimizer):
         kernels.adamw_(params, [p.grad for p in params], ms, vs, rates)
 """
 TRAIN = (
-    TINY.replace("from torch import nn\n", "from torch import nn\nimport kernels\n")
+    TINY.replace("from torch import nn\n", "from torch import nn\nfrom hotloop import kernels\n")
     .replace("def build_model", f"{ADAM}\ndef build_model")
     .replace("torch.optim.Adam(model.parameters(), lr=0.01)", "Adam(model.parameters(), {})")
 )

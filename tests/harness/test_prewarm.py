@@ -20,7 +20,7 @@ from hotloop.harness.processes import descendants
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import Spec
-from hotloop.harness.training import child, prewarm
+from hotloop.harness.training import child, prewarm, trainer
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.prewarm import AHEAD, Prewarmer
 from hotloop.harness.training.session import Session, SessionConfig, Trained
@@ -146,9 +146,9 @@ def test_one_of_another_seal_or_other_settings_is_not_used(
 ) -> None:
     wanted, waiting = setup(), next_one(ready)
     if what == "seal":
-        monkeypatch.setattr(prewarm, "verify_seal", lambda: "another")
+        monkeypatch.setattr(trainer, "verify_seal", lambda: "another")
     elif what == "versions":
-        monkeypatch.setattr(prewarm, "environment", lambda *_: {"versions": {"torch": "0.1"}})
+        monkeypatch.setattr(trainer, "environment", lambda *_: {"versions": {"torch": "0.1"}})
     elif what == "threads":
         wanted = replace(wanted, threads=2)
     elif what == "repeatable":

@@ -335,7 +335,7 @@ def test_a_batch_is_the_rows_whole_also_above_two_to_the_fifteenth() -> None:
 
 def test_the_record_names_the_kernels_that_ran(folder: Path) -> None:
     """What train.py's calls chose is known at the end only."""
-    fake = "import sys, types; k = sys.modules['kernels'] = types.ModuleType('kernels'); "
+    fake = "import sys, types; k = sys.modules['hotloop.kernels'] = types.ModuleType('hotloop.kernels'); "
     fake += "k.implementations = lambda: {'attention': 'what ran'}"
     assert train(folder, tiny.tiny_source(START=fake)).implementations == {"attention": "what ran"}
 
