@@ -67,6 +67,8 @@ PASSED = "HOTLOOP_PROFILE"  # what `kernels.tuning` reads; where it is set, this
 
 @dataclass(frozen=True)
 class Profile:
+    """What was read from a profile's file, whole and undamaged; see the top of this file."""
+
     body: dict[str, Any]
     path: Path
 
