@@ -44,6 +44,7 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     compare = parts.add_parser("compare", help="fail when a kernel got slower than in an earlier result")
     compare.add_argument("base", metavar="BASE", help="a result file; `committed`: the newest one in bench/results")
     compare.add_argument("new", type=Path, metavar="NEW", help="the result file to judge")
+    compare.add_argument("--profile", action="store_true", help="both are profiles that `hotloop tune` wrote")
     compare.set_defaults(run=_compare)
 
     plot = parts.add_parser("plot", help="plot each kernel's time and share of the roofline over several results")
@@ -179,12 +180,19 @@ def _check(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from hotloop.bench import results
+    from hotloop.harness import profile
 
-    new = results.read(args.new)
-    base = results.read(results.newest(new.device, but=args.new) if args.base == "committed" else Path(args.base))
-    found = results.compare(base, new)
-    print(results.comparison_table(base, new, found), end="")
-    return 1 if any(c.fault for c in found) else 0
+    if args.profile:
+        base, new = profile.read(Path(args.base)), profile.read(args.new)
+        found = results.compare_profiles(base, new)
+        verdict = found.fault or "fine"
+        print(f"{found.key}: {found.base:.3f}x plain torch.compile before, {found.new:.3f}x now: {verdict}")
+        return 1 if found.fault else 0
+    result = results.read(args.new)
+    was = results.read(results.newest(result.device, but=args.new) if args.base == "committed" else Path(args.base))
+    compared = results.compare(was, result)
+    print(results.comparison_table(was, result, compared), end="")
+    return 1 if any(c.fault for c in compared) else 0
 
 
 def _plot(args: argparse.Namespace) -> int:

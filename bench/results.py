@@ -8,14 +8,28 @@ Markdown.
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hotloop.harness.errors import UsageError
 from hotloop.harness.paths import project_root
+from hotloop.harness.profile import Profile
 
-__all__ = ["RESULTS", "Comparison", "Result", "Row", "compare", "folder_of", "markdown", "newest", "plot", "read"]
+__all__ = [
+    "RESULTS",
+    "Comparison",
+    "Result",
+    "Row",
+    "compare",
+    "compare_profiles",
+    "folder_of",
+    "markdown",
+    "newest",
+    "plot",
+    "read",
+]
 
 RESULTS = project_root() / "bench" / "results"
 OURS = ("triton", "vendor")  # as names of implementations begin
@@ -194,6 +208,30 @@ def markdown(result: Result) -> str:
     for name, text in result.extra.get("pages", {}).items():
         lines += ["", f"## {name}", "", text.rstrip()]
     return "\n".join(lines) + "\n"
+
+
+def compare_profiles(base: Profile, new: Profile) -> Comparison:
+    """The step of two profiles of one kind of GPU: what each set that was chosen gained on plain torch.compile.
+
+    Raises:
+        UsageError: of different GPUs or presets, or a profile that has no such comparison.
+    """
+    for name in ("gpu", "preset"):
+        if base.body["depends"].get(name) != new.body["depends"].get(name):
+            raise UsageError(f"{base.path} and {new.path} are of another {name}, so they do not compare")
+    ratios = []
+    for profile in (base, new):
+        found = profile.body.get("whole", {}).get("plain", {}).get("ratios", [])
+        if not found and profile.selection:
+            raise UsageError(f"{profile.path} says nothing of the whole step; make it anew with: hotloop tune")
+        ratios.append(sorted(found) or [1.0])  # nothing was chosen: plain itself
+    was, now = (statistics.median(r) for r in ratios)
+    spread = sum((r[int(0.8 * (len(r) - 1))] - r[int(0.2 * (len(r) - 1))]) / (2 * r[len(r) // 2]) for r in ratios)
+    allowed = WORSE + spread
+    slower = was / now - 1
+    fault = f"slower against plain torch.compile by {slower:.1%}; {allowed:.1%} is allowed" if slower > allowed else ""
+    chosen = " ".join(f"{part}={name}" for part, name in sorted(new.selection.items())) or "plain"
+    return Comparison(f"the whole step with {chosen}", was, now, allowed, fault)
 
 
 def plot(results: list[Result], path: Path) -> None:

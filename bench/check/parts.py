@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -181,6 +182,9 @@ def _tune(bench: Bench, limit_s: float) -> Result:
     said = tail(bench.log("tune"), 60)
     if said and (written := re.match(r"written: (.+) \(", said[-1])):
         body = read(Path(written[1])).body
+        copy = bench.work / "profile" / Path(written[1]).name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(written[1], copy)
         bench.facts["tune"] = {"chosen": body["selection"], "whole": body["whole"]}
     return code, fenced(said)
 

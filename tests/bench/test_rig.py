@@ -20,6 +20,7 @@ from hotloop.bench import results
 from hotloop.bench.cli import main
 from hotloop.bench.gate import configurations as gate
 from hotloop.bench.step import group_of
+from hotloop.harness import profile
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.operators import OPERATORS
 from hotloop.kernels import attention_backends, flash, mlp, product, tuning
@@ -160,6 +161,29 @@ def test_ci_compares_with_the_committed_result(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.md").read_text() in said
     assert (tmp_path / "comparison.png").exists()
     assert summary.read_text().endswith("the new table\n")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "gpu", "code", "words"),
+    [
+        ([1.30] * 7, "a GPU", 0, "the whole step with mlp=triton: 1.300x plain torch.compile before, 1.300x now: fine"),
+        ([1.28] * 7, "a GPU", 0, "fine"),
+        ([1.20] * 7, "a GPU", 1, "slower against plain torch.compile by 8.3%; 3.0% is allowed"),
+        ([1.0, 1.1, 1.2, 1.2, 1.3, 1.4, 1.4], "a GPU", 0, "fine"),  # the measurement spreads as much
+        ([1.30] * 7, "another", 2, "are of another gpu, so they do not compare"),
+    ],
+)
+def test_two_profiles_of_a_gpu_compare_by_what_the_step_gained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ratios: list[float], gpu: str, code: int, words: str
+) -> None:
+    body: dict[str, Any] = {"packages": {}, "selection": {"mlp": "triton"}, "configs": {}, "measured": {}}
+    for name, where, found in (("was", "a GPU", [1.30] * 7), ("now", gpu, ratios)):
+        whole = {"plain": {"ratios": found}}
+        body |= {"depends": {"gpu": where, "preset": "h100"}, "whole": whole}
+        profile.write(tmp_path / f"{name}.json", body)
+    assert main(["compare", "--profile", str(tmp_path / "was.json"), str(tmp_path / "now.json")]) == code
+    out = capsys.readouterr()
+    assert words in out.out + out.err
 
 
 def test_a_plot_over_commits(tmp_path: Path) -> None:
