@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hotloop import kernels
@@ -79,11 +80,6 @@ def hyperparameters(spec: Spec) -> SimpleNamespace:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def has_value_embedding(layer: int, depth: int) -> bool:
-    """Every other block, the last one included."""
-    return layer % 2 == (depth - 1) % 2
-
-
 def fp8_of(hp: SimpleNamespace, product: str) -> str:
     """How the kernels multiply `product`: "" for not in 8 bits, else the type of what flows back (see linear_fp8)."""
     words = hp.FP8.split()
@@ -92,25 +88,30 @@ def fp8_of(hp: SimpleNamespace, product: str) -> str:
     return "" if product not in words else "e5m2" if "e5m2" in words else "bf16"
 
 
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=2.0**-23).to(x.dtype)  # autocast would leave fp32
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on the two halves of each head: [B, T, H, K] -> [B, T, H, K]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
 class Attention(nn.Module):
-    def __init__(self, hp: SimpleNamespace, dim: int, layer: int) -> None:
+    def __init__(self, hp: SimpleNamespace, dim: int, gated: bool) -> None:
         super().__init__()
         self.heads = dim // hp.HEAD_DIM
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.k = nn.Linear(dim, dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
-        gated = has_value_embedding(layer, hp.DEPTH)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         self.gate = nn.Linear(hp.GATE_CHANNELS, self.heads, bias=False) if gated else None
 
-    def forward(
-        self, x: Tensor, norm: kernels.Norm, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int
-    ) -> tuple[Tensor, kernels.Norm]:
-        weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
-        gate = None if self.gate is None else self.gate.weight  # [H, GATE_CHANNELS], 0 at the start
-        ve = None if ve is None else ve.unflatten(-1, (self.heads, -1))
-        x, q, k, v = kernels.norm_linear_qkv(x, norm, weight, cos, sin, self.heads, ve, gate)  # q, k, v [B, T, H, K]
-        return kernels.linear_residual(kernels.attention(q, k, v, window).flatten(2), self.proj.weight, x)
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
+        qkv = F.linear(x, torch.cat((self.q.weight, self.k.weight, self.v.weight)))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in qkv.chunk(3, dim=-1))  # [B, T, H, K]
+        if self.gate is not None:  # 0 at the start
+            v = v + 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))[..., None] * ve.view_as(v)
+        y = kernels.attention(norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v, window)
+        return self.proj(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -120,37 +121,43 @@ class MLP(nn.Module):
         self.fc = nn.Linear(dim, 4 * dim, bias=False)
         self.proj = nn.Linear(4 * dim, dim, bias=False)
 
-    def forward(self, x: Tensor, norm: kernels.Norm, *mix: Tensor) -> tuple[Tensor, kernels.Norm]:
-        return kernels.norm_mlp_relu2(x, norm, self.fc.weight, self.proj.weight, *mix, fp8=self.fp8)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fp8:
+            y = F.relu(kernels.linear_fp8(x, self.fc.weight, self.fp8)).square()
+            return kernels.linear_fp8(y, self.proj.weight, self.fp8)
+        return self.proj(F.relu(self.fc(x)).square())
 
 
 class Block(nn.Module):
-    def __init__(self, hp: SimpleNamespace, dim: int, layer: int) -> None:
+    def __init__(self, hp: SimpleNamespace, dim: int, gated: bool) -> None:
         super().__init__()
-        self.attention = Attention(hp, dim, layer)
+        self.attention = Attention(hp, dim, gated)
         self.mlp = MLP(hp, dim)
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int) -> Tensor:
+        x = x + self.attention(norm(x), ve, cos, sin, window)
+        return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
     def __init__(self, hp: SimpleNamespace, vocab_size: int, seq_len: int) -> None:
         super().__init__()
-        heads = -(-hp.DEPTH * hp.ASPECT_RATIO // hp.HEAD_DIM)  # rounded up
-        self.dim = dim = heads * hp.HEAD_DIM
+        self.dim = dim = -(-hp.DEPTH * hp.ASPECT_RATIO // hp.HEAD_DIM) * hp.HEAD_DIM  # rounded up to whole heads
         self.seq_len, self.softcap, self.depth = seq_len, hp.SOFTCAP, hp.DEPTH
         pattern = [hp.WINDOW_PATTERN[i % len(hp.WINDOW_PATTERN)] for i in range(hp.DEPTH)]
         self.windows = [seq_len if c == "L" else seq_len // 2 for c in (*pattern[:-1], "L")]
         self.wte = nn.Embedding(vocab_size, dim)
-        self.blocks = nn.ModuleList(Block(hp, dim, i) for i in range(hp.DEPTH))
+        gated = [i % 2 == (hp.DEPTH - 1) % 2 for i in range(hp.DEPTH)]  # every other block, the last one included
+        self.blocks = nn.ModuleList(Block(hp, dim, g) for g in gated)
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         self.head_fp8 = fp8_of(hp, "lm_head")
         self.resid_scalars = nn.Parameter(torch.ones(hp.DEPTH))
         self.x0_scalars = nn.Parameter(torch.full((hp.DEPTH,), 0.1))
-        layers = [i for i in range(hp.DEPTH) if has_value_embedding(i, hp.DEPTH)]
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, dim) for i in layers})
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, dim) for i, g in enumerate(gated) if g})
         frequency = hp.ROPE_BASE ** -(torch.arange(0, hp.HEAD_DIM, 2, dtype=torch.float32) / hp.HEAD_DIM)
         angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)  # [T, K/2]
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", angle[:, None].cos(), persistent=False)  # [T, 1, K/2]
+        self.register_buffer("sin", angle[:, None].sin(), persistent=False)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -160,27 +167,21 @@ class GPT(nn.Module):
         for block in self.blocks:
             for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.fc):
                 nn.init.uniform_(linear.weight, -bound, bound)
-            nn.init.zeros_(block.attention.proj.weight)  # every block starts as the identity
-            nn.init.zeros_(block.mlp.proj.weight)
-            if block.attention.gate is not None:
-                nn.init.zeros_(block.attention.gate.weight)
+            for linear in (block.attention.proj, block.mlp.proj, block.attention.gate):
+                if linear is not None:  # every block starts as the identity
+                    nn.init.zeros_(linear.weight)
         for embed in self.value_embeds.values():
             nn.init.uniform_(embed.weight, -bound, bound)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """[B, T] -> normalised hidden state [B, T, D]."""
         cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
-        order = kernels.token_order(tokens, self.wte.num_embeddings)
-        x = x0 = kernels.rms_norm(kernels.embedding(tokens, self.wte.weight, order))
-        # The residual stream x, and what its norm takes. A block reads resid_scalar x + x0_scalar x0.
-        mixes = [(x0, self.resid_scalars[i], self.x0_scalars[i]) for i in range(self.depth)]
-        x, norm = kernels.residual_rms_norm(x, None, *mixes[0])
-        for i, (block, mix) in enumerate(zip(self.blocks, [*mixes[1:], ()], strict=True)):
-            table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
-            ve = None if table is None else kernels.embedding(tokens, table, order)
-            x, norm = block.attention(x, norm, ve, cos, sin, self.windows[i])
-            x, norm = block.mlp(x, norm, *mix)
-        return kernels.normalized(x, norm)
+        x = x0 = norm(self.wte(tokens))
+        for i, block in enumerate(self.blocks):
+            x = self.resid_scalars[i] * x + self.x0_scalars[i] * x0
+            ve = self.value_embeds[str(i)](tokens) if str(i) in self.value_embeds else None
+            x = block(x, ve, cos, sin, self.windows[i])
+        return norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V], fp32. The harness scores with this, lm_head never in 8 bits; training uses `loss`."""
@@ -189,11 +190,9 @@ class GPT(nn.Module):
         return self.softcap * torch.tanh(logits / self.softcap)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, without forming fp32 logits."""
+        """Mean cross-entropy in nats."""
         with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-            return kernels.softcap_linear_cross_entropy(
-                self.hidden(tokens), self.lm_head.weight, targets, self.softcap, fp8=self.head_fp8
-            )
+            return kernels.loss(self.hidden(tokens), self.lm_head.weight, targets, self.softcap, fp8=self.head_fp8)
 
     def flops_per_token(self) -> int:
         """Forward and backward, by the formula of karpathy/autoresearch: 6 a matrix weight, 12 D a visible key."""
@@ -243,10 +242,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        if adamw := [g for g in self.param_groups if g["kind"] == "adamw"]:
-            self._adamw(adamw)
-        if muon := [g for g in self.param_groups if g["kind"] == "muon"]:
-            self._muon(muon)
+        for kind, update in (("adamw", self._adamw), ("muon", self._muon)):
+            if groups := [g for g in self.param_groups if g["kind"] == kind]:
+                update(groups)
 
     @staticmethod
     def _to_device(rates: list[tuple[float, ...]], device: torch.device) -> Tensor:
@@ -374,7 +372,7 @@ def train(run: Run) -> None:
     model = build_model(run.spec)
     compiled = kernels.compiled(run.spec.device)
     optimizer = build_optimizer(model, hp, compiled)
-    loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True) if compiled else model.loss
+    loss_of = kernels.compile(model.loss) if compiled else model.loss
     rows = hp.TOTAL_BATCH_SIZE // run.spec.seq_len
     micro_rows = min(rows, max(1, hp.DEVICE_BATCH_SIZE // run.spec.batch_divisor))
     if rows < 1 or rows % micro_rows:

@@ -38,11 +38,11 @@ Function = Callable[..., Any]
 
 def names(op: Operator) -> list[str]:
     """The implementations of the table that run here."""
-    found = dispatch.OPERATORS[op.name].implementations if op.name in dispatch.OPERATORS else ("reference",)
+    found = dispatch.OPERATORS[op.switch].implementations
     if op.name == "attention":
         able = attend.backends("cuda" if ON_GPU else "cpu")[0]
         return [n for n in found if n in (*able, "reference")]
-    runs = kernels.implementations().get(op.name, "").startswith(("triton", "vendor"))
+    runs = kernels.implementations().get(op.switch, "").startswith(("triton", "vendor"))
     return [n for n in found if runs or n == "reference"]
 
 

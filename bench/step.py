@@ -46,12 +46,12 @@ GROUPS = (
     ("optimizer", r"multi_tensor|foreach|lerp|adamw|muon"),
     (
         "matrix products",
-        r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm|linear)|_mm_|splitK|_product_kernel|linear_qkv"
-        r"|weight_gradient|sum_parts|linear_residual|stream_gradient",
+        r"gemm|nvjet|cutlass|cublas|matmul|aten::(mm|bmm|addmm|linear)|_mm_|splitK|_product_kernel|_qkv_kernel|_mlp_|_residual_"
+        r"|weight_gradient|sum_parts|stream_gradient",
     ),
     ("embedding", r"embedding|index_put|indexing_backward|radix|aten::index"),
     ("copies", r"memcpy|memset|copy_|aten::(stack|cat)|CatArray"),
-    ("fused elementwise", r"triton_|_residual_norm_|_qkv_(forward|backward)_kernel"),
+    ("fused elementwise", r"triton_|_qkv_backward_kernel"),
 )
 GAP_ALLOWED = 0.01  # of a step, in which the device runs nothing
 

@@ -457,6 +457,7 @@ def summary(outcome: Outcome) -> str:
         ("num_params_M", f"{outcome.num_params / 1e6:.1f}"),
         ("depth", "n/a" if outcome.depth is None else str(outcome.depth)),
     ]
+    rows += [("fusions", one_line(outcome.fusions))] if outcome.fusions else []
     rows += [("warning", words) for words in outcome.conditions.get("warnings", [])]
     return "\n".join(["---", *(f"{k + ':':<18}{v}" for k, v in rows)])
 

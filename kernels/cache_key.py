@@ -27,7 +27,7 @@ SELECTION = {
 def fingerprint(selection: dict[str, str] = SELECTION, folder: Path = FOLDER) -> str:
     """SHA-256 of the selection, of the kernels' sources and of every tuned file."""
     found = hashlib.sha256(repr(sorted(selection.items())).encode())
-    for path in sorted([*folder.glob("*.py"), *folder.glob("tuned/*.json")]):
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("tuned/*.json")]):
         content = path.read_bytes()
         found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\0".encode() + content)
     return found.hexdigest()

@@ -42,6 +42,7 @@ __all__ = [
     "implementations",
     "note",
     "selection",
+    "told",
 ]
 
 
@@ -50,11 +51,9 @@ class Operator(NamedTuple):
 
     Attributes:
         implementations: from the one that is expected to be the fastest.
-        together: each operation of such a group takes what another leaves, so they run together or not at all.
     """
 
     implementations: tuple[str, ...] = ("triton", "reference")
-    together: str = ""
 
 
 OPERATORS = {
@@ -63,16 +62,11 @@ OPERATORS = {
     "embedding": Operator(),
     "linear": Operator(),
     "linear_fp8": Operator(("vendor", "reference")),
-    "linear_qkv_rope_norm": Operator(),
-    "linear_residual": Operator(together="stream"),
-    "mlp_relu2": Operator(),
+    "loss": Operator(("triton", "triton-exp", "triton-chunked", "reference")),
+    "mlp": Operator(),
     "muon_": Operator(),
-    "norm_linear_qkv": Operator(together="stream"),
-    "norm_mlp_relu2": Operator(together="stream"),
-    "qkv_rope_norm": Operator(),
-    "residual_rms_norm": Operator(),
-    "softcap_cross_entropy_": Operator(),
-    "softcap_linear_cross_entropy": Operator(("triton", "triton-exp", "triton-chunked", "reference")),
+    "qkv": Operator(),
+    "residual": Operator(),
     "step": Operator(("compiled", "eager")),  # train.py's pass as a whole: by torch.compile, or as it is written
 }
 # Importing Triton takes a third of a second, in every process of every experiment, so a torch without CUDA goes without
@@ -82,7 +76,6 @@ WANT_TRITON = torch.version.cuda is not None or any(
     item not in ("auto", "reference") and not item.startswith("step=") for item in ASKED.split(",")
 )
 HAVE_TRITON = WANT_TRITON and importlib.util.find_spec("triton") is not None
-REFERENCE_OPERATORS = ("apply_rope_norm", "rms_norm")
 # Operators that choose among more than their kernel and their reference: name -> what runs on a device type.
 describe: dict[str, Callable[[str], str]] = {}
 
@@ -113,6 +106,7 @@ class CompileCase(NamedTuple):
     tensor_cores: bool = False
 
 
+told: dict[str, str] = {}  # what else a record says of this process's kernels: `fusions`, by `kernels.fuse`
 _decided: dict[str, tuple[bool, str]] = {}
 _asked: set[str] = set()
 
@@ -141,10 +135,7 @@ def _selected(asked: str) -> dict[str, str]:
             raise KernelError(
                 f"HOTLOOP_KERNELS={asked!r}: {why}; say auto, reference, triton, or some of {','.join(OPERATORS)}"
             )
-        group = OPERATORS[name].together
-        found |= dict.fromkeys(
-            (n for n, op in OPERATORS.items() if n == name or (group and op.together == group)), chosen
-        )
+        found[name] = chosen
     return found
 
 
@@ -219,7 +210,7 @@ def implementations() -> dict[str, str]:
     """Operator -> implementation and reason, on this process's device; goes into every record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     can, why = _decide(device)
-    table = dict.fromkeys(REFERENCE_OPERATORS, "reference: no kernel yet")
+    table = {}
     for name in OPERATORS:
         if name == "step":
             table[name] = _step(device)
@@ -231,4 +222,4 @@ def implementations() -> dict[str, str]:
             table[name] = f"reference: {'asked for' if not auto() else 'not chosen on this machine'}"
         else:
             table[name] = f"reference: {why}"
-    return table
+    return table | told

@@ -29,8 +29,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hotloop.kernels import cache_key, dispatch, reference
 from hotloop.kernels.dispatch import KernelError
+from hotloop.kernels.gemm.weight_gradient import weight_gradient
 from hotloop.kernels.reference import E4M3, E5M2, quantize
-from hotloop.kernels.weight_gradient import weight_gradient
 
 __all__ = ["BACKWARDS", "check_fp8", "input_gradient", "linear_fp8", "scaled_product"]
 

@@ -15,22 +15,16 @@ from torch import Tensor
 
 __all__ = [
     "adamw_",
-    "apply_rope_norm",
     "attention",
     "embedding",
     "linear",
     "linear_fp8",
-    "linear_qkv_rope_norm",
-    "linear_residual",
-    "mlp_relu2",
+    "loss",
+    "mlp",
+    "mlp_alone",
     "muon_",
-    "norm_linear_qkv",
-    "norm_mlp_relu2",
-    "qkv_rope_norm",
-    "residual_rms_norm",
-    "rms_norm",
-    "softcap_cross_entropy_",
-    "softcap_linear_cross_entropy",
+    "qkv",
+    "residual",
 ]
 
 IGNORE = -1  # a target that counts in no loss
@@ -45,41 +39,17 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)  # autocast would leave fp32
 
 
-def residual_rms_norm(
-    x: Tensor,
-    branch: Tensor | None = None,
-    x0: Tensor | None = None,
-    lam: Tensor | None = None,
-    mu: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """mixed = lam (x + branch) + mu x0, and its RMS norm. Without x0, lam and mu: x + branch.
-
-    Args:
-        x: [..., D]; branch and x0 of its shape, or None.
-        lam, mu: scalars [], with x0.
-
-    Returns:
-        (mixed, normed), of x's shape and dtype.
-    """
-    mixed = x if branch is None else x + branch
-    if x0 is not None:
-        mixed = lam * mixed + mu * x0  # type: ignore[operator]
-    return mixed, rms_norm(mixed)
-
-
-def apply_rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the two halves of each head, then RMS norm over the head.
 
     Args:
         x: [B, T, H, K], K even.
-        cos, sin: [T, K/2].
+        cos, sin: [T, 1, K/2].
 
     Returns:
         [B, T, H, K] of x's dtype.
     """
-    half = x.size(-1) // 2
-    a, b = x[..., :half], x[..., half:]
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
     return rms_norm(torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
 
 
@@ -151,99 +121,79 @@ def linear_fp8(x: Tensor, weight: Tensor, backward: str = "bf16") -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def qkv_rope_norm(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, ve: Tensor | None = None, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys through `apply_rope_norm`; values plus 2 sigmoid(gate) times their value embedding.
-
-    Args:
-        qkv: [B, T, H + 2G, K]: query heads, key heads, value heads.
-        cos, sin: [T, K/2].
-        heads: H.
-        ve: [B, T, G, K]; gate: [B, T, G]; both or neither.
-
-    Returns:
-        q [B, T, H, K], k [B, T, G, K], v [B, T, G, K].
-    """
-    groups = (qkv.size(2) - heads) // 2
-    q, k, v = qkv.split((heads, groups, groups), dim=2)
-    if ve is not None and gate is not None:
-        v = v + (2 * torch.sigmoid(gate))[..., None] * ve
-    return apply_rope_norm(q, cos, sin), apply_rope_norm(k, cos, sin), v
+def gated(v: Tensor, ve: Tensor, gate: Tensor) -> Tensor:
+    """Values plus 2 sigmoid(gate) times their value embedding: v, ve [B, T, G, K], gate [B, T, G]."""
+    return v + (2 * torch.sigmoid(gate))[..., None] * ve
 
 
-def linear_qkv_rope_norm(
+def qkv(
     x: Tensor,
-    weight: Tensor,
+    squares: object,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    heads: int,
-    ve: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`qkv_rope_norm` of x W^T. x [B, T, D], weight [(H + 2G) K, D], the rest as there."""
-    return qkv_rope_norm(F.linear(x, weight).unflatten(-1, (-1, 2 * cos.size(-1))), cos, sin, heads, ve, gate)
-
-
-def mlp_relu2(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, fp8: str = "") -> Tensor:
-    """relu(x W_fc^T)^2 W_proj^T.
-
-    Args:
-        x: [..., D]; w_fc: [N, D]; w_proj: [E, N].
-        fp8: `bf16` or `e5m2`: both products by `linear_fp8`, with that backward pass; "" for none.
-
-    Returns:
-        [..., E].
-    """
-    pre = linear_fp8(x, w_fc, fp8) if fp8 else F.linear(x, w_fc)
-    y = F.relu(pre).square().to(pre.dtype)  # CUDA's autocast would leave fp32 between them
-    return linear_fp8(y, w_proj, fp8) if fp8 else F.linear(y, w_proj)
-
-
-def linear_residual(
-    a: Tensor,
-    weight: Tensor,
-    x: Tensor,
-    x0: Tensor | None = None,
-    lam: Tensor | None = None,
-    mu: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`residual_rms_norm` of x with the branch a W^T. a [..., N], weight [D, N], x and x0 [..., D]."""
-    return residual_rms_norm(x, F.linear(a, weight), x0, lam, mu)
-
-
-def norm_linear_qkv(
-    x: Tensor,
-    norm: object,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
     ve: Tensor | None = None,
     w_gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x itself, and `linear_qkv_rope_norm` of its RMS norm, whose first C columns make the gate: w_gate [G, C].
+    """Queries, keys and values of the RMS norm of x, whose first C columns make the gate of their value embedding.
 
-    x [B, T, D]; `norm`, what is known of x's norm, is not needed here.
+    Args:
+        x: [B, T, D]; `squares`, what is known of its norm, is not needed here.
+        w_q: [H K, D]; w_k, w_v: [G K, D].
+        cos, sin: [T, 1, K/2].
+        ve: [B, T, G, K]; w_gate: [G, C]; both or neither.
+
+    Returns:
+        q [B, T, H, K] and k [B, T, G, K], each head rotated and normalised; v [B, T, G, K]; x itself.
     """
-    normed = rms_norm(x)
-    gate = None if w_gate is None else F.linear(normed[..., : w_gate.size(1)], w_gate)
-    return x, *linear_qkv_rope_norm(normed, weight, cos, sin, heads, ve, gate)
+    n = rms_norm(x)
+    made = F.linear(n, torch.cat((w_q, w_k, w_v))).unflatten(-1, (-1, 2 * cos.size(-1)))
+    heads, groups = (len(w) // (2 * cos.size(-1)) for w in (w_q, w_k))
+    q, k, v = made.split((heads, groups, groups), dim=2)
+    if ve is not None and w_gate is not None:
+        v = gated(v, ve, F.linear(n[..., : w_gate.size(1)], w_gate))
+    return rope_norm(q, cos, sin), rope_norm(k, cos, sin), v, x
 
 
-def norm_mlp_relu2(
+def mlp_alone(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    """relu(x W_fc^T)^2 W_proj^T: x [..., D], w_fc [N, D], w_proj [E, N] -> [..., E]."""
+    pre = F.linear(x, w_fc)
+    return F.linear(F.relu(pre).square().to(pre.dtype), w_proj)  # CUDA's autocast would leave fp32 between them
+
+
+def mlp(
     x: Tensor,
-    norm: object,
+    squares: object,
     w_fc: Tensor,
     w_proj: Tensor,
     x0: Tensor | None = None,
     lam: Tensor | None = None,
     mu: Tensor | None = None,
-    *,
-    fp8: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """`residual_rms_norm` of x with the branch `mlp_relu2` of its RMS norm. x, x0 [..., D]; `norm` as above."""
-    return residual_rms_norm(x, mlp_relu2(rms_norm(x), w_fc, w_proj, fp8=fp8), x0, lam, mu)
+    """`mix` of x with `mlp_alone` of its RMS norm, and its squares. x, x0 [..., D]; `squares` as above."""
+    return mix(x, mlp_alone(rms_norm(x), w_fc, w_proj), x0, lam, mu)
+
+
+def residual(
+    x: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    x0: Tensor | None = None,
+    lam: Tensor | None = None,
+    mu: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`mix` of x with a W^T, and its squares. a [..., N], weight [D, N], x and x0 [..., D]."""
+    return mix(x, F.linear(a, weight), x0, lam, mu)
+
+
+def mix(x: Tensor, branch: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lam (x + branch) + mu x0, without x0, lam and mu x + branch; and the sums of its rows' squares, fp32 [1, M]."""
+    mixed = x + branch
+    if x0 is not None:
+        mixed = lam * mixed + mu * x0  # type: ignore[operator]
+    return mixed, mixed.detach().float().square().sum(-1).view(1, -1)
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -372,34 +322,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor |
     return y.transpose(1, 2)
 
 
-def softcap_cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
-    """Cross-entropy of softcapped logits, and its gradient in place of the logits.
-
-        s = c tanh(l / c);  loss = logsumexp(s) - s[target];  l <- (softmax(s) - onehot) (1 - tanh(l / c)^2)
-
-    Args:
-        logits: [M, V]; overwritten by d loss[m] / d logits[m].
-        targets: int64 [M]; -1 gives loss 0 and gradient 0.
-        softcap: c; None for no cap.
-
-    Returns:
-        loss [M], fp32 (fp64 for fp64 logits), nats.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    t = None if softcap is None else torch.tanh(wide / softcap)
-    s = wide if t is None else softcap * t  # type: ignore[operator]
-    lse = torch.logsumexp(s, dim=-1)
-    valid = targets != IGNORE
-    at = targets.clamp_min(0)[:, None]
-    loss = torch.where(valid, lse - s.gather(1, at)[:, 0], 0.0)
-    grad = torch.exp(s - lse[:, None])
-    grad.scatter_add_(1, at, torch.full_like(grad[:, :1], -1.0))
-    if t is not None:
-        grad *= 1 - t * t
-    logits.copy_(grad * valid[:, None])
-    return loss
-
-
 def mean_cross_entropy(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """Mean cross-entropy of softcapped logits [..., V] over the targets that are not -1: fp32 (fp64 for fp64)."""
     logits = logits.flatten(0, -2)
@@ -409,9 +331,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor, softcap: float | None) -
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
 
 
-def softcap_linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, *, fp8: str = ""
-) -> Tensor:
+def loss(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
     """Mean cross-entropy of softcap(x W^T) over the targets that are not -1.
 
     Args:
@@ -419,10 +339,8 @@ def softcap_linear_cross_entropy(
         weight: [V, D].
         targets: int64 [...].
         softcap: None for no cap.
-        fp8: `bf16` or `e5m2`: the product by `linear_fp8`, with that backward pass; "" for none.
 
     Returns:
         scalar, fp32 (fp64 for fp64 inputs), nats. NaN where no target counts.
     """
-    logits = linear_fp8(x, weight, fp8) if fp8 else F.linear(x, weight)
-    return mean_cross_entropy(logits, targets, softcap)
+    return mean_cross_entropy(F.linear(x, weight), targets, softcap)

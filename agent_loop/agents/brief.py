@@ -159,6 +159,7 @@ def _parts(
     night: Night, preset: str, running: Sequence[Run], refused: str, least_gain: float | None, facts: Facts | None
 ) -> Iterator[_Part]:
     rows = night.tried()
+    last = rows[-24:]
     best, noise = night.incumbent(), night.noise(least_gain)
     floor = noise.floor_bpb
     yield _Part("The task", [
@@ -178,6 +179,7 @@ def _parts(
                "The noise was not measured."),
             *(_budget(facts, best.outcome) if facts else ()),
             *_where_time_goes(best.outcome),
+            *_fusions(best.outcome, last),
         ])  # fmt: skip
     if facts:
         yield _Part("The values in force", [], list(in_force(facts.incumbent, preset)), False, 0.08, 2)
@@ -187,7 +189,6 @@ def _parts(
         changed = list(_changes(facts.baseline, facts.incumbent))
         yield _Part("The diff from the baseline to this train.py", [], changed, False, 0.16, 4)
     yield _Part("Under way now", [], [f"- {r.number}: {quoted(r.description)}" for r in running], True, 0.05, 0)
-    last = rows[-24:]
     head = ["| # | decision | val_bpb | gain | gain/floor | what | why |", "|---|---|---|---|---|---|---|"]
     yield _Part("The last results", head, [_cells(r, floor) for r in last], True, 0.24, 0)
     said = [f"- {r.number} {r.decision}: {quoted(r.why, 240)}" for r in rows[-60:] if r.why]
@@ -275,6 +276,15 @@ def _where_time_goes(outcome: Outcome) -> Iterator[str]:
             f"{outcome.tokens:,} tokens in {outcome.steps} steps at {outcome.tokens_per_s:,.0f} a second{mfu}; "
             f"{outcome.num_params / 1e6:.1f} M parameters, peak memory {outcome.peak_mb:,.0f} MB."
         )
+
+
+def _fusions(best: Outcome, last: Sequence[Row]) -> Iterator[str]:
+    """What the kernels' compiler pass finds in the incumbent, and in what was tried that it finds less or more."""
+    if best.fusions:
+        yield f"Fused kernels found in it: {quoted(best.fusions, 240)}. What is not found runs as written, slower."
+        for row in last:
+            if row.outcome and row.outcome.fusions not in ("", best.fusions):
+                yield f"In experiment {row.number}: {quoted(row.outcome.fusions, 240)}."
 
 
 def _near_misses(rows: list[Row], floor: float) -> list[Row]:

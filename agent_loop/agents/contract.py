@@ -79,7 +79,8 @@ def _kernels() -> dict[str, str]:
         if not isinstance(statement, ast.ImportFrom) or not (statement.module or "").startswith("hotloop.kernels."):
             continue
         names = {alias.name for alias in statement.names}
-        module = folder / f"{str(statement.module).removeprefix('hotloop.kernels.')}.py"
+        place = folder.joinpath(*str(statement.module).split(".")[2:])
+        module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         for node in ast.parse(module.read_bytes()).body:
             if isinstance(node, ast.FunctionDef) and node.name in names:
                 for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):

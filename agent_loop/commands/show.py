@@ -75,6 +75,7 @@ def show_command(args: argparse.Namespace) -> int:
             ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in o.ledger.items()) + f"; all {o.total_s:.1f}"),
             ("start", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in o.start.items())),
             ("compiled", _packs(o.compiled)),
+            *([("fusions", o.fusions)] if o.fusions else []),
             (
                 "sandbox",
                 f"L{o.sandbox.get('level', 0)}, seed {o.seed}, {o.device}"

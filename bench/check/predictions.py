@@ -40,11 +40,11 @@ PARTS = (
     Part("dx + norm + mix, both gradients", "3.0 x8", "1.9 x8", "win, 8 to 9 ms"),
     Part(
         "norm + QKV + rotary, forward", "1.8 x8", "0.9 x8", "win, 5 to 7 ms",
-        (("norm_linear_qkv", "baseline", "forward"),), (8,),
+        (("qkv", "baseline", "forward"),), (8,),
     ),
     Part(
         "projection + residual, both", "1.9 x8", "1.4 x8", "win, 3 to 4 ms",
-        (("linear_residual", "baseline", "both"),), (8,),
+        (("residual", "baseline", "both"),), (8,),
     ),
     Part(
         "embedding backward, 5 tables", "about 7, far more if duplicates are walked", "about 2",
@@ -52,7 +52,7 @@ PARTS = (
     ),
     Part(
         "loss in place", "16.8", "14.1", "win, 2.7 ms; `exp` perhaps 1 more",
-        (("softcap_linear_cross_entropy", "baseline", "both"),), (1,),
+        (("loss", "baseline", "both"),), (1,),
     ),
     Part("Muon", "1.5", "1.1", "small win"),
     Part("weight gradients", "", "", "512 x 512 may win; large ones tie or lose to split-K cuBLAS"),

@@ -99,8 +99,10 @@ def group_of(stage: str, name: str, vocab: str = "8192") -> str:
         return "embedding"
     if re.search(r"attention", operation):
         return "attention"
-    if re.search(r"::(mm|bmm|addmm|baddbmm)$|mlp|linear|weight_gradient|stream_gradient|cross_entropy", operation):
-        return "loss" if "cross_entropy" in operation or vocab in re.split("[x ]", shapes) else "matrix products"
+    if re.search(
+        r"::(mm|bmm|addmm|baddbmm|loss.*)$|mlp|linear|qkv$|residual|weight_gradient|stream_gradient", operation
+    ):
+        return "loss" if "::loss" in operation or vocab in re.split("[x ]", shapes) else "matrix products"
     return "fused elementwise" if operation.startswith("hotloop::") else "other"
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop import kernels
 from hotloop.harness.proof.operators import Operator
-from hotloop.kernels import reference
+from hotloop.kernels import operators, reference
 
 __all__ = ["Errors", "bitwise_repeats", "check", "fresh", "poisoned_memory", "results"]
 
@@ -103,7 +102,7 @@ def upstream(op: Operator, args: list[Any]) -> list[Tensor]:
 
 
 def check(op: Operator, args: list[Any], ours: Function | None = None, *, loose: float | None = None) -> list[Errors]:
-    """Errors of `ours` (default: the function of `kernels`) and of plain PyTorch, against fp64.
+    """Errors of `ours` (default: the function of `kernels.operators`) and of plain PyTorch, against fp64.
 
     Args:
         args: in the dtype under test.
@@ -112,7 +111,7 @@ def check(op: Operator, args: list[Any], ours: Function | None = None, *, loose:
     dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
     grad = upstream(op, args)
     with poisoned_memory():
-        mine = results(ours or op.bind(kernels), args, op, grad)
+        mine = results(ours or op.bind(operators), args, op, grad)
     # Where nothing adds up over the rows, plain PyTorch goes in pieces as well, for its memory's sake.
     piecewise = not op.mean and all(i in op.rows for i in op.gradients)
     try:

@@ -1,7 +1,7 @@
 """The table of operators. Tests, compile gate, benchmarks and reports all read it; a new kernel is one entry and one
 file.
 
-Each entry names a public function of `kernels`; its reference has the same name and signature. Sizes are letters: B
+Each entry names a function of `kernels.operators`; its reference has the same name and signature. Sizes are letters: B
 batch, T time, D model, H heads, G key-value heads, K head dim, N outputs, M rows, V vocab, W window, L matrices of R
 rows and C columns. Bytes count each input read once and each output written once (what an ideal kernel moves);
 operations count matrix products, as 2 a multiply-add.
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotloop import kernels
 from hotloop.harness.training.feed import zipf_tokens
 from hotloop.kernels import reference
+from hotloop.kernels.block.stream import squares
 
 __all__ = ["OPERATORS", "PASSES", "Operator", "Tolerance"]
 
@@ -59,7 +59,7 @@ class Operator:
     """One operator.
 
     Attributes:
-        name: of the function in `kernels` and in `kernels.reference`.
+        name: of the function in `kernels.operators` and in `kernels.reference`.
         make: its arguments, random and realistic, on a device.
         shapes: `baseline` (karpathy/autoresearch's), `odd`, `long`, `tiny`.
         gradients: positions of the arguments that are differentiated; () for an operator without backward.
@@ -74,6 +74,7 @@ class Operator:
         exact: what an operator that rounds by design stands for, of the same arguments: its fp64 result is the truth,
             and its compiled form is what has to be beaten. None: the reference.
         module: the file of its Triton kernel; "" where there is none.
+        chosen_as: its name in a selection, if that of another operator, whose kernels serve it too.
         torch_ops: registered operators behind it.
     """
 
@@ -93,13 +94,19 @@ class Operator:
     exact: Callable[..., Any] | None = None
     module: str = ""
     torch_ops: tuple[str, ...] = ()
+    chosen_as: str = ""
 
     def bind(self, module: Any, variant: str = "") -> Callable[..., Any]:
-        """The operator's function in `kernels`, in `kernels.reference`, or anywhere, as a call of `make`'s
+        """The operator's function in `kernels.operators`, in `kernels.reference`, or anywhere, as a call of `make`'s
         arguments.
         """
         function = functools.partial(getattr(module, self.name), **self.variants.get(variant, {}))
         return function if self.call is None else functools.partial(self.call, function)
+
+    @property
+    def switch(self) -> str:
+        """Its name in a selection (`kernels.dispatch`)."""
+        return self.chosen_as or self.name
 
     @property
     def truth(self) -> Callable[..., Any]:
@@ -135,7 +142,7 @@ def _targets(rows: int, vocab: int, device: torch.device) -> Tensor:
 
 def _rope(t: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     angle = torch.outer(torch.arange(t, device=device).float(), 1e4 ** -(torch.arange(0, k, 2, device=device) / k))
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle[:, None].cos().to(dtype), angle[:, None].sin().to(dtype)
 
 
 def _costs(forward: Cost, backward: Cost) -> dict[str, Cost]:
@@ -168,12 +175,6 @@ _POLAR_EXPRESS = (
 EIGHT_BITS = dict.fromkeys(
     (BF16, FP16, FP32), Tolerance(4.2e-2, "both factors are rounded to e4m3: 2.7e-2 in L2 each, 3.8e-2 together")
 )
-_BTD = {
-    "baseline": {"B": 128, "T": 2048, "D": 512},
-    "odd": {"B": 3, "T": 37, "D": 200},
-    "long": {"B": 4, "T": 65536, "D": 512},
-    "tiny": {"B": 1, "T": 1, "D": 8},
-}
 _LOSS = {
     "baseline": {"M": 262144, "D": 512, "V": 8192},
     "odd": {"M": 130, "D": 48, "V": 5003},
@@ -185,25 +186,7 @@ OPERATORS = {
     op.name: op
     for op in (
         Operator(
-            name="softcap_cross_entropy_",
-            make=lambda s, dtype, device: [
-                _randn(s["M"], s["V"], dtype=dtype, device=device, std=6.0),
-                _targets(s["M"], s["V"], device),
-                15.0,
-            ],
-            shapes=_LOSS,
-            tolerance=ROUNDING,
-            gradients=(),
-            rows=(0, 1),
-            mutates=(0,),
-            # read and write the logits; targets and losses
-            bytes=_costs(lambda s: 4.0 * s["M"] * s["V"] + 12.0 * s["M"], lambda s: 0.0),
-            flops=NONE,
-            module="hotloop.kernels.softcap_cross_entropy",
-            torch_ops=("softcap_cross_entropy_",),
-        ),
-        Operator(
-            name="softcap_linear_cross_entropy",
+            name="loss",
             make=lambda s, dtype, device: [
                 _randn(s["M"], s["D"], dtype=dtype, device=device),
                 _randn(s["V"], s["D"], dtype=dtype, device=device, std=6.0 / s["D"] ** 0.5),
@@ -221,88 +204,9 @@ OPERATORS = {
                 lambda s: 2.0 * (s["M"] * s["V"] + 2 * s["M"] * s["D"] + 2 * s["V"] * s["D"]),
             ),
             flops=_costs(lambda s: 2.0 * s["M"] * s["D"] * s["V"], lambda s: 4.0 * s["M"] * s["D"] * s["V"]),
-            module="hotloop.kernels.linear_cross_entropy",
-            torch_ops=(
-                "softcap_linear_cross_entropy",
-                "softcap_linear_cross_entropy_chunked",
-                "softcap_linear_cross_entropy_fp8",
-            ),
+            module="hotloop.kernels.head.cross_entropy",
+            torch_ops=("loss", "loss_chunked", "loss_fp8"),
             variants={"exp": {"method": "exp"}, "chunked": {"method": "chunked"}},
-        ),
-        Operator(
-            name="residual_rms_norm",
-            make=lambda s, dtype, device: [
-                *(_randn(s["B"], s["T"], s["D"], dtype=dtype, device=device) for _ in range(3)),
-                torch.tensor(0.9, device=device),
-                torch.tensor(0.2, device=device),
-            ],
-            shapes=_BTD,
-            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds after each of five operations")},
-            gradients=(0, 1, 2, 3, 4),
-            rows=(0, 1, 2),
-            bytes=_costs(lambda s: 10.0 * s["B"] * s["T"] * s["D"], lambda s: 14.0 * s["B"] * s["T"] * s["D"]),
-            flops=NONE,
-            module="hotloop.kernels.residual_norm",
-            torch_ops=("residual_rms_norm", "residual_rms_norm_backward"),
-        ),
-        Operator(
-            name="qkv_rope_norm",
-            make=lambda s, dtype, device: [
-                _randn(s["B"], s["T"], s["H"] + 2 * s["G"], s["K"], dtype=dtype, device=device),
-                *_rope(s["T"], s["K"], dtype, device),
-                s["H"],
-                _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
-                _randn(s["B"], s["T"], s["G"], dtype=dtype, device=device),
-            ],
-            shapes={
-                "baseline": {"B": 128, "T": 2048, "H": 4, "G": 4, "K": 128},
-                "odd": {"B": 3, "T": 37, "H": 4, "G": 2, "K": 64},
-                "long": {"B": 4, "T": 65536, "H": 4, "G": 4, "K": 128},
-                "tiny": {"B": 1, "T": 1, "H": 1, "G": 1, "K": 16},
-            },
-            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds after each of its operations")},
-            gradients=(0, 4, 5),
-            rows=(0, 4, 5),
-            # qkv and ve in, q, k, v out. Then q, k, the three gradients and ve in, those of qkv and ve out.
-            bytes=_costs(
-                lambda s: 2.0 * s["B"] * s["T"] * s["K"] * (2 * s["H"] + 5 * s["G"]),
-                lambda s: 2.0 * s["B"] * s["T"] * s["K"] * (3 * s["H"] + 7 * s["G"]),
-            ),
-            flops=NONE,
-            module="hotloop.kernels.qkv",
-            torch_ops=("qkv_rope_norm", "qkv_rope_norm_backward"),
-        ),
-        Operator(
-            name="linear_qkv_rope_norm",
-            make=lambda s, dtype, device: [
-                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
-                _randn((s["H"] + 2 * s["G"]) * s["K"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
-                *_rope(s["T"], s["K"], dtype, device),
-                s["H"],
-                _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
-                _randn(s["B"], s["T"], s["G"], dtype=dtype, device=device),
-            ],
-            shapes={
-                "baseline": {"B": 128, "T": 2048, "D": 512, "H": 4, "G": 4, "K": 128},
-                "odd": {"B": 3, "T": 37, "D": 200, "H": 3, "G": 1, "K": 64},
-                "long": {"B": 4, "T": 65536, "D": 512, "H": 4, "G": 4, "K": 128},
-                "tiny": {"B": 1, "T": 1, "D": 16, "H": 1, "G": 1, "K": 16},
-            },
-            tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds the product and after each operation")},
-            gradients=(0, 1, 5, 6),
-            rows=(0, 5, 6),
-            # x and ve in, q, k, v out. Then the three gradients, q, k and ve in, those of the product and ve out; the
-            # former twice more and x in, dx out.
-            bytes=_costs(
-                lambda s: 2.0 * s["B"] * s["T"] * (s["D"] + s["K"] * (s["H"] + 3 * s["G"])),
-                lambda s: 2.0 * s["B"] * s["T"] * (2 * s["D"] + s["K"] * (5 * s["H"] + 11 * s["G"])),
-            ),
-            flops=_costs(
-                lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["K"] * (s["H"] + 2 * s["G"]),
-                lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["K"] * (s["H"] + 2 * s["G"]),
-            ),
-            module="hotloop.kernels.linear_qkv",
-            torch_ops=("linear_qkv_rope_norm", "linear_qkv_rope_norm_backward"),
         ),
         Operator(
             name="adamw_",
@@ -329,7 +233,7 @@ OPERATORS = {
             mutates=(0, 2, 3),
             bytes=_costs(lambda s: 14.0 * s["M"], lambda s: 0.0),
             flops=NONE,
-            module="hotloop.kernels.adamw",
+            module="hotloop.kernels.optimizer.adamw",
             torch_ops=("adamw_",),
         ),
         Operator(
@@ -372,7 +276,7 @@ OPERATORS = {
                 lambda s: 5.0 * s["L"] * min(s["R"], s["C"]) ** 2 * (4 * max(s["R"], s["C"]) + 2 * min(s["R"], s["C"])),
                 lambda s: 0.0,
             ),
-            module="hotloop.kernels.muon",
+            module="hotloop.kernels.optimizer.muon",
             torch_ops=("muon_",),
         ),
         Operator(
@@ -400,7 +304,7 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="hotloop.kernels.weight_gradient",
+            module="hotloop.kernels.gemm.weight_gradient",
             torch_ops=("linear", "weight_gradient"),
         ),
         Operator(
@@ -431,38 +335,7 @@ OPERATORS = {
             torch_ops=("scaled_product",),
         ),
         Operator(
-            name="rms_norm",
-            make=lambda s, dtype, device: [_randn(s["B"], s["T"], s["D"], dtype=dtype, device=device)],
-            shapes=_BTD,
-            tolerance=ROUNDING,
-            gradients=(0,),
-            rows=(0,),
-            bytes=_costs(lambda s: 4.0 * s["B"] * s["T"] * s["D"], lambda s: 6.0 * s["B"] * s["T"] * s["D"]),
-            flops=NONE,
-        ),
-        Operator(
-            name="apply_rope_norm",
-            make=lambda s, dtype, device: [
-                _randn(s["B"], s["T"], s["H"], s["K"], dtype=dtype, device=device),
-                *_rope(s["T"], s["K"], dtype, device),
-            ],
-            shapes={
-                "baseline": {"B": 128, "T": 2048, "H": 4, "K": 128},
-                "odd": {"B": 3, "T": 37, "H": 5, "K": 64},
-                "long": {"B": 4, "T": 65536, "H": 4, "K": 128},
-                "tiny": {"B": 1, "T": 1, "H": 1, "K": 16},
-            },
-            tolerance=PRODUCTS,
-            gradients=(0,),
-            rows=(0,),
-            bytes=_costs(
-                lambda s: 4.0 * s["B"] * s["T"] * s["H"] * s["K"] + 2.0 * s["T"] * s["K"],
-                lambda s: 6.0 * s["B"] * s["T"] * s["H"] * s["K"] + 2.0 * s["T"] * s["K"],
-            ),
-            flops=NONE,
-        ),
-        Operator(
-            name="mlp_relu2",
+            name="mlp_alone",
             make=lambda s, dtype, device: [
                 _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
                 _randn(s["N"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
@@ -484,19 +357,21 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 8.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="hotloop.kernels.mlp",
-            torch_ops=("mlp_relu2", "mlp_relu2_dpre"),
+            module="hotloop.kernels.block.mlp",
+            torch_ops=("mlp_alone", "mlp_alone_dpre"),
+            chosen_as="mlp",
         ),
         Operator(
-            name="linear_residual",
+            name="residual",
             make=lambda s, dtype, device: [
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
                 _randn(s["B"], s["T"], s["N"], dtype=dtype, device=device),
                 _randn(s["D"], s["N"], dtype=dtype, device=device, std=s["N"] ** -0.5),
-                *(_randn(s["B"], s["T"], s["D"], dtype=dtype, device=device) for _ in range(2)),
+                _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device),
                 torch.tensor(0.9, device=device),
                 torch.tensor(0.2, device=device),
             ],
-            call=lambda function, *args: function(*args)[0],  # what the norm takes has no gradient of its own
+            call=lambda function, *args: function(*args)[0],  # the squares have no gradient
             shapes={
                 "baseline": {"B": 128, "T": 2048, "D": 512, "N": 512},
                 "odd": {"B": 3, "T": 37, "D": 200, "N": 72},
@@ -505,7 +380,7 @@ OPERATORS = {
             },
             tolerance=PRODUCTS | {BF16: Tolerance(4.5e-3, "plain PyTorch rounds after each of five operations")},
             gradients=(0, 1, 2, 3, 4, 5),
-            rows=(0, 2, 3),
+            rows=(0, 1, 3),
             # a, x and x0 in, the stream out. Then g, a, x and x0 in, da, dx and dx0 out.
             bytes=_costs(
                 lambda s: 2.0 * (s["B"] * s["T"] * (s["N"] + 3 * s["D"]) + s["N"] * s["D"]),
@@ -514,20 +389,22 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 2.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="hotloop.kernels.residual_linear",
-            torch_ops=("linear_residual",),
+            module="hotloop.kernels.block.residual",
+            torch_ops=("residual",),
         ),
         Operator(
-            name="norm_linear_qkv",
+            name="qkv",
             make=lambda s, dtype, device: [
                 _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device, std=2.0),
-                _randn((s["H"] + 2 * s["G"]) * s["K"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
+                *(
+                    _randn(heads * s["K"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5)
+                    for heads in (s["H"], s["G"], s["G"])
+                ),
                 *_rope(s["T"], s["K"], dtype, device),
-                s["H"],
                 _randn(s["B"], s["T"], s["G"], s["K"], dtype=dtype, device=device),
                 _randn(s["G"], s["C"], dtype=dtype, device=device, std=s["C"] ** -0.5),
             ],
-            call=lambda function, x, *args: function(x, kernels.squares(x), *args),
+            call=lambda function, x, *args: function(x, squares(x), *args),
             shapes={
                 "baseline": {"B": 128, "T": 2048, "D": 512, "H": 4, "G": 4, "K": 128, "C": 32},
                 "odd": {"B": 3, "T": 37, "D": 200, "H": 3, "G": 1, "K": 64, "C": 12},
@@ -535,8 +412,8 @@ OPERATORS = {
                 "tiny": {"B": 1, "T": 1, "D": 16, "H": 1, "G": 1, "K": 16, "C": 8},
             },
             tolerance=PRODUCTS | {BF16: Tolerance(6e-3, "a gate rounded twice, of few columns")},
-            gradients=(0, 1, 5, 6),
-            rows=(0, 5),
+            gradients=(0, 1, 2, 3, 6, 7),
+            rows=(0, 6),
             # x and ve in, q, k, v out. Then the four gradients, q, k, v, ve and x in, those of the product, ve and x
             # out; the first of these twice more, and x.
             bytes=_costs(
@@ -547,11 +424,11 @@ OPERATORS = {
                 lambda s: 2.0 * s["B"] * s["T"] * (s["D"] * s["K"] * (s["H"] + 2 * s["G"]) + s["G"] * s["C"]),
                 lambda s: 4.0 * s["B"] * s["T"] * (s["D"] * s["K"] * (s["H"] + 2 * s["G"]) + s["G"] * s["C"]),
             ),
-            module="hotloop.kernels.residual_stream",  # its own; the others are those of qkv and linear_qkv
-            torch_ops=("norm_linear_qkv", "norm_linear_qkv_backward", "stream_gradient"),
+            module="hotloop.kernels.block.qkv",
+            torch_ops=("qkv", "qkv_backward", "stream_gradient"),
         ),
         Operator(
-            name="norm_mlp_relu2",
+            name="mlp",
             make=lambda s, dtype, device: [
                 _randn(s["B"], s["T"], s["D"], dtype=dtype, device=device, std=2.0),
                 _randn(s["N"], s["D"], dtype=dtype, device=device, std=s["D"] ** -0.5),
@@ -560,7 +437,7 @@ OPERATORS = {
                 torch.tensor(0.9, device=device),
                 torch.tensor(0.2, device=device),
             ],
-            call=lambda function, x, *args: function(x, kernels.squares(x), *args)[0],
+            call=lambda function, x, *args: function(x, squares(x), *args)[0],
             shapes={
                 "baseline": {"B": 128, "T": 2048, "D": 512, "N": 2048},
                 "odd": {"B": 3, "T": 37, "D": 200, "N": 72},
@@ -577,8 +454,8 @@ OPERATORS = {
             flops=_costs(
                 lambda s: 4.0 * s["B"] * s["T"] * s["D"] * s["N"], lambda s: 8.0 * s["B"] * s["T"] * s["D"] * s["N"]
             ),
-            module="hotloop.kernels.mlp",
-            torch_ops=("norm_mlp_relu2", "norm_mlp_relu2_dpre"),
+            module="hotloop.kernels.block.mlp",
+            torch_ops=("mlp", "mlp_dpre"),
         ),
         Operator(
             name="embedding",
@@ -600,7 +477,7 @@ OPERATORS = {
                 lambda s: s["B"] * s["T"] * (4.0 + 2.0 * s["D"]) + 2.0 * s["V"] * s["D"],
             ),
             flops=NONE,
-            module="hotloop.kernels.token_embedding",
+            module="hotloop.kernels.head.embedding",
             torch_ops=("embedding", "embedding_backward", "sorted_embedding", "token_rows"),
         ),
         Operator(
@@ -638,7 +515,7 @@ OPERATORS = {
                 lambda s: 10.0 * s["B"] * s["H"] * s["K"] * _visible(s),
             ),
             fold=_by_head,
-            module="hotloop.kernels.flash",
+            module="hotloop.kernels.attend.flash",
             torch_ops=("attention", "attention_backward"),
         ),
     )

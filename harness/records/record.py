@@ -108,6 +108,14 @@ class Outcome:
         return bool(self.environment.get("repeatable", True))
 
     @property
+    def fusions(self) -> str:
+        """What the kernels' compiler pass found, as the trainer said: "mlp 8 of 8, ..."; empty where nothing was
+        compiled.
+        """
+        told = self.environment.get("kernels", {})
+        return str(told.get("fusions", "")) if isinstance(told, dict) else ""
+
+    @property
     def open_text(self) -> str:
         """The warning that train.py could read the text that it was scored on; empty where it could not."""
         return next((w for w in self.conditions.get("warnings", []) if w.startswith(OPEN_TEXT)), "")

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from hotloop import kernels
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS
@@ -34,23 +33,13 @@ from hotloop.harness.tuning.children import die_with_parent, faults_are_reasons,
 from hotloop.harness.tuning.notes import UNFINISHED, Notes
 from hotloop.harness.tuning.search import entry, halving, out_of
 from hotloop.harness.tuning.selection import TimeIsUp, Unfit
-from hotloop.kernels import (
-    flash,
-    linear_qkv,
-    mlp,
-    muon,
-    product,
-    qkv,
-    residual_linear,
-    residual_norm,
-    residual_stream,
-    token_embedding,
-    tuning,
-    weight_gradient,
-)
-from hotloop.kernels import linear_cross_entropy as lce
-from hotloop.kernels import softcap_cross_entropy as ce
+from hotloop.kernels import operators, tuning
+from hotloop.kernels.attend import flash
+from hotloop.kernels.block import mlp, qkv, qkv_backward, residual, stream
 from hotloop.kernels.compiling import Launch, compile_all, recorded
+from hotloop.kernels.gemm import product, weight_gradient
+from hotloop.kernels.head import cross_entropy, embedding, in_place
+from hotloop.kernels.optimizer import muon
 
 __all__ = ["KERNELS", "Candidate", "Card", "child", "main", "search"]
 
@@ -99,7 +88,7 @@ class Candidate:
         return float((times[0][1] - times[0][0]) / (times[1][1] - times[1][0]))
 
 
-def _softcap_cross_entropy() -> Iterator[Candidate]:
+def _loss() -> Iterator[Candidate]:
     one = torch.ones(1, device=dev.device())
     for vocab, rows in ((8192, 65536), (2048, 65536), (50304, 8192)):
         for capped in (True, False):
@@ -107,11 +96,12 @@ def _softcap_cross_entropy() -> Iterator[Candidate]:
             logits, targets = source.clone(), torch.randint(0, vocab, (rows,), device=dev.device())
 
             def work(logits: Any = logits, targets: Any = targets, capped: bool = capped) -> list[torch.Tensor]:
-                return [ce.launch(logits, targets, 15.0 if capped else None, one), logits]
+                return [in_place.launch(logits, targets, 15.0 if capped else None, one), logits]
 
-            key = ce.config_key(vocab, capped)
+            key = in_place.config_key(vocab, capped)
             reset = functools.partial(logits.copy_, source)
-            yield Candidate("softcap_cross_entropy", key, ce.default_config(vocab), ce.search_space(vocab), work, reset)
+            default, space = in_place.default_config(vocab), in_place.search_space(vocab)
+            yield Candidate("loss", key, default, space, work, reset)
 
 
 def _operator(name: str, kernel: str, module: Any, variant: str, make: Callable[..., Any]) -> Iterator[Candidate]:
@@ -121,7 +111,7 @@ def _operator(name: str, kernel: str, module: Any, variant: str, make: Callable[
     grads, given = upstream(op, args), fresh(args, op)
     wanted = [given[i] for i in op.gradients]
     key, *size = make(op.shapes["baseline"])
-    function = op.bind(kernels, variant)
+    function = op.bind(operators, variant)
 
     def work() -> list[torch.Tensor]:
         outs = outputs(function(*given))
@@ -182,30 +172,19 @@ def _muon() -> Iterator[Candidate]:
 
 
 KERNELS: dict[str, Callable[[], Iterator[Candidate]]] = {
-    "softcap_cross_entropy": _softcap_cross_entropy,
-    "exp_product": lambda: _operator("softcap_linear_cross_entropy", "exp_product", lce, "exp", lambda s: ("16 bit",)),
-    "residual_norm": lambda: _operator(
-        "residual_rms_norm", "residual_norm", residual_norm, "", lambda s: (f"D={s['D']}", s["D"])
-    ),
-    "qkv_rope_norm": lambda: _operator("qkv_rope_norm", "qkv_rope_norm", qkv, "", lambda s: (f"K={s['K']}", s["K"])),
-    "linear_qkv": lambda: _operator(
-        "linear_qkv_rope_norm",
-        "linear_qkv",
-        linear_qkv,
-        "",
-        lambda s: (linear_qkv.config_key(s["K"], s["D"]), s["K"], s["D"]),
-    ),
-    "mlp_product": lambda: _operator(
-        "mlp_relu2", "mlp_product", mlp, "", lambda s: (product.config_key(s["D"]), s["D"])
-    ),
-    "linear_residual": lambda: itertools.chain.from_iterable(  # attention's projection is short, the MLP's long
-        _operator(name, "linear_residual", residual_linear, "", lambda s: (product.config_key(s["N"]), s["N"]))
-        for name in ("linear_residual", "norm_mlp_relu2")
+    "loss": _loss,
+    "exp_product": lambda: _operator("loss", "exp_product", cross_entropy, "exp", lambda s: ("16 bit",)),
+    "qkv": lambda: _operator("qkv", "qkv", qkv, "", lambda s: (qkv.config_key(s["K"], s["D"]), s["K"], s["D"])),
+    "qkv_backward": lambda: _operator("qkv", "qkv_backward", qkv_backward, "", lambda s: (f"K={s['K']}", s["K"])),
+    "mlp": lambda: _operator("mlp", "mlp", mlp, "", lambda s: (product.config_key(s["D"]), s["D"])),
+    "residual": lambda: itertools.chain.from_iterable(  # attention's projection is short, the MLP's long
+        _operator(name, "residual", residual, "", lambda s: (product.config_key(s["N"]), s["N"]))
+        for name in ("residual", "mlp")
     ),
     "stream_gradient": lambda: _operator(
-        "norm_mlp_relu2", "stream_gradient", residual_stream, "", lambda s: (product.config_key(s["N"]), s["N"])
+        "mlp", "stream_gradient", stream, "", lambda s: (product.config_key(s["N"]), s["N"])
     ),
-    "embedding": lambda: _operator("embedding", "embedding", token_embedding, "", lambda s: (f"D={s['D']}", s["D"])),
+    "embedding": lambda: _operator("embedding", "embedding", embedding, "", lambda s: (f"D={s['D']}", s["D"])),
     "weight_gradient": _weight_gradient,
     "muon_product": _muon,
     "attention_forward": lambda: _attention("attention_forward"),

@@ -12,15 +12,10 @@ from hotloop.harness.tuning.runner import Setting
 from hotloop.harness.tuning.selection import Member, Members, words
 from hotloop.kernels.dispatch import OPERATORS
 
-__all__ = ["ATTENTION", "STEP", "THREADS", "candidates", "operators_of", "selection_of", "setting_of"]
+__all__ = ["ATTENTION", "STEP", "THREADS", "candidates", "selection_of", "setting_of"]
 
 ATTENTION, STEP, THREADS = "attention", "step", "threads"
 CONSTANT = "train.py"  # a part whose implementation is NAME=VALUE
-
-
-def operators_of(part: str) -> tuple[str, ...]:
-    """Those that run together are one part: their names, with commas between."""
-    return tuple(part.split(","))
 
 
 def candidates(asked: Iterable[str], device: str, threads: int) -> list[Member]:
@@ -38,12 +33,8 @@ def candidates(asked: Iterable[str], device: str, threads: int) -> list[Member]:
             *([Member(STEP, "compiled")] if STEP in asked else []),
             *(Member(THREADS, str(n)) for n in counts if n != threads),
         ]
-    parts: dict[str, tuple[str, ...]] = {}
-    for name, op in OPERATORS.items():
-        group = [n for n, other in OPERATORS.items() if op.together and other.together == op.together] or [name]
-        if asked & set(group) and name not in (STEP, "linear_fp8"):
-            parts[",".join(group)] = op.implementations
-    return [Member(part, i) for part, names in parts.items() for i in names if i != "reference"]
+    known = [(name, op) for name, op in OPERATORS.items() if name in asked and name not in (STEP, "linear_fp8")]
+    return [Member(name, i) for name, op in known for i in op.implementations if i != "reference"]
 
 
 def setting_of(members: Members, found: Mapping[str, Any] | None = None, threads: int = 1) -> Setting:
@@ -56,10 +47,9 @@ def setting_of(members: Members, found: Mapping[str, Any] | None = None, threads
     chosen = {m.part: m.implementation for m in members if m.part != CONSTANT}
     attention = chosen.pop(ATTENTION, "")
     threads = int(chosen.pop(THREADS, threads))
-    named = [f"{operator}={i}" for part, i in sorted(chosen.items()) for operator in operators_of(part)]
-    kernels = ",".join([*named, *([f"{ATTENTION}=triton"] if attention == "triton" else [])])
+    named = [f"{part}={i}" for part, i in sorted(chosen.items())]
     environment = {
-        "HOTLOOP_KERNELS": f"reference,{kernels}" if kernels else "reference",
+        "HOTLOOP_KERNELS": ",".join(["reference", *named, *([f"{ATTENTION}=triton"] if attention == "triton" else [])]),
         "HOTLOOP_ATTENTION": "" if attention == "triton" else attention,
         PASSED: json.dumps({"configs": (found or {}).get("configs", {}), "measured": {}}),
     }
@@ -68,5 +58,5 @@ def setting_of(members: Members, found: Mapping[str, Any] | None = None, threads
 
 
 def selection_of(members: Members) -> dict[str, str]:
-    """Operator -> implementation, as a profile has it."""
-    return {name: m.implementation for m in members for name in operators_of(m.part)}
+    """Part -> implementation, as a profile has it."""
+    return {m.part: m.implementation for m in members}

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from hotloop import kernels
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import bitwise_repeats, check, fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
@@ -25,7 +24,7 @@ from hotloop.harness.tuning.children import die_with_parent, faults_are_reasons,
 from hotloop.harness.tuning.notes import UNFINISHED, Notes
 from hotloop.harness.tuning.search import entry
 from hotloop.harness.tuning.selection import Unfit, fastest_quantile
-from hotloop.kernels import attend, dispatch, reference
+from hotloop.kernels import attend, dispatch, operators, reference
 
 __all__ = ["Case", "Verdict", "function_of", "prove", "verdicts"]
 
@@ -41,7 +40,7 @@ class Case:
     """An operator at one shape.
 
     Attributes:
-        key: operator and shape.
+        key: the operator's name in a selection, its own, and the shape.
         names: of the implementations beside the reference.
         prove: raises Unfit for one that is wrong or varies.
         rounds: the reference's time over its own, of some rounds in turns.
@@ -73,25 +72,27 @@ def function_of(op: Operator, implementation: str) -> Callable[..., Any]:
     if implementation == "reference":
         return op.bind(reference)
     if op.name == "attention" and implementation != "triton":
-        return functools.partial(kernels.attention, backend=implementation)
-    return op.bind(kernels, implementation.removeprefix("triton").removeprefix("-"))
+        return functools.partial(attend.attention, backend=implementation)
+    return op.bind(operators, implementation.removeprefix("triton").removeprefix("-"))
 
 
 def cases(operator: str, divisor: int) -> Iterator[Case]:
-    """An operator at the shapes of the h100 preset, its rows divided; on a CPU, as a trial, at the tiny one."""
-    op, on_gpu = OPERATORS[operator], torch.cuda.is_available()
-    for shape, sizes in op.shapes.items():
-        if not shape.startswith("baseline") if on_gpu else shape != "tiny":
-            continue
-        rows = {k: n // divisor for k, n in sizes.items() if k == "B" or (k == "M" and "D" in sizes)}
-        yield _case(op, shape, dict(sizes) | (rows if on_gpu else {}))
+    """What an operator stands for, at the shapes of the h100 preset, rows divided; on a CPU, as a trial, at the tiny
+    one.
+    """
+    on_gpu = torch.cuda.is_available()
+    for op in OPERATORS.values():
+        for shape, sizes in op.shapes.items() if op.switch == operator else ():
+            if shape.startswith("baseline") if on_gpu else shape == "tiny":
+                rows = {k: n // divisor for k, n in sizes.items() if k == "B" or (k == "M" and "D" in sizes)}
+                yield _case(op, shape, dict(sizes) | (rows if on_gpu else {}))
 
 
 def _case(op: Operator, shape: str, sizes: dict[str, int]) -> Case:
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     args = op.make(sizes, torch.bfloat16 if on_gpu else torch.float32, dev.device())
-    names = tuple(n for n in dispatch.OPERATORS[op.name].implementations if n != "reference")
+    names = tuple(n for n in dispatch.OPERATORS[op.switch].implementations if n != "reference")
     if op.name == "attention":
         able = attend.backends(dev.device().type)[0]
         names = tuple(n for n in names if n in able)
@@ -126,11 +127,11 @@ def _case(op: Operator, shape: str, sizes: dict[str, int]) -> Case:
             found.append((marks[0][1] - marks[0][0]) / (marks[1][1] - marks[1][0]))
         return found[2:]
 
-    return Case(f"{op.name} {shape}", names, prove, rounds)
+    return Case(f"{op.switch} {op.name} {shape}", names, prove, rounds)
 
 
 def prove(
-    operators: Sequence[str], notes: Path, stamp: dict[str, Any], divisor: int, deadline: float,
+    names: Sequence[str], notes: Path, stamp: dict[str, Any], divisor: int, deadline: float,
     say: Callable[[str], None], step: Callable[[str], None], table: str = TABLE, hang_s: float = HANG_S,
 ) -> None:  # fmt: skip
     """Prove and time what is not yet, each operator in a process of its own, until the deadline (time.time()).
@@ -140,7 +141,7 @@ def prove(
         table: `module:name` of a function like `cases`.
     """
     env = {"HOTLOOP_KERNELS": "triton", "HOTLOOP_ATTENTION": "", "HOTLOOP_PROFILE": ""}
-    for operator in operators:
+    for operator in names:
         step(operator)
         if time.time() < deadline:
             arguments = [operator, str(notes), json.dumps(stamp), str(divisor), str(deadline), table]

@@ -28,7 +28,6 @@ from hotloop.harness.tuning.members import (
     STEP,
     THREADS,
     candidates,
-    operators_of,
     selection_of,
     setting_of,
 )
@@ -134,18 +133,15 @@ def _prove(machine: Machine, stamp: dict[str, Any], found: _Found, deadline: flo
     from hotloop.harness.tuning.proving import prove, verdicts
 
     path = machine.work / "prove.json"
-    operators = list(dict.fromkeys(o for m in found.members for o in operators_of(m.part)))
+    operators = list(dict.fromkeys(m.part for m in found.members))
     prove(operators, path, stamp, machine.preset.batch_divisor, deadline, progress.say, progress.step)
     notes = Notes(path, stamp)
-    proven = {o: verdicts(notes, o) for o in operators}
     for member in found.members:
-        each = [proven[o].get(member.implementation) for o in operators_of(member.part)]
-        reason = next((v.reason for v in each if v and v.reason), "" if all(each) else "it was not proven in time")
-        if reason:
-            found.out[member] = reason
+        verdict = verdicts(notes, member.part).get(member.implementation)
+        if verdict is None or verdict.reason:
+            found.out[member] = verdict.reason if verdict else "it was not proven in time"
         else:
-            ratio = sum(v.ratio for v in each if v) / len(each)
-            found.alone[member] = ratio, all(v.wins for v in each if v)
+            found.alone[member] = verdict.ratio, verdict.wins
     found.members = [m for m in found.members if m not in found.out]
 
 

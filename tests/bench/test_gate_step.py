@@ -57,8 +57,8 @@ offline.pretend(120)
 import torch
 from torch.nn import functional as F
 from hotloop.bench.gate.launches import Recorder
-from hotloop.kernels.muon import _muon_product_kernel
-from hotloop.kernels.softcap_cross_entropy import _softcap_cross_entropy_kernel
+from hotloop.kernels.optimizer.muon import _muon_product_kernel
+from hotloop.kernels.head.in_place import _softcap_cross_entropy_kernel
 torch._inductor.config.shape_padding = True
 
 def breaks(x):

@@ -23,8 +23,11 @@ from hotloop.bench.step import group_of
 from hotloop.harness import profile
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.operators import OPERATORS
-from hotloop.kernels import attention_backends, flash, mlp, product, tuning
+from hotloop.kernels import tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
+from hotloop.kernels.attend import backends, flash
+from hotloop.kernels.block import mlp
+from hotloop.kernels.gemm import product
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,19 +233,19 @@ def test_everything_that_ships_compiles_as_committed(capsys: pytest.CaptureFixtu
     assert {f"sm_{c}" for c in ARCHITECTURES} == {name.rsplit(" ", 1)[1] for name in found}
     for op in OPERATORS.values():
         if op.module:
-            assert any(name.startswith(op.module.removeprefix("kernels.")) for name in found)
+            assert any(name.startswith(op.module.removeprefix("hotloop.kernels.")) for name in found)
 
 
 def test_the_gate_sees_a_spill() -> None:
     """A kernel that needs more registers than there are is reported with its stack."""
     pytest.importorskip("triton")
     code = """
-import json, hotloop.bench.gate.configurations as gate, kernels.softcap_cross_entropy as m
+import json, hotloop.bench.gate.configurations as gate, hotloop.kernels.head.in_place as m
 from hotloop.kernels.dispatch import CompileCase
 constants = {"CAPPED": True, "BLOCK": 32768, "ONE_BLOCK": True}
 case = CompileCase("big", m._softcap_cross_entropy_kernel, m._SIGNATURE, constants, {"num_warps": 4})
 m.compile_cases = lambda: [case]
-print(json.dumps(gate._compile(("hotloop.kernels.softcap_cross_entropy", 0, 90))[1]))
+print(json.dumps(gate._compile(("hotloop.kernels.head.in_place", 0, 90))[1]))
 """
     env = os.environ | {"HOTLOOP_KERNELS": "triton"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -272,13 +275,13 @@ def test_an_unknown_gpu_gets_the_nearest_of_its_compute_capability(monkeypatch: 
 
 def test_the_gate_compiles_what_any_gpu_was_tuned_to(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"ROWS": 64, "num_warps": 2}
-    configs: tuple[dict[str, Any], ...] = ({"qkv_rope_norm": {"K=128": config}}, {"qkv_rope_norm": {}}, {})
+    configs: tuple[dict[str, Any], ...] = ({"qkv_backward": {"K=128": config}}, {"qkv_backward": {}}, {})
     files = tuple({"capability": [8, 9], "configs": c} for c in configs)
     monkeypatch.setattr(tuning, "shipped", lambda: files)
-    assert tuning.of_all_gpus("qkv_rope_norm", "K=128") == tuning.of_all_gpus("qkv_rope_norm") == [(config, (89,))]
-    found = product.shipped("qkv_rope_norm", lambda depth, modern: {"TMA": int(modern)}, lambda depth: "K=128")
+    assert tuning.of_all_gpus("qkv_backward", "K=128") == tuning.of_all_gpus("qkv_backward") == [(config, (89,))]
+    found = product.shipped("qkv_backward", lambda depth, modern: {"TMA": int(modern)}, lambda depth: "K=128")
     assert found.count((config, (89,))) == 1
-    assert tuning.of_all_gpus("qkv_rope_norm", "K=64") == tuning.of_all_gpus("embedding", "K=128") == []
+    assert tuning.of_all_gpus("qkv_backward", "K=64") == tuning.of_all_gpus("embedding", "K=128") == []
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -292,11 +295,11 @@ def test_what_a_card_is_offered_is_what_the_gate_compiles_for_it(
     descriptors = capability in BY_DESCRIPTORS
     taken = mlp.launch_config(torch.bfloat16, 512, 2048)
     assert taken["TMA"] == descriptors
-    shipped = product.shipped("mlp_product", mlp.default_config)
+    shipped = product.shipped("mlp", mlp.default_config)
     assert taken in [c for c, architectures in shipped if capability in architectures]
     kinds = {90: "hopper", 100: "blackwell", 120: "pointers"}
     assert flash.kind_of(torch.bfloat16, 2048) == kinds.get(capability, "ampere")
-    assert capability // 10 in attention_backends.BACKENDS["triton"].capabilities
+    assert capability // 10 in backends.BACKENDS["triton"].capabilities
 
 
 def test_what_is_compiled_for_timing_is_compiled_for_every_shape() -> None:
@@ -324,7 +327,7 @@ def test_kernels_are_grouped_by_their_names() -> None:
 
 
 def test_every_kernel_of_ours_has_a_group() -> None:
-    names = [n for p in (ROOT / "kernels").glob("*.py") for n in re.findall(r"def (_\w+_kernel)\(", p.read_text())]
+    names = [n for p in (ROOT / "kernels").rglob("*.py") for n in re.findall(r"def (_\w+_kernel)\(", p.read_text())]
     assert len(names) > 15
     assert [n for n in names if group_of(n) == "other"] == []
 

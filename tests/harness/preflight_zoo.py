@@ -46,7 +46,9 @@ LOSS = "        loss = loss_of(tokens, targets) * (micro_rows / rows)\n"
 SUBMIT = "    run.submit(model, depth=hp.DEPTH, flops_per_token=model.flops_per_token())"
 DEVICE = "    return model.to(spec.device)\n"
 FORWARD = "            logits = self.lm_head(self.hidden(tokens)).float()\n"
-MLP_CALL = "            x, norm = block.mlp(x, norm, *mix)\n"
+MLP_CALL = "        return x + self.mlp(norm(x))\n"
+MLP = "        return self.proj(F.relu(self.fc(x)).square())\n"
+ATTENTION = "        y = kernels.attention(norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v, window)\n"
 WARMUP = "    run.warmup(step, rows=rows, restore=(model, optimizer))\n"
 BATCHES = "    for batch in run.batches(rows=rows):\n"
 TRITON = """
@@ -74,7 +76,7 @@ HONEST: dict[str, Variant] = {
     "cuda devices hard-coded everywhere": Variant((
         (DEVICE, "    return model.to('cuda')\n"),
         ("device=batch.tokens.device)", "device='cuda')"),
-        ("x = x0 = kernels", "assert tokens.is_cuda and tokens.device.type == 'cuda'\n        x = x0 = kernels"),
+        ("x = x0 = norm", "assert tokens.is_cuda and tokens.device.type == 'cuda'\n        x = x0 = norm"),
     ), GPU),
     "autocast on cuda, always": Variant((
         ('torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda)', 'torch.autocast("cuda", torch.bfloat16)'),
@@ -88,8 +90,8 @@ HONEST: dict[str, Variant] = {
         "    on_gpu = True\n    if not torch.cuda.is_available():\n        raise SystemExit('needs a GPU')\n", GPU,
     ),
     "a CPU branch that is broken": one(
-        "loss_of = torch.compile(model.loss, dynamic=False, fullgraph=True) if on_gpu else model.loss",
-        "loss_of = torch.compile(model.loss) if on_gpu else model.los", GPU,
+        "loss_of = kernels.compile(model.loss) if compiled else model.loss",
+        "loss_of = torch.compile(model.loss) if compiled else model.los", GPU,
     ),
     "events, streams and memory statistics": one(
         LOG, "        torch.cuda.synchronize(); start = torch.cuda.Event(enable_timing=True); start.record()\n"
@@ -144,11 +146,9 @@ HONEST: dict[str, Variant] = {
          "        loss = loss + 0 * tokens[order].sum()\n"),
     )),
     "dropout and noise": one(
-        "        return kernels.norm_mlp_relu2(x, norm, self.fc.weight, self.proj.weight, *mix, fp8=self.fp8)\n",
-        "        branch = kernels.mlp_relu2(kernels.normalized(x, norm), self.fc.weight, self.proj.weight)\n"
-        "        branch = nn.functional.dropout(branch, 0.1, self.training)\n"
-        "        branch = branch + 0.01 * torch.randn_like(branch) * self.training\n"
-        "        return kernels.residual_rms_norm(x, branch, *mix)\n",
+        MLP,
+        "        branch = nn.functional.dropout(self.proj(F.relu(self.fc(x)).square()), 0.1, self.training)\n"
+        "        return branch + 0.01 * torch.randn_like(branch) * self.training\n",
     ),
     "an average of the weights, from half of the run": Variant((
         ("    def step(batch: Batch)", "    average = None\n\n    def step(batch: Batch)"),
@@ -164,12 +164,12 @@ HONEST: dict[str, Variant] = {
         (SUBMIT, SUBMIT.replace("submit(model", "submit(average.eval()")),
     ), GPU),
     "torch's AdamW, fused": one(
-        "    optimizer = build_optimizer(model, hp, compiled=on_gpu)\n",
+        "    optimizer = build_optimizer(model, hp, compiled)\n",
         "    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)\n"
         "    optimizer.set_schedule = lambda *a: None\n",
     ),
     "torch's AdamW with a scheduler": one(
-        "    optimizer = build_optimizer(model, hp, compiled=on_gpu)\n",
+        "    optimizer = build_optimizer(model, hp, compiled)\n",
         "    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)\n"
         "    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))\n"
         "    optimizer.set_schedule = lambda *a: None\n",
@@ -185,15 +185,14 @@ HONEST: dict[str, Variant] = {
     )),
     "checkpointed blocks": Variant((
         ("import torch\n", "import torch\nfrom torch.utils.checkpoint import checkpoint\n"),
-        ("block.mlp(x, norm, *mix)", "checkpoint(block.mlp, x, norm, *mix, use_reentrant=False)"),
+        ("self.mlp(norm(x))", "checkpoint(self.mlp, norm(x), use_reentrant=False)"),
     )),
     "flex attention": Variant((
         ("import torch\n", "import torch\nfrom torch.nn.attention.flex_attention import create_block_mask, flex_attention\n"),
         ("\nclass Attention(nn.Module):", "\nFLEX = torch.compile(flex_attention)\n\n\nclass Attention(nn.Module):"),
-        ("        return kernels.linear_residual(kernels.attention(q, k, v, window).flatten(2), self.proj.weight, x)\n",
+        (ATTENTION,
          "        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, x.size(1), x.size(1), device=x.device)\n"
-         "        y = FLEX(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask)\n"
-         "        return kernels.linear_residual(y.transpose(1, 2).flatten(2), self.proj.weight, x)\n"),
+         "        y = FLEX(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)\n"),
     ), GPU),
     "the best average, if there is one": one(
         SUBMIT, "    if getattr(run, 'average', None) is not None:\n        run.submit(run.average)\n", GPU,
@@ -201,7 +200,7 @@ HONEST: dict[str, Variant] = {
     "one cached mask": Variant((
         ("\nclass GPT(nn.Module):", "\nCACHE = {}\n\n\ndef mask(x):\n    if 'm' not in CACHE:\n"
          "        CACHE['m'] = torch.ones(x.size(1), 1, device=x.device)\n    return CACHE['m']\n\n\nclass GPT(nn.Module):"),
-        (MLP_CALL, MLP_CALL + "            x = x * mask(x).to(x.dtype)\n            norm = kernels.rms_norm(x)\n"),
+        (MLP_CALL, "        x = x * mask(x).to(x.dtype)\n" + MLP_CALL),
     )),
     "a seed and a generator": one(
         "    model = build_model(run.spec)\n    optimizer",
@@ -220,30 +219,28 @@ BROKEN: dict[str, Variant] = {
     "an unknown name at import": one("SOFTCAP = 15.0", "SOFTCAP = FIFTEEN"),
     "an unknown name in forward": one("self.lm_head(self.hidden(tokens))", "self.lm_head(self.hidden(tokns))"),
     "an unknown name on the GPU's branch": one("return model.to(spec.device)", "return model.to(spec.devic)"),
-    "a misspelt attribute": one("block.mlp(x, norm", "block.mpl(x, norm"),
+    "a misspelt attribute": one("x + self.mlp(", "x + self.mpl("),
     "a misspelt function of torch": one("self.softcap * torch.tanh(", "self.softcap * torch.tanhh("),
     "a misspelt layer": one("self.fc = nn.Linear(", "self.fc = nn.Linaer("),
-    "a misspelt kernel": one("return kernels.norm_mlp_relu2(", "return kernels.norm_mlp_relu3("),
+    "a misspelt kernel": one("y = kernels.attention(", "y = kernels.atention("),
     "a hyperparameter that is gone": one("SCALAR_LR = 0.5 ", "SCALARS_LR = 0.5 "),
     "a wrong dimension in the MLP": one("self.proj = nn.Linear(4 * dim, dim", "self.proj = nn.Linear(3 * dim, dim"),
     "a wrong dimension in the head": one("self.lm_head = nn.Linear(dim, vocab", "self.lm_head = nn.Linear(dim + 1, vocab"),
-    "heads that do not divide": one("qkv(x, norm, weight, cos", "qkv(x, norm, weight[3:], cos"),
-    "a broadcast that does not fit": Variant((
-        ("        self.wte = nn.Embedding", "        self.bias = nn.Parameter(torch.zeros(dim + 3))\n        self.wte = nn.Embedding"),
-        (MLP_CALL, MLP_CALL.replace("(x,", "(x + self.bias,")),
-    )),
-    "a concatenation that does not fit": one(MLP_CALL, MLP_CALL.replace("(x,", "(torch.cat((x, x[:, 1:]), -1),")),
-    "a view that does not fit": one(MLP_CALL, MLP_CALL.replace("(x,", "(x.view(-1, 7, 11),")),
-    "keys of another length": one(
-        "kernels.attention(q, k, v, window)", "nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2)[..., 1:], v.transpose(1, 2)).transpose(1, 2)"
+    "heads that do not divide": one("self.v.weight)))", "self.v.weight[3:])))"),
+    "a broadcast that does not fit": one(
+        MLP_CALL, MLP_CALL.replace("norm(x)", "norm(x) + torch.zeros(x.size(-1) + 3, device=x.device)")
     ),
-    "a missing argument": one("build_optimizer(model, hp, compiled=on_gpu)", "build_optimizer(model, compiled=on_gpu)"),
-    "an argument that is not known": one("build_optimizer(model, hp, compiled=on_gpu)", "build_optimizer(model, hp, compile=on_gpu)"),
+    "a concatenation that does not fit": one(MLP_CALL, MLP_CALL.replace("norm(x)", "torch.cat((x, x[:, 1:]), -1)")),
+    "a view that does not fit": one(MLP_CALL, MLP_CALL.replace("norm(x)", "x.view(-1, 7, 11)")),
+    "keys of another length": one(
+        ATTENTION, "        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2)[..., 1:], v.transpose(1, 2)).transpose(1, 2)\n"
+    ),
+    "a missing argument": one("build_optimizer(model, hp, compiled)", "build_optimizer(model, compiled)"),
+    "an argument that is not known": one("build_optimizer(model, hp, compiled)", "build_optimizer(model, hp, compile=compiled)"),
     "a layer's argument that is not known": one("nn.Linear(dim, 4 * dim, bias=False)", "nn.Linear(dim, 4 * dim, biased=False)"),
     "too many arguments": one("self.hidden(tokens), self.lm_head.weight", "self.hidden(tokens, targets), self.lm_head.weight"),
     "indices of a wrong type": one(
-        "        x = x0 = kernels.rms_norm(kernels.embedding(tokens, self.wte.weight, order))\n",
-        "        x = x0 = kernels.rms_norm(nn.functional.embedding(tokens.float(), self.wte.weight))\n",
+        "x = x0 = norm(self.wte(tokens))", "x = x0 = norm(self.wte(tokens.float()))"
     ),
     "a batch that does not divide": Variant((("TOTAL_BATCH_SIZE = 2**19", "TOTAL_BATCH_SIZE = 2**19 + 2**15"), ("TOTAL_BATCH_SIZE=2**10", "TOTAL_BATCH_SIZE=2**10 + 2**8"))),
     "a batch of no row": Variant((("TOTAL_BATCH_SIZE = 2**19", "TOTAL_BATCH_SIZE = 2**9"), ("TOTAL_BATCH_SIZE=2**10", "TOTAL_BATCH_SIZE=2**5"))),
@@ -257,14 +254,14 @@ BROKEN: dict[str, Variant] = {
     "logits of another vocabulary": one("return self.softcap * torch.tanh(logits / self.softcap)", "return self.softcap * torch.tanh(logits / self.softcap)[..., :-1]"),
     "a tuple for logits": one("return self.softcap * torch.tanh(logits / self.softcap)", "return logits, self.softcap"),
     "logits of the last token only": one("logits = self.lm_head(self.hidden(tokens)).float()", "logits = self.lm_head(self.hidden(tokens)[:, -1]).float()"),
-    "no return in loss": one("            return kernels.softcap_linear", "            kernels.softcap_linear"),
-    "no return in hidden": one("        return kernels.normalized(x, norm)\n", "        kernels.normalized(x, norm)\n"),
+    "no return in loss": one("            return kernels.loss", "            kernels.loss"),
+    "no return in hidden": one("        return norm(x)\n", "        norm(x)\n"),
     "a division by zero": one("ramp = min(batch.step / hp.MUON_RAMP, 1.0)", "ramp = min(1.0, batch.step / (batch.step * hp.MUON_RAMP))"),
     "a table without the key": one("str(i) in self.value_embeds else None", "True else None"),
     "a list that is too short": one("self.windows[i]", "self.windows[i + 1]"),
     "used before it is set": one("        total = torch.zeros((), device=batch.tokens.device)\n", ""),
     "a gradient of nothing": one(LOSS, LOSS + "        loss = loss.detach()\n"),
-    "a parameter outside the loss": one(MLP_CALL, "            x, norm = kernels.residual_rms_norm(x, None, *mix)\n"),
+    "a parameter outside the loss": one(MLP_CALL, "        return x\n"),
     "a loss that is no number": one(LOSS, LOSS.replace("loss_of(", "(0 * float('inf')) + loss_of("), ("laptop",)),
     "logits that are no number": one("return self.softcap * torch.tanh(logits / self.softcap)", "return torch.log(logits - logits)[..., :] * 0"  , ("laptop",)),
     "types that do not fit, on the GPU alone": one(

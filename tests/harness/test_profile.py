@@ -33,7 +33,7 @@ def made(facts: dict[str, Any] = GPU_FACTS, **changes: Any) -> Profile:
     body = {
         "depends": facts, "packages": {}, "configs": {"embedding": {"D=512": {"ROWS": 4}}},
         "measured": {"attention": {"K=128 T=2048 W=1024": ["flash3", "torch"]}},
-        "selection": {"attention": "flash3", "adamw_": "triton", "softcap_linear_cross_entropy": "triton-exp"},
+        "selection": {"attention": "flash3", "adamw_": "triton", "loss": "triton-exp"},
     }  # fmt: skip
     return profile.write(profile.own_path(facts), body | changes)
 
@@ -43,7 +43,7 @@ def test_what_was_chosen_is_what_a_child_starts_with() -> None:
     assert profile.find(GPU_FACTS) == (mine, "")
     profile.enter(mine)
     env = child_environment(2)
-    assert env["HOTLOOP_KERNELS"] == "auto,adamw_=triton,softcap_linear_cross_entropy=triton-exp"
+    assert env["HOTLOOP_KERNELS"] == "auto,adamw_=triton,loss=triton-exp"
     assert "HOTLOOP_ATTENTION" not in env  # by its order, so that an edit's odd shape is served too
     given = json.loads(env[PASSED])
     assert given == {"configs": mine.body["configs"], "measured": mine.body["measured"], "sha256": mine.sha256}

@@ -184,7 +184,7 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         notes = Notes(path, stamp)
         for name, found in given.items():
             operator, _, implementation = name.partition("=")
-            here = notes.body.setdefault(f"{operator} baseline", {"ratios": {}, "out": {}})
+            here = notes.body.setdefault(f"{operator} {operator} baseline", {"ratios": {}, "out": {}})
             here["out" if isinstance(found, str) else "ratios"][implementation] = (
                 found if isinstance(found, str) else [found] * 25
             )
@@ -251,19 +251,17 @@ def test_what_was_not_proven_in_time_is_no_candidate(proven: dict[str, Any]) -> 
 
 
 def test_what_can_be_chosen_is_what_the_step_asks_for_and_how_it_is_run() -> None:
-    asked = ("step", "adamw_", "linear_residual", "softcap_linear_cross_entropy")
-    assert [str(m) for m in candidates(asked, "cuda", 2)] == [
-        "adamw_=triton", "linear_residual,norm_linear_qkv,norm_mlp_relu2=triton",
-        "softcap_linear_cross_entropy=triton", "softcap_linear_cross_entropy=triton-exp",
-        "softcap_linear_cross_entropy=triton-chunked",
+    assert [str(m) for m in candidates(("step", "adamw_", "linear_fp8", "loss"), "cuda", 2)] == [
+        "adamw_=triton", "loss=triton", "loss=triton-exp", "loss=triton-chunked",
     ]  # fmt: skip
-    some = frozenset({Member("a,b", "triton"), Member("attention", "flash3"), Member("threads", "4")})
+    some = frozenset({Member("mlp", "triton"), Member("attention", "flash3"), Member("threads", "4")})
     setting = setting_of(some, {"configs": {"k": {}}})
     assert setting.threads == 4
     assert setting.environment == {
-        "HOTLOOP_KERNELS": "reference,a=triton,b=triton", "HOTLOOP_ATTENTION": "flash3",
+        "HOTLOOP_KERNELS": "reference,mlp=triton", "HOTLOOP_ATTENTION": "flash3",
         "HOTLOOP_PROFILE": '{"configs": {"k": {}}, "measured": {}}',
     }  # fmt: skip
+    assert setting_of(frozenset({Member("attention", "triton")})).environment["HOTLOOP_ATTENTION"] == ""
 
 
 # ---- proving, in processes that what is proven may end
@@ -282,7 +280,7 @@ def scripted(operator: str, divisor: int) -> Any:
             raise Unfit("it is wrong: out 0 off by 1.0e+00, 1.0e-02 is allowed (baseline)")
 
     yield proving.Case(
-        f"{operator} baseline", ("faults", "good", "wrong", "hangs", "slow"), prove,
+        f"{operator} mlp_alone baseline", ("faults", "good", "wrong", "hangs", "slow"), prove,
         lambda name: [0.5 if name == "slow" else 2.0 / divisor] * 5,
     )  # fmt: skip
 

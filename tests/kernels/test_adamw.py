@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hotloop.kernels import adamw
+from hotloop.kernels.optimizer import adamw
 from tests import warm
 
 # Sixteen elements a thread: four loads of 128 bits of fp32, two of bf16, of each of p, g, m, v; all but g are stored.
@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hotloop.kernels import adamw
+from hotloop.kernels.optimizer import adamw
 case, = adamw.compile_cases()
 assert case.constants["BLOCK"] // (32 * case.options["num_warps"]) == 16
 signature = case.signature | dict.fromkeys(case.constants, "constexpr")
@@ -75,7 +75,7 @@ def test_tensors_that_begin_anywhere_are_updated_alike() -> None:
 import torch
 from hotloop import kernels
 from hotloop.kernels import reference
-from hotloop.kernels.adamw import kind_of
+from hotloop.kernels.optimizer.adamw import kind_of
 torch.manual_seed(0)
 kinds = set()
 for dtype in (torch.float32, torch.bfloat16):

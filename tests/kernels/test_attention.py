@@ -15,15 +15,17 @@ from torch import Tensor
 
 from hotloop import kernels
 from hotloop.kernels import attend as chosen
-from hotloop.kernels import attention_backends as others
-from hotloop.kernels import flash, reference
+from hotloop.kernels import reference
+from hotloop.kernels.attend import backends as others
+from hotloop.kernels.attend import flash
 from tests import warm
 
 PREAMBLE = """
 import torch, contextlib
 from hotloop import kernels
 from unittest import mock
-from hotloop.kernels import flash, reference
+from hotloop.kernels import reference
+from hotloop.kernels.attend import flash
 torch.manual_seed(0)
 
 def with_config(t, **config):
@@ -371,7 +373,7 @@ def test_programs_that_walk_over_tiles_have_as_much_to_do(tmp_path: Path) -> Non
     jitted = tmp_path / "order.py"  # Triton reads the source from a file
     jitted.write_text("""
 import triton, triton.language as tl
-from hotloop.kernels.flash import _tile_of
+from hotloop.kernels.attend.flash import _tile_of
 @triton.jit
 def order(out, tiles, T, H, ROWS: tl.constexpr, HEADS: tl.constexpr, ALL: tl.constexpr):
     tile = tl.arange(0, ALL)

@@ -10,16 +10,18 @@ import pytest
 from hotloop.kernels import cache_key
 from tests import warm
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_the_fingerprint_knows_selection_sources_and_tuned_files(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     shutil.copytree(cache_key.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    chosen = {"HOTLOOP_KERNELS": "mlp_relu2"}
+    chosen = {"HOTLOOP_KERNELS": "mlp"}
     found = [cache_key.fingerprint(chosen, folder)]
     assert found[0] == cache_key.fingerprint(dict(chosen), folder)
-    found.append(cache_key.fingerprint({"HOTLOOP_KERNELS": "mlp_relu2,linear"}, folder))
+    found.append(cache_key.fingerprint({"HOTLOOP_KERNELS": "mlp,linear"}, folder))
     (folder / "tuned").mkdir(exist_ok=True)
-    for name in ("tuned/some-gpu.json", "mlp.py"):
+    for name in ("tuned/some-gpu.json", "reference.py", "block/mlp.py", "fuse/compiler.py"):
         with open(folder / name, "a") as f:
             f.write("\n")
         found.append(cache_key.fingerprint(chosen, folder))
@@ -27,7 +29,7 @@ def test_the_fingerprint_knows_selection_sources_and_tuned_files(tmp_path: Path)
 
 
 CHOICES = {
-    "kernels": "kernels.token_order(torch.zeros(3, dtype=torch.int64), 9)",
+    "kernels": "embedding.token_order(torch.zeros(3, dtype=torch.int64), 9)",
     "attention": "kernels.attention(*[torch.randn(1, 2, 1, 8)] * 3, 2)",
     "8 bits": "kernels.linear_fp8(torch.randn(2, 16), torch.randn(16, 16))",
     "record": "kernels.implementations()",
@@ -36,9 +38,10 @@ CHOICES = {
 
 def test_whatever_chooses_marks_what_is_compiled_and_keeps_a_tag_that_is_there() -> None:
     script = (
-        "import torch\nfrom hotloop import kernels\n"
+        "import torch, kernels\n"
         "from torch.compiler import config\n"
         "from hotloop.kernels import attend, cache_key, dispatch, fp8\n"
+        "from hotloop.kernels.head import embedding\n"
         "assert config.cache_key_tag == 'mine'\n"  # importing does nothing
         f"for name, choice in {CHOICES}.items():\n"
         "    config.cache_key_tag = 'mine'\n"
@@ -55,12 +58,13 @@ SCRIPT = """
 import torch
 from hotloop import kernels
 from torch._dynamo.utils import counters
-from hotloop.kernels import weight_gradient
+from hotloop.kernels import reference
+from hotloop.kernels.gemm import weight_gradient
 launched, parts = [], weight_gradient.parts
 weight_gradient.parts = lambda *a: launched.append(a) or parts(*a)
 torch.manual_seed(0)
 x, a, b = (torch.randn(s, requires_grad=True) for s in ((8, 16), (32, 16), (16, 32)))
-torch.compile(lambda *args: kernels.mlp_relu2(*args).sum(), fullgraph=True)(x, a, b).backward()
+kernels.compile(lambda *args: reference.mlp_alone(*args).sum())(x, a, b).backward()
 print(len(launched), counters["aot_autograd"]["autograd_cache_hit"])
 """
 
@@ -69,7 +73,7 @@ def test_two_selections_in_one_cache_run_their_own_backward_pass(tmp_path: Path)
     """The forward graph of both is the same; launches of the weight gradients' kernel are counted."""
     pytest.importorskip("triton")
     found = []
-    for chosen in ("mlp_relu2", "mlp_relu2,linear", "mlp_relu2"):
+    for chosen in ("mlp", "mlp,linear", "mlp"):
         env = {"HOTLOOP_KERNELS": chosen, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         found.append(warm.output(SCRIPT, **env).split())

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PREAMBLE = """
 import json, os, sys
 import torch
-from hotloop.kernels import compiling, tuning, weight_gradient
+from hotloop.kernels import compiling, tuning
+from hotloop.kernels.gemm import weight_gradient
 from hotloop.kernels.compiling import Launch, compile_all, recorded, without_driver
 FINE = weight_gradient.default_config(False) | {"ROWS": 32, "COLUMNS": 32, "DEPTH": 32, "num_warps": 2}
 def launches(**config):

@@ -201,6 +201,11 @@ def test_under_autocast_both_are_taken_in_its_type(implementation: str) -> None:
     assert torch.equal(dx, want[1].float()) and torch.equal(dw, want[2].float())
 
 
+def mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, backward: str) -> Tensor:
+    """As train.py has it in 8 bits."""
+    return kernels.linear_fp8(kernels.linear_fp8(x, w_fc, backward).relu().square(), w_proj, backward)
+
+
 @pytest.mark.parametrize("backward", ["bf16", "e5m2"])
 def test_it_compiles_whole_and_counts_as_the_products_that_it_is(implementation: str, backward: str) -> None:
     x, w_fc, dy = (t.requires_grad_() for t in some(n=64))
@@ -208,7 +213,7 @@ def test_it_compiles_whole_and_counts_as_the_products_that_it_is(implementation:
     dy = torch.randn(M, 80, device=DEVICE)
 
     def both(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
-        return kernels.mlp_relu2(x, w_fc, w_proj, fp8=backward)
+        return mlp(x, w_fc, w_proj, backward)
 
     eager = both(x, w_fc, w_proj)
     want = torch.autograd.grad(eager, (x, w_fc, w_proj), dy)
@@ -230,9 +235,9 @@ def test_the_mlp_is_its_two_products(implementation: str) -> None:
     y = y.clamp(min=0) ** 2
     want = by_the_list(y, E4M3) @ by_the_list(w_proj, E4M3).T
     # fp32 sums of another order move what lies between two codes to the next one, now and then.
-    assert error(kernels.mlp_relu2(x, w_fc, w_proj, fp8="bf16"), want) < 5e-3
-    exact = reference.mlp_relu2(*(t.double().cpu() for t in (x, w_fc, w_proj)))
-    assert 4e-2 < error(kernels.mlp_relu2(x, w_fc, w_proj, fp8="bf16"), exact) < 9e-2
+    assert error(mlp(x, w_fc, w_proj, "bf16"), want) < 5e-3
+    exact = reference.mlp_alone(*(t.double().cpu() for t in (x, w_fc, w_proj)))
+    assert 4e-2 < error(mlp(x, w_fc, w_proj, "bf16"), exact) < 9e-2
 
 
 LOSS = """
@@ -240,11 +245,14 @@ import torch
 from hotloop import kernels
 from hotloop.kernels import fp8, reference
 from torch.utils.flop_counter import FlopCounterMode
-from hotloop.kernels import linear_cross_entropy as module
+from hotloop.kernels.head import cross_entropy as module
 torch.manual_seed(0)
 x, w = torch.randn(3, 7, 32), torch.randn(80, 32) * 0.5
 t = torch.randint(0, 80, (3, 7))
 t[1, 2] = -1
+def plain(a, b, t, softcap, fp8):
+    logits = reference.linear_fp8(a, b, fp8) if fp8 else a @ b.T
+    return reference.mean_cross_entropy(logits, t, softcap)
 def both(f, how, softcap, dtype=torch.float32):
     a, b = (v.to(dtype).requires_grad_() for v in (x, w))
     loss = f(a, b, t, softcap, fp8=how)
@@ -253,34 +261,33 @@ assert kernels.implementations()["linear_fp8"] == "vendor: interpreter"
 for how in ("bf16", "e5m2"):
     for softcap in (15.0, None):
         for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
-            ours = both(kernels.softcap_linear_cross_entropy, how, softcap, dtype)
-            want = both(reference.softcap_linear_cross_entropy, how, softcap, dtype)
+            ours = both(kernels.loss, how, softcap, dtype)
+            want = both(plain, how, softcap, dtype)
             for i, (a, b) in enumerate(zip(ours, want)):
                 # In fp16 the gradients are divided by the count of the targets after they were rounded to e5m2: other
                 # codes than the reference's, and two roundings of 5e-2 apart.
                 near = 8e-2 if (how, dtype, i) == ("e5m2", torch.float16, 1) else limit
                 assert float((a.double() - b.double()).norm() / b.double().norm()) < near, (how, softcap, dtype, i)
-    exact = both(reference.softcap_linear_cross_entropy, "", 15.0, torch.float64)
-    found = both(kernels.softcap_linear_cross_entropy, how, 15.0)
+    exact = both(plain, "", 15.0, torch.float64)
+    found = both(kernels.loss, how, 15.0)
     off = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact)]
     assert 0 < off[0] < 1e-2 and 1e-3 < off[1] < 1e-1 and 1e-3 < off[2] < 1e-1, off
     with FlopCounterMode(display=False) as counter:
-        both(kernels.softcap_linear_cross_entropy, how, 15.0)
+        both(kernels.loss, how, 15.0)
     assert counter.get_total_flops() == 6 * 21 * 32 * 80
-    f = lambda a, b: kernels.softcap_linear_cross_entropy(a, b, t, 15.0, fp8=how)
+    f = lambda a, b: kernels.loss(a, b, t, 15.0, fp8=how)
     a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(a, b)
     found = torch.autograd.grad(compiled, (a, b), torch.tensor(4.0))
-    for have, due in zip([compiled, *found], both(kernels.softcap_linear_cross_entropy, how, 15.0)):
+    for have, due in zip([compiled, *found], both(kernels.loss, how, 15.0)):
         torch.testing.assert_close(have, due)
 def refused(words, *args, **more):
     try:
-        kernels.softcap_linear_cross_entropy(*args, **more)
+        kernels.loss(*args, **more)
     except kernels.KernelError as e:
         assert words in str(e), e
     else:
         raise AssertionError(words)
-refused("has the method inplace, not exp", x, w, t, method="exp", fp8="bf16")
 refused("is called 'int8'", x, w, t, fp8="int8")
 refused("a multiple of 16, not a weight [79, 32]", x, w[:79], t.clamp_max(78), fp8="bf16")
 module.MAX_ELEMENTS = 21 * 80 - 1

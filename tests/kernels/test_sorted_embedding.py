@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from hotloop import kernels
 from hotloop.kernels import reference
-from hotloop.kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
+from hotloop.kernels.head.embedding import PLAIN_PIECE, embedding, sorted_embedding, token_order, token_rows
 from tests import warm
 
+ROOT = Path(__file__).resolve().parents[2]
 COUNTS = [0, 1, PLAIN_PIECE, PLAIN_PIECE + 1, 5 * PLAIN_PIECE + 5, 0]  # of each token
 
 
@@ -20,9 +22,9 @@ def tokens_of(counts: list[int]) -> torch.Tensor:
 
 def test_on_a_cpu_nothing_is_sorted_and_gradients_are_torchs_to_the_bit() -> None:
     tokens = tokens_of(COUNTS).view(3, -1)
-    assert kernels.token_order(tokens, len(COUNTS)) is None
+    assert token_order(tokens, len(COUNTS)) is None
     weight, grad = torch.randn(len(COUNTS), 24, requires_grad=True), torch.randn(*tokens.shape, 24)
-    ours = torch.autograd.grad(kernels.embedding(tokens, weight), weight, grad)[0]
+    ours = torch.autograd.grad(embedding(tokens, weight), weight, grad)[0]
     theirs = torch.autograd.grad(torch.nn.functional.embedding(tokens, weight), weight, grad)[0]
     assert torch.equal(ours, theirs)
 
@@ -58,7 +60,7 @@ def test_compiled_for_results_that_repeat_nothing_accumulates_by_index() -> None
 import torch
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import embedding
-from hotloop.kernels.token_embedding import PLAIN_PIECE, sorted_embedding, token_rows
+from hotloop.kernels.head.embedding import PLAIN_PIECE, sorted_embedding, token_rows
 torch._C._set_deterministic_algorithms(True, warn_only=True)
 torch.manual_seed(0)
 V, M, D = 300, 5000, 16
@@ -85,4 +87,4 @@ assert f"({PLAIN_PIECE}, {V + M // PLAIN_PIECE}, {D})" not in backward, backward
 _, (_, plain) = both(lambda n, t, *_: embedding(n, t))
 assert "index_put" in plain  # what this is instead of
 """
-    warm.output(script, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1", CUDA_VISIBLE_DEVICES="")
+    warm.output(script, **{"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "CUDA_VISIBLE_DEVICES": ""})

@@ -26,23 +26,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hotloop.kernels import product, reference, tuning
+from hotloop.kernels import reference, tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
-from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, implementation
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose, implementation
 from hotloop.kernels.fp8 import check_fp8, input_gradient, linear_fp8, scaled_product
-from hotloop.kernels.softcap_cross_entropy import check, launch
-from hotloop.kernels.weight_gradient import weight_gradient
+from hotloop.kernels.fuse.matching import Found, Graph
+from hotloop.kernels.gemm import product
+from hotloop.kernels.gemm.weight_gradient import weight_gradient
+from hotloop.kernels.head.in_place import check as check_logits
+from hotloop.kernels.head.in_place import launch
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from hotloop.kernels.product import dot, halves, load_tile, tile_order
+    from hotloop.kernels.gemm.product import halves, multiply, tile_order
 
-__all__ = ["METHODS", "compile_cases", "default_config", "search_space", "softcap_linear_cross_entropy"]
+__all__ = ["METHODS", "NAME", "compile_cases", "default_config", "find", "kernel_loss", "loss", "search_space"]
+
+NAME = "loss"
 
 METHODS = ("inplace", "exp", "chunked")
 # exp(s) of every s <= the cap, summed over 2^20 columns, stays within the dtype's range.
@@ -93,11 +99,7 @@ if HAVE_TRITON:
         """
         tile_m, tile_v = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(V, COLUMNS), GROUP)
         first = tile_m * ROWS
-        logits = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, D, DEPTH):
-            x_tile = load_tile(x, first, start, M, D, ROWS, DEPTH, TMA)
-            w_tile = load_tile(w, tile_v * COLUMNS, start, V, D, COLUMNS, DEPTH, TMA)
-            logits = dot(x_tile, w_tile.T, logits)
+        logits = multiply(x, w, first, tile_v * COLUMNS, M, V, D, ROWS, COLUMNS, DEPTH, TMA, True)
         # In two halves, so that the epilogue's temporaries fit beside the accumulator.
         left, right = halves(logits, ROWS, COLUMNS)
         row = first + tl.arange(0, ROWS)
@@ -217,7 +219,7 @@ def _gradients(x: Tensor, weight: Tensor, dlogits: Tensor, scale: Tensor, fp8: s
 # ---- operators --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hotloop::softcap_linear_cross_entropy", mutates_args=())
+@torch.library.custom_op("hotloop::loss", mutates_args=())
 def _whole_op(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, method: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +254,7 @@ def _whole_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | No
 _whole_op.register_autograd(_whole_backward, setup_context=_whole_context)
 
 
-@torch.library.custom_op("hotloop::softcap_linear_cross_entropy_chunked", mutates_args=())
+@torch.library.custom_op("hotloop::loss_chunked", mutates_args=())
 def _chunked_op(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,7 +291,7 @@ def _chunked_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | 
 _chunked_op.register_autograd(_chunked_backward, setup_context=_chunked_context)
 
 
-@torch.library.custom_op("hotloop::softcap_linear_cross_entropy_fp8", mutates_args=())
+@torch.library.custom_op("hotloop::loss_fp8", mutates_args=())
 def _fp8_op(
     x: Tensor, weight: Tensor, xq: Tensor, x_scale: Tensor, wq: Tensor, w_scale: Tensor, targets: Tensor,
     softcap: float | None, backward: str,
@@ -324,77 +326,129 @@ def _fp8_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None
 _fp8_op.register_autograd(_fp8_backward, setup_context=_fp8_context)
 
 
-@register_flop_formula(
-    [torch.ops.hotloop.softcap_linear_cross_entropy, torch.ops.hotloop.softcap_linear_cross_entropy_fp8]
-)
+@register_flop_formula([torch.ops.hotloop.loss, torch.ops.hotloop.loss_fp8])
 def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     return int(2 * x[0] * x[1] * weight[0])
 
 
-@register_flop_formula(torch.ops.hotloop.softcap_linear_cross_entropy_chunked)
+@register_flop_formula(torch.ops.hotloop.loss_chunked)
 def _chunked_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     return int(6 * x[0] * x[1] * weight[0])
 
 
-# ---- public function --------------------------------------------------------------------------------------------
+# ---- public functions -------------------------------------------------------------------------------------------
 
 
-def softcap_linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, method: str | None = None, *,
-    fp8: str = "",
-) -> Tensor:  # fmt: skip
-    """Mean cross-entropy of softcap(x W^T); see `reference`. No fp32 logits are formed.
+def loss(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, *, fp8: str = "") -> Tensor:
+    """Mean cross-entropy of softcap(x W^T). Where `kernels.compile` compiles it, no fp32 logits are formed.
 
     Args:
-        x: [..., D]; under autocast it and the weight are taken in the autocast dtype.
+        x: [..., D].
         weight: [V, D].
         targets: int64 [...]; -1 is not counted.
-        softcap: None for no cap.
-        method: `inplace`, `exp` (bounded caps only) or `chunked`; None for `inplace` where M V elements fit, else
-            `chunked`. The reference, where it runs, knows no methods.
-        fp8: `bf16` or `e5m2`: the product by `linear_fp8`, with that backward pass, and no other method than
-            `inplace`; "" for none.
+        softcap: logits are squashed into (-softcap, softcap); None for no cap.
+        fp8: `bf16` or `e5m2`: the product by `linear_fp8`, with that backward pass; "" for none.
 
     Returns:
         scalar fp32, nats, differentiable in x and weight.
+
+    Raises:
+        KernelError: in 8 bits, what cannot be served.
+    """
+    if not fp8:
+        return reference.loss(x, weight, targets, softcap)
+    if not choose(NAME, x.device.type):
+        return reference.mean_cross_entropy(linear_fp8(x, weight, fp8), targets, softcap)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    flat, weight, aims = x.flatten(0, -2).contiguous(), weight.to(x.dtype).contiguous(), targets.flatten().contiguous()
+    check(flat, weight, aims, softcap)
+    check_fp8(flat, weight, fp8)
+    if len(flat) * len(weight) > MAX_ELEMENTS:
+        raise KernelError(
+            f"in 8 bits the loss takes up to {MAX_ELEMENTS} logits a pass, not {len(flat)} x {len(weight)}"
+        )
+    factors = [t for a in (flat, weight) for t in reference.quantize(a.detach(), reference.E4M3)]
+    mean: Tensor = _fp8_op(flat, weight, *factors, aims, softcap, fp8)[0]
+    return mean
+
+
+def kernel_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = 15.0, method: str | None = None
+) -> Tensor:
+    """The same by the kernels, in x's type.
+
+    Args:
+        method: `inplace`, `exp` (bounded caps only) or `chunked`; None for `inplace` where M V elements fit, else
+            `chunked`.
 
     Raises:
         KernelError: inputs or a method that cannot be served.
     """
     if method is not None and method not in METHODS:
         raise KernelError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
-    if fp8 and method not in (None, "inplace"):
-        raise KernelError(f"in 8 bits the loss has the method inplace, not {method}")
-    chosen = implementation("softcap_linear_cross_entropy", x.device.type)
-    if chosen == "reference":
-        if fp8:
-            return reference.mean_cross_entropy(linear_fp8(x, weight, fp8), targets, softcap)
-        return reference.softcap_linear_cross_entropy(x, weight, targets, softcap)
-    if not fp8:
-        method = method or chosen.removeprefix("triton").removeprefix("-") or None
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    flat = x.flatten(0, -2)
-    if weight.ndim != 2 or weight.shape[1] != flat.shape[1] or weight.dtype != flat.dtype:
-        raise KernelError(f"weight {list(weight.shape)} {weight.dtype} does not fit x {list(x.shape)} {x.dtype}")
-    m, v = flat.shape[0], weight.shape[0]
-    check((m, v), flat.dtype, targets, softcap)
+    flat, weight, aims = x.flatten(0, -2).contiguous(), weight.to(x.dtype).contiguous(), targets.flatten().contiguous()
+    check(flat, weight, aims, softcap)
+    m, v = len(flat), len(weight)
     if method == "exp" and (softcap is None or softcap > EXP_MAX_CAP[flat.dtype]):
         raise KernelError(
             f"method exp needs a softcap of at most {EXP_MAX_CAP[flat.dtype]} for {flat.dtype}, not {softcap}"
         )
-    flat, weight, aims = flat.contiguous(), weight.contiguous(), targets.flatten().contiguous()
-    if fp8:
-        check_fp8(flat, weight, fp8)
-        if m * v > MAX_ELEMENTS:
-            raise KernelError(f"in 8 bits the loss takes up to {MAX_ELEMENTS} logits a pass, not {m} x {v}")
-        factors = [t for a in (flat, weight) for t in reference.quantize(a.detach(), reference.E4M3)]
-        mean: Tensor = _fp8_op(flat, weight, *factors, aims, softcap, fp8)[0]
-        return mean
+    mean: Tensor
     if method == "chunked" or (method is None and m * v > MAX_ELEMENTS):
-        rows = max(1, min(m, CHUNK_ELEMENTS // v))
-        loss: Tensor = _chunked_op(flat, weight, aims, softcap, rows)[0]
+        mean = _chunked_op(flat, weight, aims, softcap, max(1, min(m, CHUNK_ELEMENTS // v)))[0]
     else:
-        loss = _whole_op(flat, weight, aims, softcap, method or "inplace")[0]
-    return loss
+        mean = _whole_op(flat, weight, aims, softcap, method or "inplace")[0]
+    return mean
+
+
+def check(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> None:
+    """Raises KernelError for what the kernels do not serve: x [M, D], weight [V, D], targets [M]."""
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise KernelError(f"weight {list(weight.shape)} does not fit x {list(x.shape)}")
+    check_logits((len(x), len(weight)), x.dtype, targets, softcap)
+
+
+# ---- pattern ------------------------------------------------------------------------------------------------------
+
+
+def _capped(x: Tensor, weight: Tensor, targets: Tensor, inner: float, outer: float, ignored: float) -> Tensor:
+    logits = outer * torch.tanh(F.linear(x, weight).flatten(0, -2).float() / inner)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=ignored)  # type: ignore[arg-type]
+
+
+def _uncapped(x: Tensor, weight: Tensor, targets: Tensor, ignored: float) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight).flatten(0, -2).float(), targets.flatten(), ignore_index=ignored)  # type: ignore[arg-type]
+
+
+def _put_in(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignored: int) -> Tensor:
+    if ignored != reference.IGNORE:
+        targets = torch.where(targets == ignored, reference.IGNORE, targets)
+    chosen = implementation(NAME, x.device.type).removeprefix("triton").removeprefix("-") or None
+    bounded = softcap is not None and softcap <= EXP_MAX_CAP[x.dtype]
+    return kernel_loss(x, weight, targets, softcap, chosen if bounded or chosen != "exp" else None)
+
+
+def find(graph: Graph) -> tuple[list[Found], int]:
+    """Mean cross-entropies of a product, softcapped or not."""
+    found = []
+    for pattern in (_capped, _uncapped):
+        for node, given, nodes in graph.matches(pattern):
+            x, weight, targets = (given[name].value for name in ("x", "weight", "targets"))
+            cap = given.get("inner")
+            inputs = {name: given[name] for name in ("x", "weight", "targets")}
+            fits = cap == given.get("outer") and given["ignored"] < 0 and x.ndim > 1
+            fits = fits and node.target is F.cross_entropy and node.all_input_nodes[0].meta["example_value"].ndim == 2
+            if fits and _served(x, weight, targets, cap) and graph.fits(nodes, [node], inputs, x.dtype, torch.float32):
+                inputs |= {"softcap": cap if cap is None else float(cap), "ignored": given["ignored"]}
+                found.append(Found(NAME, [node], nodes, inputs, _put_in, counts=(NAME,)))
+                graph.taken |= nodes
+    return found, sum(node.target is F.cross_entropy for node in graph.nodes)
+
+
+def _served(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> bool:
+    try:
+        check(x.flatten(0, -2), weight, targets.flatten(), softcap)
+    except KernelError:
+        return False
+    return True

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.kernels import flash
 from hotloop.kernels.architectures import MAJORS
+from hotloop.kernels.attend import flash
 
 __all__ = ["BACKENDS", "Backend"]
 

@@ -28,15 +28,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hotloop.kernels import reference, tuning
-from hotloop.kernels.adamw import addresses
 from hotloop.kernels.architectures import ARCHITECTURES
 from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.optimizer.adamw import addresses
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from hotloop.kernels.product import dot
+    from hotloop.kernels.gemm.product import dot
 
 __all__ = ["compile_cases", "config_key", "default_config", "muon_", "search_space"]
 

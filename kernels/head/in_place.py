@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hotloop.kernels import reference, tuning
+from hotloop.kernels import tuning
 from hotloop.kernels.architectures import ARCHITECTURES
-from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError
 
 if HAVE_TRITON:
     import triton
@@ -32,7 +32,6 @@ __all__ = [
     "launch",
     "launch_config",
     "search_space",
-    "softcap_cross_entropy_",
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,7 +43,7 @@ MAX_CAP = 60.0
 
 def launch_config(vocab: int, capped: bool) -> dict[str, int]:
     """Block and warps for rows of `vocab` logits: as tuned on this GPU, else by size."""
-    return tuning.config("softcap_cross_entropy", config_key(vocab, capped)) or default_config(vocab)
+    return tuning.config("loss", config_key(vocab, capped)) or default_config(vocab)
 
 
 def config_key(vocab: int, capped: bool) -> str:
@@ -77,7 +76,7 @@ def compile_cases() -> list[CompileCase]:
     for vocab in (1024, 2048, 4096, 8192, 16384, 50304):
         for capped in (True, False):
             key = config_key(vocab, capped)
-            tuned = tuning.of_all_gpus("softcap_cross_entropy", key)
+            tuned = tuning.of_all_gpus("loss", key)
             for config, capabilities in [(default_config(vocab), tuple(ARCHITECTURES)), *tuned]:
                 options = {"num_warps": config["num_warps"]}
                 constants = {"CAPPED": capped, "BLOCK": config["BLOCK"], "ONE_BLOCK": vocab <= config["BLOCK"]}
@@ -186,42 +185,3 @@ def check(logits_shape: tuple[int, ...], dtype: torch.dtype, targets: Tensor, so
         raise KernelError("softcapped cross-entropy needs at least one column")
     if softcap is not None and not 0.0 < softcap <= MAX_CAP:
         raise KernelError(f"softcap must be in (0, {MAX_CAP:.0f}] or None, not {softcap}")
-
-
-# ---- operators --------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("hotloop::softcap_cross_entropy_", mutates_args=("logits",))
-def _inplace_op(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
-    return launch(logits, targets, softcap, scale)
-
-
-@_inplace_op.register_fake
-def _(logits: Tensor, targets: Tensor, softcap: float | None, scale: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
-
-
-# ---- public function  -------------------------------------------------------------------------------------------
-
-
-def softcap_cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None = 15.0) -> Tensor:
-    """Cross-entropy of softcapped logits, its gradient in place of the logits; see `reference`.
-
-    Args:
-        logits: [M, V], last dimension contiguous; overwritten by d loss[m] / d logits[m].
-        targets: int64 [M]; -1 gives loss 0 and gradient 0.
-
-    Returns:
-        loss fp32 [M], nats. No autograd.
-
-    Raises:
-        KernelError: inputs that the kernel does not serve.
-    """
-    if not choose("softcap_cross_entropy_", logits.device.type):
-        return reference.softcap_cross_entropy_(logits, targets, softcap)
-    if logits.ndim != 2 or logits.stride(-1) != 1:
-        raise KernelError(f"logits must be [M, V] with contiguous rows, not {list(logits.shape)}, {logits.stride()}")
-    check(tuple(logits.shape), logits.dtype, targets, softcap)
-    one = torch.ones(1, dtype=torch.float32, device=logits.device)
-    loss: Tensor = _inplace_op(logits, targets.contiguous(), softcap, one)
-    return loss

@@ -56,6 +56,22 @@ if HAVE_TRITON:
             tile = tl.load(p, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
         return tile
 
+    @triton.jit
+    def multiply(
+        a, w, row, column, M, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+        TRANSPOSED: tl.constexpr,
+    ):  # fmt: skip
+        """The tile from (row, column) on of the product [M, N], fp32: a [M, D] times w [D, N], or TRANSPOSED [N, D]."""
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, D, DEPTH):
+            a_tile = load_tile(a, row, start, M, D, ROWS, DEPTH, TMA)
+            if TRANSPOSED:
+                w_tile = load_tile(w, column, start, N, D, COLUMNS, DEPTH, TMA).T
+            else:
+                w_tile = load_tile(w, start, column, D, N, DEPTH, COLUMNS, TMA)
+            total = dot(a_tile, w_tile, total)
+        return total
+
 
 __all__ = ["SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "tile_name", "tiles"]
 

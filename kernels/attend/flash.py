@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hotloop.kernels import product, tuning
+from hotloop.kernels import tuning
 from hotloop.kernels.architectures import ARCHITECTURES, serves_descriptors
 from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase
+from hotloop.kernels.gemm import product
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from hotloop.kernels.product import dot, tile_order
+    from hotloop.kernels.gemm.product import dot, tile_order
 
 __all__ = [
     "HEAD_DIMS",

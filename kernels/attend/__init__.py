@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hotloop.kernels import cache_key, dispatch, reference, tuning
-from hotloop.kernels.attention_backends import BACKENDS, Backend
+from hotloop.kernels.attend.backends import BACKENDS, Backend
 from hotloop.kernels.dispatch import KernelError
 
 __all__ = ["attention", "backends", "document_offsets", "ranking_key"]

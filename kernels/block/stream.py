@@ -4,7 +4,7 @@
     dx = dpre' W + g - r^2 <dpre, pre> / D x [+ dgate' W_gate];  dW = dpre'^T x
 
 The norm has no gain, so r is one number a row: the product that reads x scales by it in its epilogue, and the product
-that makes x leaves what it takes, sums of squares of each row by tiles of columns (`Squares`). Backward, <dn, n> =
+that makes x leaves what it takes, sums of squares of each row by tiles of columns: fp32 [S, M]. Backward, <dn, n> =
 <dpre W, n> = <dpre, pre>, again one number a row, which whoever forms dpre sums up (`share`, times r); so the norm's
 gradient is an epilogue too, and it adds the stream's own gradient g on the way. Where x was mixed on, out = lam (x +
 branch) + mu x0, all of dx takes a lam, and the same pass gives dx0 = mu g, <g, x> and <g, x0>. The algebra in fp64 is
@@ -17,58 +17,39 @@ x0, write dx0 where mixed. Operations: 2 M N D.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hotloop.kernels import product, reference
-from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError
+from hotloop.kernels import reference
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase
+from hotloop.kernels.gemm import product
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from hotloop.kernels.product import dot, halves, load_tile, tile_order
+    from hotloop.kernels.gemm.product import halves, multiply, tile_order
 
 __all__ = [
     "DTYPES",
-    "Norm",
-    "Squares",
-    "check_mix",
     "compile_cases",
     "default_config",
     "gradient",
-    "normalized",
+    "mixes",
     "reciprocal_root",
     "search_space",
     "squares",
-    "squares_of",
 ]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Squares(NamedTuple):
-    """Sums of squares of the rows of x [..., D], by S blocks of its columns: partial fp32 [S, M]. It has no gradient:
-    that of the norm goes to x where `Squares` is used.
-    """
-
-    partial: Tensor
-
-
-Norm = Tensor | Squares  # of x: the normalised x itself, or what it takes to normalise
-
-
-def squares(x: Tensor) -> Squares:
-    """Of any x [..., D]."""
-    return Squares(x.detach().float().square().sum(-1).view(1, -1))
-
-
-def normalized(x: Tensor, norm: Norm) -> Tensor:
-    """RMS norm of x [..., D], by the `norm` that came with it."""
-    return reference.rms_norm(x) if isinstance(norm, Squares) else norm
+def squares(x: Tensor) -> Tensor:
+    """Of any x [..., D]: fp32 [1, M]. No gradient: that of the norm goes to x where the squares are used."""
+    return x.detach().float().square().sum(-1).view(1, -1)
 
 
 def reciprocal_root(partial: Tensor, dim: int) -> Tensor:
@@ -162,11 +143,7 @@ if HAVE_TRITON:
         tile_m, tile_d = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(D, COLUMNS), GROUP)
         first = tile_m * ROWS
         column = tile_d * COLUMNS
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, N, DEPTH):
-            left = load_tile(dpre, first, start, M, N, ROWS, DEPTH, TMA)
-            right = load_tile(w, start, column, N, D, DEPTH, COLUMNS, TMA)
-            total = dot(left, right, total)
+        total = multiply(dpre, w, first, column, M, D, N, ROWS, COLUMNS, DEPTH, TMA, False)
         lam = tl.load(lam_ptr).to(tl.float32) if MIX else 1.0
         mu = tl.load(mu_ptr).to(tl.float32) if MIX else 0.0
         row = first + tl.arange(0, ROWS)
@@ -267,19 +244,10 @@ def _flops(dpre: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     return int(2 * dpre[0] * dpre[1] * weight[1])
 
 
-# ---- checks that its users share --------------------------------------------------------------------------------
+# ---- what the patterns of a block share ---------------------------------------------------------------------------
 
 
-def squares_of(name: str, x: Tensor, norm: Squares) -> Tensor:
-    """fp32 [S, M]. Raises KernelError where they are of another x."""
-    if norm.partial.ndim != 2 or norm.partial.shape[1] != x.numel() // x.shape[-1]:
-        raise KernelError(f"{name}: squares {list(norm.partial.shape)} are not those of x {list(x.shape)}")
-    return norm.partial
-
-
-def check_mix(name: str, x: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None) -> None:
-    """Raises KernelError for an x0 that comes without its scalars, or does not fit."""
-    if (x0 is None) != (lam is None) or (x0 is None) != (mu is None):
-        raise KernelError(f"{name}: x0, lam and mu come together or not at all")
-    if x0 is not None and (x0.shape != x.shape or x0.dtype != x.dtype):
-        raise KernelError(f"{name}: x0 {x0.dtype} {list(x0.shape)} does not fit x, {x.dtype} {list(x.shape)}")
+def mixes(x: Tensor, out: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None) -> bool:
+    """Whether `out` can be lam (x + branch) + mu x0: tensors of one shape and type, and scalars on their device."""
+    alike = (t is None or (t.shape == out.shape and t.dtype == out.dtype) for t in (x, x0))
+    return all(alike) and all(t is None or (not t.ndim and t.is_floating_point()) for t in (lam, mu))

@@ -20,23 +20,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hotloop.kernels import product, reference, tuning
+from hotloop.kernels import reference, tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
-from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, choose
+from hotloop.kernels.fuse.matching import Found, Graph
+from hotloop.kernels.gemm import product
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from hotloop.kernels.product import dot, load_tile, tile_order
+    from hotloop.kernels.gemm.product import dot, load_tile, tile_order
 
-__all__ = ["compile_cases", "config_key", "default_config", "linear", "parts", "search_space", "weight_gradient"]
+__all__ = [
+    "NAME",
+    "compile_cases",
+    "config_key",
+    "default_config",
+    "find",
+    "linear",
+    "parts",
+    "search_space",
+    "weight_gradient",
+]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NAME = "linear"
+
 MULTIPROCESSORS = 132  # H100, H200; a constant, so that one shape is one order of summation on every GPU
 OVERHEAD = 16  # what a program costs beside its sum, in steps of DEPTH: an estimate; whole waves decide
 MOST_PARTS = 64
 BLOCK = 1024
+WIDE = 64  # a weight of fewer rows or columns is left to the vendor
 
 
 def config_key(n: int, d: int) -> str:
@@ -212,30 +226,26 @@ def _gradient_flops(dy: Any, x: Any, *args: Any, **kwargs: Any) -> int:
     return int(2 * dy[0] * dy[1] * x[1])
 
 
-# ---- public function --------------------------------------------------------------------------------------------
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T; see `reference`.
-
-    Args:
-        x: [..., D]; under autocast it and the weight are taken in the autocast dtype.
-        weight: [N, D].
-
-    Returns:
-        [..., N].
-
-    Raises:
-        KernelError: inputs that the kernel does not serve.
-    """
-    if not choose("linear", x.device.type):
-        return reference.linear(x, weight)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        raise KernelError(f"linear serves bfloat16, float16 and float32, both alike, not {x.dtype} and {weight.dtype}")
-    if not x.ndim or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
-        raise KernelError(f"linear needs x [..., D] and weight [N, D], not {list(x.shape)} and {list(weight.shape)}")
-    out: Tensor = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous())
+    """x W^T in the weight's type: x [..., D], weight [N, D] -> [..., N]."""
+    out: Tensor = _op(x.reshape(-1, x.shape[-1]).to(weight.dtype).contiguous(), weight.contiguous())
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+# ---- pattern ------------------------------------------------------------------------------------------------------
+
+
+def _in(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return linear(x, weight.to(dtype))
+
+
+def find(graph: Graph) -> tuple[list[Found], int]:
+    """What is left of products with a weight that learns, of WIDE columns or more each way."""
+    found = []
+    for node, given, nodes in graph.matches(reference.linear):
+        x, weight, out = given["x"].value, given["weight"].value, node.meta["example_value"]
+        fits = len(nodes) == 1 and weight.ndim == 2 and min(weight.shape) >= WIDE and weight.requires_grad
+        if fits and x.ndim and graph.fits(nodes, [node], given, out.dtype):
+            found.append(Found(NAME, [node], nodes, given | {"dtype": out.dtype}, _in, counts=(NAME,)))
+            graph.taken |= nodes
+    return found, sum(node.target is F.linear for node in graph.nodes)

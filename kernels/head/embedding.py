@@ -26,12 +26,25 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from hotloop.kernels import reference, tuning
 from hotloop.kernels.architectures import ARCHITECTURES
 from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
+from hotloop.kernels.fuse.matching import Found, Graph
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-__all__ = ["TokenOrder", "TokenRows", "compile_cases", "default_config", "embedding", "search_space", "token_order"]
+__all__ = [
+    "NAME",
+    "TokenOrder",
+    "TokenRows",
+    "compile_cases",
+    "default_config",
+    "embedding",
+    "find",
+    "search_space",
+    "token_order",
+]
+
+NAME = "embedding"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PIECE, PLAIN_PIECE = 256, 32
@@ -296,7 +309,7 @@ def _sorted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 sorted_embedding.register_autograd(_sorted_backward, setup_context=_setup_sorted)
 
 
-# ---- public function --------------------------------------------------------------------------------------------
+# ---- function and pattern ---------------------------------------------------------------------------------------
 
 
 def embedding(tokens: Tensor, weight: Tensor, order: TokenOrder | TokenRows | None = None) -> Tensor:
@@ -335,3 +348,15 @@ def embedding(tokens: Tensor, weight: Tensor, order: TokenOrder | TokenRows | No
         )
     found: Tensor = _forward_op(tokens, weight, list(plan))
     return found
+
+
+def find(graph: Graph) -> tuple[list[Found], int]:
+    """Tables that are looked up and have a gradient; those of one tokens' share their order."""
+    found = []
+    for node, given, nodes in graph.matches(reference.embedding):
+        tokens, weight = given["tokens"].value, given["weight"].value
+        fits = weight.ndim == 2 and weight.dtype in DTYPES and weight.requires_grad and tokens.dtype == torch.int64
+        if fits and torch.is_grad_enabled() and graph.fits(nodes, [node], given, weight.dtype):
+            found.append(Found(NAME, [node], nodes, dict(given), embedding, counts=(NAME,), wants_order=True))
+            graph.taken |= nodes
+    return found, sum(node.target is torch.nn.functional.embedding for node in graph.nodes)

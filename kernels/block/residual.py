@@ -17,28 +17,32 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
-from hotloop.kernels import product
-from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase, KernelError, choose
-from hotloop.kernels.residual_norm import residual_rms_norm
-from hotloop.kernels.residual_stream import DTYPES, Norm, Squares, check_mix, default_config, search_space
-from hotloop.kernels.weight_gradient import linear, weight_gradient
+from hotloop.kernels.block.stream import default_config, mixes, search_space
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase
+from hotloop.kernels.fuse.matching import Found, Graph
+from hotloop.kernels.fuse.terms import Term
+from hotloop.kernels.gemm import product
+from hotloop.kernels.gemm.weight_gradient import weight_gradient
 
 if HAVE_TRITON:
     import triton
     import triton.language as tl
 
-    from hotloop.kernels.product import dot, halves, load_tile, tile_order
+    from hotloop.kernels.gemm.product import halves, multiply, tile_order
 
-__all__ = ["compile_cases", "default_config", "launch", "linear_residual", "search_space", "squares_like"]
+__all__ = ["NAME", "compile_cases", "default_config", "find", "launch", "residual", "search_space", "squares_like"]
+
+NAME = "residual"
 
 
 def launch_config(dtype: torch.dtype, width: int) -> dict[str, int]:
     """Tile, warps and stages for a sum over `width`: as tuned on this GPU, else by architecture."""
     default = functools.partial(default_config, width)
-    return product.launch_config("linear_residual", product.config_key(width), default, dtype, width)
+    return product.launch_config("residual", product.config_key(width), default, dtype, width)
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ if HAVE_TRITON:
         return tl.sum(out * out, 1)
 
     @triton.jit
-    def _linear_residual_kernel(
+    def _residual_kernel(
         a, w, x_ptr, x0_ptr, lam_ptr, mu_ptr, out_ptr, squares_ptr, M, N, D,
         MIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
         TMA: tl.constexpr,
@@ -68,11 +72,7 @@ if HAVE_TRITON:
         tile_m, tile_d = tile_order(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(D, COLUMNS), GROUP)
         first = tile_m * ROWS
         column = tile_d * COLUMNS
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, N, DEPTH):
-            a_tile = load_tile(a, first, start, M, N, ROWS, DEPTH, TMA)
-            w_tile = load_tile(w, column, start, D, N, COLUMNS, DEPTH, TMA)
-            total = dot(a_tile, w_tile.T, total)
+        total = multiply(a, w, first, column, M, D, N, ROWS, COLUMNS, DEPTH, TMA, True)
         lam = tl.load(lam_ptr).to(tl.float32) if MIX else 1.0
         mu = tl.load(mu_ptr).to(tl.float32) if MIX else 0.0
         left, right = halves(total, ROWS, COLUMNS)
@@ -86,7 +86,7 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements, with and without a mix: default and tuned."""
     cases = []
-    for config, capabilities in product.shipped("linear_residual", default_config):
+    for config, capabilities in product.shipped("residual", default_config):
         for mix in (False, True):
             constants = {"MIX": mix} | config
             options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
@@ -99,9 +99,7 @@ def compile_cases() -> list[CompileCase]:
             key = f"{'mixed' if mix else 'plain'} {product.tile_name(config)} warps={options['num_warps']}"
             key += f" stages={options['num_stages']}"
             cases.append(
-                CompileCase(
-                    key, _linear_residual_kernel, signature, constants, options, capabilities, tensor_cores=True
-                )
+                CompileCase(key, _residual_kernel, signature, constants, options, capabilities, tensor_cores=True)
             )
     return cases
 
@@ -115,7 +113,7 @@ def launch(
     rows, columns, depth, tma = config["ROWS"], config["COLUMNS"], config["DEPTH"], config["TMA"]
     out, partial = torch.empty_like(x), squares_like(x, n)
     if m:
-        _linear_residual_kernel[(-(-m // rows) * -(-d // columns),)](
+        _residual_kernel[(-(-m // rows) * -(-d // columns),)](
             product.operand(a, rows, depth, tma), product.operand(weight, columns, depth, tma), x,
             x if x0 is None else x0, x if lam is None else lam, x if mu is None else mu, out, partial, m, n, d,
             MIX=x0 is not None, **config,
@@ -132,7 +130,7 @@ def squares_like(x: Tensor, n: int) -> Tensor:
 # ---- operator ---------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hotloop::linear_residual", mutates_args=())
+@torch.library.custom_op("hotloop::residual", mutates_args=())
 def _op(
     a: Tensor, weight: Tensor, x: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -164,54 +162,70 @@ def _backward(ctx: Any, g: Tensor, _unused: Any) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.hotloop.linear_residual)
+@register_flop_formula(torch.ops.hotloop.residual)
 def _flops(a: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     return int(2 * a[0] * a[1] * weight[0])
 
 
-# ---- public function --------------------------------------------------------------------------------------------
-
-
-def linear_residual(
+def residual(
+    x: Tensor,
     a: Tensor,
     weight: Tensor,
-    x: Tensor,
     x0: Tensor | None = None,
     lam: Tensor | None = None,
     mu: Tensor | None = None,
-) -> tuple[Tensor, Norm]:
-    """Projection, residual mix, and what the next norm takes; see `reference`.
-
-    Args:
-        a: [..., N]; under autocast it and the weight are taken in the autocast dtype.
-        weight: [D, N].
-        x: [..., D], the residual stream, of that dtype.
-        x0: of x's shape and dtype, mixed in; comes with lam and mu.
-        lam, mu: scalars [] on x's device, of a floating dtype.
+) -> tuple[Tensor, Tensor]:
+    """lam (x + a W^T) + mu x0, or x + a W^T, and its squares: a [..., N] and the weight [D, N] are taken in x's type.
 
     Returns:
-        lam (x + a W^T) + mu x0, and its norm: `Squares` where the kernel runs, else the normalised tensor.
-
-    Raises:
-        KernelError: inputs that the kernel does not serve.
+        [..., D] of x's type; fp32 [S, M], without a gradient.
     """
-    check_mix("linear_residual", x, x0, lam, mu)
-    if not choose("linear_residual", x.device.type):
-        return residual_rms_norm(x, linear(a, weight), x0, lam, mu)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        a, weight, x = a.to(dtype), weight.to(dtype), x.to(dtype)
-        x0 = None if x0 is None else x0.to(dtype)
-    if x.dtype not in DTYPES or a.dtype != x.dtype or weight.dtype != x.dtype:
-        raise KernelError(
-            f"linear_residual serves bfloat16, float16 and float32, all alike, not {a.dtype}, {weight.dtype}, {x.dtype}"
-        )
-    if weight.ndim != 2 or tuple(weight.shape) != (x.shape[-1], a.shape[-1]) or a.shape[:-1] != x.shape[:-1]:
-        raise KernelError(
-            f"linear_residual needs a [..., N], weight [D, N] and x [..., D], not {list(a.shape)}, "
-            f"{list(weight.shape)}, {list(x.shape)}"
-        )
-    rows, flat = (t.reshape(-1, t.shape[-1]).contiguous() for t in (a, x))
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = a.to(x.dtype).reshape(len(flat), -1).contiguous()
     x0 = None if x0 is None else x0.reshape(flat.shape).contiguous()
-    out, partial = _op(rows, weight.contiguous(), flat, x0, lam, mu)
-    return out.view(x.shape), Squares(partial)
+    out, partial = _op(rows, weight.to(x.dtype).contiguous(), flat, x0, lam, mu)
+    return out.view(x.shape), partial
+
+
+# ---- pattern ------------------------------------------------------------------------------------------------------
+
+
+def _mixed(x: Tensor, a: Tensor, weight: Tensor, x0: Tensor, lam: Tensor, mu: Tensor) -> Tensor:
+    return lam * _plain(x, a, weight) + mu * x0
+
+
+def _plain(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+    return x + F.linear(a, weight)
+
+
+def find(graph: Graph) -> tuple[list[Found], int]:
+    """Projections into a stream, with the mix that follows where nothing else takes what is mixed."""
+    found = []
+    for pattern in (_mixed, _plain):
+        for node, given, nodes in graph.matches(pattern):
+            values = {name: term.value for name, term in given.items()}
+            x, out = values["x"], node.meta["example_value"]
+            fits = mixes(x, out, *(values.get(name) for name in ("x0", "lam", "mu"))) and values["weight"].ndim == 2
+            if fits and graph.fits(nodes, [node], given, x.dtype):
+                found.append(Found(NAME, [node], nodes, given, residual, gives="squares", counts=(NAME,)))
+                graph.taken |= nodes
+    return found, len(_places(graph))
+
+
+def _places(graph: Graph) -> set[fx.Node]:
+    """Sums of two tensors of one shape, one of which is a product, times a scalar or not."""
+
+    def is_product(term: Any) -> bool:
+        if isinstance(term, Term) and term.op == "mul":
+            return any(map(is_product, term.args)) and any(map(_is_scalar, term.args))
+        return isinstance(term, Term) and term.op == "linear"
+
+    def is_place(term: Term) -> bool:
+        two = term.op == "add" and len(term.nodes) == 1 and not any(map(_is_scalar, term.args))
+        return two and any(map(is_product, term.args))
+
+    return {node for node in graph.nodes if is_place(graph.terms[node])}
+
+
+def _is_scalar(arg: Any) -> bool:
+    return not isinstance(arg, Term) or (arg.node is not None and not arg.value.ndim)
