@@ -47,11 +47,6 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--profile", action="store_true", help="both are profiles that `hotloop tune` wrote")
     compare.set_defaults(run=_compare)
 
-    plot = parts.add_parser("plot", help="plot each kernel's time and share of the roofline over several results")
-    plot.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results, oldest first")
-    plot.add_argument("--out", type=Path, default=Path("bench.png"), metavar="PNG")
-    plot.set_defaults(run=_plot)
-
     gate = parts.add_parser("gate", help="compile and check every shipped kernel, without a GPU")
     gate.add_argument("--step", action="store_true", help="compile train.py's whole training step instead")
     gate.add_argument("--all", action="store_true", help="for every supported GPU architecture, not only those of CI")
@@ -193,14 +188,6 @@ def _compare(args: argparse.Namespace) -> int:
     compared = results.compare(was, result)
     print(results.comparison_table(was, result, compared), end="")
     return 1 if any(c.fault for c in compared) else 0
-
-
-def _plot(args: argparse.Namespace) -> int:
-    from hotloop.bench import results
-
-    results.plot([results.read(p) for p in args.files], args.out)
-    print(args.out)
-    return 0
 
 
 def _gate(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What was measured, as tables, comparisons and plots.
+"""What was measured, as tables and comparisons.
 
 A result file is pytest-benchmark's JSON (so `pytest-benchmark compare` and `histogram` read it too) with one more
 key, `hotloop`: what else was checked. Files lie in `bench/results/<gpu>/`, named by date and commit, each beside its
@@ -27,7 +27,6 @@ __all__ = [
     "folder_of",
     "markdown",
     "newest",
-    "plot",
     "read",
 ]
 
@@ -232,34 +231,3 @@ def compare_profiles(base: Profile, new: Profile) -> Comparison:
     fault = f"slower against plain torch.compile by {slower:.1%}; {allowed:.1%} is allowed" if slower > allowed else ""
     chosen = " ".join(f"{part}={name}" for part, name in sorted(new.selection.items())) or "plain"
     return Comparison(f"the whole step with {chosen}", was, now, allowed, fault)
-
-
-def plot(results: list[Result], path: Path) -> None:
-    """Time and share of the roofline of each of our kernels, over the results given, oldest first."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if len({r.device for r in results}) != 1:
-        raise UsageError("a plot shows results of one device; give files of one")
-    keys = sorted({row.key for r in results for row in r.rows if row.implementation.startswith(OURS)})
-    if not keys:
-        raise UsageError("none of the results has a kernel of hotloop to plot")
-    figure = Figure(figsize=(11, 2.2 + 0.35 * len(keys)), layout="constrained")
-    FigureCanvasAgg(figure)
-    times, shares = figure.subplots(1, 2)
-    x = range(len(results))
-    for key in keys:
-        rows = [next((row for row in r.rows if row.key == key), None) for r in results]
-        label = key.removesuffix(" triton")
-        times.plot(x, [row.median_us if row else float("nan") for row in rows], marker="o", label=label)
-        shares.plot(x, [100 * row.roofline if row else float("nan") for row in rows], marker="o")
-    for axes, title in ((times, "median time (us)"), (shares, "share of the roofline (%)")):
-        axes.set_title(title)
-        axes.set_xticks(list(x), [r.commit[:7] for r in results], rotation=30)
-        axes.grid(alpha=0.2)
-    times.set_yscale("log")
-    note = " (CPU figures: a test of the rig)" if results[0].machine.get("cpu_figures") else ""
-    figure.suptitle(f"hotloop kernels on {results[0].device}{note}")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

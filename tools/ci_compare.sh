@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compares the result that gpu-check has just written with the newest committed one of the same GPU. Writes comparison.md
-# and comparison.png, and the former into the job's summary; likewise the profile that it tuned. Exit status: that of the comparison; 0 where there is no
+# Compares the result that gpu-check has just written with the newest committed one of the same GPU. Writes comparison.md,
+# also into the job's summary; likewise the profile that it tuned. Exit status: that of the comparison; 0 where there is no
 # committed result yet.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,6 @@ if [ "${#committed[@]}" -eq 0 ]; then
 else
   "$hotloop" bench compare "${committed[-1]}" "$new" >comparison.md
   status=$?
-  "$hotloop" bench plot "${committed[@]}" "$new" --out comparison.png >/dev/null
 fi
 for profile in bench/results/*/work/profile/*.json; do
   [ -e "$profile" ] || continue

@@ -2,8 +2,8 @@
 
 The parts, their order and their times stand in `bench.check.parts`. Each runs in processes of its own within its own
 time; one that fails does not stop the others. What is done is not done again: the next call goes on with what is left,
-of a part that can be cut short too. All of it goes into one JSON and one Markdown page in bench/results/<gpu>/, beside
-what was predicted, and both are written anew after each part.
+of a part that can be cut short too. All of it goes into one JSON and one Markdown page in bench/results/<gpu>/, written
+anew after each part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.bench import results
-from hotloop.bench.check import predictions
 from hotloop.bench.check.parts import PARTS, Bench, Part, forget
 from hotloop.bench.check.processes import OUT_OF_TIME, commit
 from hotloop.harness.errors import DeviceError
@@ -169,9 +168,6 @@ def _write(notes: Notes, folder: Path, device: str) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     name = notes.body.setdefault("file", f"{now:%Y%m%d-%H%M}-{body['commit_info']['id'][:9]}.json")
     path = folder / str(name)
-    write_whole(path, json.dumps(body, indent=1) + "\n")
-    beside = predictions.page(results.read(path))
-    body["hotloop"]["pages"] = {"Beside the predictions": beside} | body["hotloop"]["pages"]
     write_whole(path, json.dumps(body, indent=1) + "\n")
     write_whole(path.with_suffix(".md"), results.markdown(results.read(path)))
     notes.save()

@@ -11,7 +11,7 @@ import pytest
 from hotloop import prepare as prep
 from hotloop.bench import results
 from hotloop.bench.check import command as check
-from hotloop.bench.check import parts, predictions
+from hotloop.bench.check import parts
 from hotloop.bench.check.parts import PARTS, Bench, Part
 from hotloop.bench.cli import main
 from hotloop.harness.proof.operators import OPERATORS
@@ -82,7 +82,7 @@ def test_a_part_that_fails_stops_no_other_and_each_is_run_once(
     code, found, said = checked(train, tmp_path)
     assert code == 1 and scripted["ran"] == [("a", 1000), ("b", 1000)]  # c only where it is named
     assert found["failed"] == {"a": 3}
-    assert list(found["pages"]) == ["Beside the predictions", "a", "b"]
+    assert list(found["pages"]) == ["a", "b"]
     assert any('once more with AGAIN=1 PART="a"' in line for line in said)
     scripted["a"] = (0, "mended")
     assert checked(train, tmp_path)[0] == 1  # what is done is not done again
@@ -98,7 +98,7 @@ def test_it_goes_on_after_a_kill_in_one_file(train: Path, tmp_path: Path, script
     with pytest.raises(KeyboardInterrupt):
         checked(train, tmp_path)
     (path,) = (tmp_path / "out" / "cpu").glob("*.json")
-    assert list(json.loads(path.read_text())["hotloop"]["pages"]) == ["Beside the predictions", "a"]
+    assert list(json.loads(path.read_text())["hotloop"]["pages"]) == ["a"]
     scripted["b"] = (UNFINISHED, "so far")
     code, found, said = checked(train, tmp_path)
     assert code == UNFINISHED and "left: b; the same command goes on" in said
@@ -221,42 +221,8 @@ def test_each_part_for_real_at_a_minute_size(
     (path,) = (tmp_path / "out" / "cpu").glob("*.json")
     result = results.read(path)
     pages = result.extra["pages"]
-    assert list(pages) == ["Beside the predictions", *named]
+    assert list(pages) == named
     assert {r.operator for r in result.rows} == {"residual_rms_norm"}
     assert "threads" in result.extra["tuned"]["chosen"] and "(CPU figures), preset laptop" in pages["tune"]
     assert "CPU figures" in pages["step"]
     assert "    identical\n" in pages["experiment"]
-
-
-# ---- predictions
-
-
-def test_predictions_are_labelled_and_set_beside_what_was_measured(tmp_path: Path) -> None:
-    def row(operator: str, way: str, us: float, ratio: float) -> results.Row:
-        return results.Row(operator, "baseline", way, "triton", us, us, us, ratio, 0.5, True)
-
-    rows = [row("embedding", "backward", 400.0, 3.5), row("softcap_linear_cross_entropy", "both", 14_000.0, 1.2)]
-    whole = {"plain with the best attention": {"new_rate": 1.9e6, "old_rate": 1.6e6, "ratios": [1.1875]}}
-    extra = {"tuned": {"chosen": {"mlp": "triton"}, "whole": whole}}
-    machine = {"device": "NVIDIA H100", "cpu_figures": False}
-    page = predictions.page(results.Result(tmp_path, machine, "c", "t", rows, extra))
-    assert page.startswith("Predicted for an H100 SXM, before anything ran on one")
-    assert next(x for x in page.splitlines() if x.startswith("| embedding")).endswith("| 7.00 | 2.00 |")
-    assert next(x for x in page.splitlines() if x.startswith("| loss")).endswith("| 16.80 | 14.00 |")
-    assert next(x for x in page.splitlines() if x.startswith("| our Triton")).endswith("|  |  |")  # not measured
-    assert "| measured: mlp=triton, over plain with the fastest attention (1.60 M) | 1.90 | 1.188 | |" in page
-
-
-def test_the_operators_of_predictions_are_benchmarked() -> None:
-    for part in predictions.PARTS:
-        assert len(part.rows) == len(part.times)
-        for operator, shape, way in part.rows:
-            assert shape in OPERATORS[operator].shapes and way in OPERATORS[operator].passes
-
-
-def test_the_document_has_the_predictions_of_the_table() -> None:
-    text = (ROOT / "docs" / "performance.md").read_text()
-    for part in predictions.PARTS:
-        assert f"| {part.what} | {part.plain} | {part.ours} | {part.expected} |" in text
-    for what, rate, fa3, flex in predictions.STEPS:
-        assert f"| {what} | {rate:.2f} | {fa3:.2f} | {flex:.2f} |" in text
