@@ -320,10 +320,10 @@ def _ablate(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands.ablate import ablate
     from hotloop.agent_loop.commands.show import night_named
     from hotloop.agent_loop.commands.tune import recorded_profile
+    from hotloop.agent_loop.folder import NightFolder
     from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-    from hotloop.agent_loop.night import Night
     from hotloop.agent_loop.report.files import draw
-    from hotloop.harness.records.record import Lock
+    from hotloop.harness.records.chain import Lock
     from hotloop.harness.single import budget_from, settings_of
 
     folder = night_named(args.tag).folder
@@ -331,9 +331,9 @@ def _ablate(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     repo = open_repo(Path.cwd())
     with Lock(folder / "lock"):
-        night = Night(folder)
-        for body in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
-            print(f"#{body['number']:<4} {body['verdict']:<10} {one_line(body['reason'])}", flush=True)
+        night = NightFolder(folder)
+        for left_out in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
+            print(f"#{left_out.number:<4} {left_out.verdict:<10} {one_line(left_out.reason)}", flush=True)
     draw(str(folder), str(Path.cwd()))
     print(f"all: {folder / 'report.html'}")
     return 0
@@ -366,37 +366,37 @@ def _noise(args: argparse.Namespace) -> int:
 
 
 def _loop(args: argparse.Namespace) -> int:
-    from hotloop.agent_loop.commands.start import start
+    from hotloop.agent_loop.commands.start import night_command
     from hotloop.harness.gpu.between_runs import alone
 
     named = bool(args.tag)
-    command = start(args)  # every wrong flag ends here
-    again = [*args.argv, *([] if named else ["--tag", command.tag])]
+    command = night_command(args)  # every wrong flag ends here
+    resume = [*args.argv, *([] if named else ["--tag", command.tag])]
     # A terminal that is closed takes the view with it, not the night. A handler: what is ignored stays so in agents.
     signal.signal(signal.SIGHUP, lambda *_: None)
     if UNDER_WATCH in os.environ:
-        return _drive(command, again)
+        return _drive(command, resume)
     for settings in command.slots:  # a driver that was started again waits for its GPU as for any fault
         if settings.device == "cuda":
             alone(settings.sandbox.gpu)
     command.try_sandboxes()
     if args.no_watchdog:
-        return _drive(command, again)
+        return _drive(command, resume)
     code = SAME_CODE + "del sys.argv[1]; from hotloop.agent_loop.cli import main; sys.exit(main())"
-    return watch([sys.executable, "-c", code, import_root(), *again], command.folder)
+    return watch([sys.executable, "-c", code, import_root(), *resume], command.folder)
 
 
-def _drive(command: NightCommand, again: list[str]) -> int:
-    """The night, in the process that drives it; `again` are the arguments that go on with it."""
+def _drive(command: NightCommand, resume: list[str]) -> int:
+    """The night, in the process that drives it; `resume`: the arguments that continue it."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return command.drive(_console())
     except KeyboardInterrupt:
-        say(f"stopped; to go on: {shlex.join(['hotloop', *again])}")
+        say(f"stopped; to go on: {shlex.join(['hotloop', *resume])}")
         return 130
     except (HotloopError, OSError) as e:
         if isinstance(e, OSError) or "the same command" in str(e):
-            say(f"the command that goes on with this night: {shlex.join(['hotloop', *again])}")
+            say(f"the command that goes on with this night: {shlex.join(['hotloop', *resume])}")
         raise
     except Exception:
         if UNDER_WATCH not in os.environ:

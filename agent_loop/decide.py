@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from hotloop.agent_loop.night import Night, Row
 from hotloop.agent_loop.source import Size, size_of
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.records.model import Decision, Judgement, Kind, Outcome, Status
 from hotloop.harness.scoring.score import Noise, Score
 
-if TYPE_CHECKING:
-    from hotloop.agent_loop.night import Night, Row
-
-__all__ = ["MARGINAL", "Decision", "decide", "decide_confirmed", "judge"]
+__all__ = ["MARGINAL", "decide", "decide_confirmed", "judge"]
 
 # A gain within the noise floor, but above this share of it, is worth a second seed.
 MARGINAL = 0.5
-
-
-@dataclass(frozen=True)
-class Decision:
-    """`decision` is `keep`, `discard`, `marginal` (a second seed will tell), or the status of a run that failed.
-
-    `again`: the edit was better than what it was made from, and something else was kept while it ran: it is tried once
-    more on top of that.
-    """
-
-    decision: str
-    reason: str
-    again: bool = False
 
 
 def decide(
@@ -40,7 +23,7 @@ def decide(
     noise: Noise,
     second_seed: bool = False,
     parent: Score | None = None,
-) -> Decision:
+) -> Judgement:
     """What becomes of an experiment.
 
     Keep on a gain above the noise floor; keep when equal within the noise and simpler; marginal on a gain above half
@@ -53,41 +36,41 @@ def decide(
         second_seed: whether a marginal gain may be tried again; else it is discarded.
         parent: the score of the train.py that was edited, where that is not the incumbent any more.
     """
-    if outcome.status != "ok" or outcome.val_bpb is None:
-        return Decision(outcome.status if outcome.status != "ok" else "crash", outcome.reason or "no score")
+    if outcome.status != Status.OK or outcome.val_bpb is None:
+        return Judgement(Decision(outcome.status), outcome.reason or "no score")
     score = Score(outcome.val_bpb)
     if incumbent is None:
-        return Decision("keep", f"the baseline: {score} bits per byte")
+        return Judgement(Decision.KEEP, f"the baseline: {score} bits per byte")
     gain = score.gain_over(incumbent)
     floor = noise.floor_bpb
     known = f"the noise floor of {floor:.6f} ({noise.seeds} seeds)" if floor else "zero (noise was not measured)"
     if gain > floor:
-        return Decision("keep", f"better by {gain:.6f}, above {known}")
+        return Judgement(Decision.KEEP, f"better by {gain:.6f}, above {known}")
     if abs(gain) <= floor and size.simpler_than(incumbent_size):
-        return Decision(
-            "keep",
+        return Judgement(
+            Decision.KEEP,
             f"equal within {known} ({-gain:+.6f}) and simpler: {size.lines} lines of code against "
             f"{incumbent_size.lines}",
         )
     if parent is not None:
         own = score.gain_over(parent)
         if own > MARGINAL * floor:
-            return Decision(
-                "discard",
+            return Judgement(
+                Decision.DISCARD,
                 f"better than what it was made from by {own:.6f}, but not than what was kept meanwhile ({gain:+.6f}); "
                 f"tried again on top of that",
                 again=True,
             )
     elif second_seed and gain > MARGINAL * floor:
-        return Decision("marginal", f"better by {gain:.6f}, which is within {known}; a second seed will tell")
+        return Judgement(Decision.MARGINAL, f"better by {gain:.6f}, which is within {known}; a second seed will tell")
     if gain > 0:
-        return Decision("discard", f"better by {gain:.6f}, which is within {known}")
-    return Decision("discard", f"worse by {-gain:.6f}" if gain < 0 else "no change to the last digit")
+        return Judgement(Decision.DISCARD, f"better by {gain:.6f}, which is within {known}")
+    return Judgement(Decision.DISCARD, f"worse by {-gain:.6f}" if gain < 0 else "no change to the last digit")
 
 
 def decide_confirmed(
     outcome: Outcome, gains: list[float | None], noise: Noise, parent_is_incumbent: bool = True
-) -> Decision:
+) -> Judgement:
     """What becomes of a marginal gain after its second seed.
 
     Args:
@@ -96,23 +79,27 @@ def decide_confirmed(
         noise: the floor of a single difference; that of a mean of n differences is smaller by the root of n.
         parent_is_incumbent: False where something else was kept while it ran: a gain that holds is tried on top of it.
     """
-    if outcome.status != "ok":
-        return Decision(outcome.status, f"with the second seed: {outcome.reason}")
+    if outcome.status != Status.OK:
+        return Judgement(Decision(outcome.status), f"with the second seed: {outcome.reason}")
     known = [g for g in gains if g is not None]
     if len(known) < len(gains):
-        return Decision("discard", "the incumbent has no score under the second seed, so nothing can be compared")
+        return Judgement(
+            Decision.DISCARD, "the incumbent has no score under the second seed, so nothing can be compared"
+        )
     mean, floor = sum(known) / len(known), noise.floor_bpb / len(known) ** 0.5
     each = ", ".join(f"{g:+.6f}" for g in known)
     if mean <= 0:
-        return Decision("discard", f"worse by {-mean:.6f} on average over {len(known)} seeds ({each})")
+        return Judgement(Decision.DISCARD, f"worse by {-mean:.6f} on average over {len(known)} seeds ({each})")
     above = mean > floor
     reason = (
         f"better by {mean:.6f} on average over {len(known)} seeds ({each}), {'above' if above else 'within'} the "
         f"noise floor of such a mean, {floor:.6f}"
     )
     if above and not parent_is_incumbent:
-        return Decision("discard", reason + "; something else was kept meanwhile, tried again on top of that", True)
-    return Decision("keep" if above else "discard", reason)
+        return Judgement(
+            Decision.DISCARD, reason + "; something else was kept meanwhile, tried again on top of that", True
+        )
+    return Judgement(Decision.KEEP if above else Decision.DISCARD, reason)
 
 
 def judge(
@@ -122,23 +109,24 @@ def judge(
     source_of: Callable[[str], bytes],
     noise: Noise,
     second_seed: bool,
-) -> Decision:
+) -> Judgement:
     """The decision on a run of a night, where `incumbent` is the best that was kept before it.
 
     Args:
         source_of: the train.py of a commit.
     """
-    if outcome.kind == "repeat" and outcome.status == "ok":
-        whose = "baseline" if outcome.commit == night.rows()[0].commit else "incumbent"
-        return Decision("measured", f"the {whose}'s train.py with seed {outcome.seed}, for the noise floor")
-    same = incumbent is None or incumbent.commit == outcome.parent
-    if outcome.kind == "confirm":
-        return decide_confirmed(outcome, night.gains(outcome, outcome.parent), noise, same)
-    size = _size(source_of, outcome.commit)
+    run = outcome.run
+    if run.kind == Kind.REPEAT and outcome.status == Status.OK:
+        whose = "baseline" if run.commit == night.rows()[0].commit else "incumbent"
+        return Judgement(Decision.MEASURED, f"the {whose}'s train.py with seed {run.seed}, for the noise floor")
+    same = incumbent is None or incumbent.commit == run.parent
+    if run.kind == Kind.CONFIRM:
+        return decide_confirmed(outcome, night.gains(outcome, run.parent), noise, same)
+    size = _size(source_of, run.commit)
     best_size = _size(source_of, incumbent.commit) if incumbent else size
     if size is None or best_size is None:  # neither is simpler
         size = best_size = Size(0, 0)
-    scores = [night.score_of(c, night.seed) if c else None for c in (incumbent and incumbent.commit, outcome.parent)]
+    scores = [night.score_of(c, night.seed) if c else None for c in (incumbent and incumbent.commit, run.parent)]
     best, parent = (None if bpb is None else Score(bpb) for bpb in scores)
     return decide(outcome, size, best, best_size, noise, second_seed, None if same else parent)
 

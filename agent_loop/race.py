@@ -15,15 +15,15 @@ The losses are the trainer's word. A lie can keep a run from being stopped and w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import statistics
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from hotloop.agent_loop.night import Night
-from hotloop.harness.records.record import Outcome
+from hotloop.agent_loop.night import Night, Pair
+from hotloop.harness.records.model import Curve, Outcome
 
 __all__ = ["CHECKPOINTS", "Lesson", "Rate", "false_stops", "lessons", "stopper", "thresholds"]
 
@@ -33,7 +33,6 @@ LEAST_RUNS = 8  # complete ones, of which
 LEAST_GOOD = 3  # came within the noise of their incumbent
 MARGIN_NATS = 0.01
 SPARED = 8
-Curve = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -100,24 +99,17 @@ def deficit(curve: Curve, tokens: int, best: Curve, best_tokens: int, progress: 
     return None if mine is None or not known else min(mine - t for t in known)
 
 
-_learned: weakref.WeakKeyDictionary[Night, tuple[int, list[Lesson]]] = weakref.WeakKeyDictionary()
+@functools.lru_cache(maxsize=1 << 14)
+def _deficits(pair: Pair) -> tuple[float | None, ...]:
+    """Of a run at all checkpoints; each run is looked at once."""
+    run, parent = pair.run, pair.parent
+    args = (run.training.curve, run.training.tokens, parent.training.curve, parent.training.tokens)
+    return tuple(deficit(*args, p) for p in CHECKPOINTS)
 
 
 def lessons(night: Night, floor: float) -> list[Lesson]:
-    """The complete experiments of a night beside the incumbents that they were made from. Each is looked at once."""
-    seen, found = _learned.get(night, (0, []))
-    rows = night.rows()
-    for row in rows[seen:]:
-        outcome = row.outcome
-        if row.kind != "experiment" or outcome is None or outcome.val_bpb is None:
-            continue
-        parent = night.outcome_of(outcome.parent)
-        if parent is None or parent.val_bpb is None or not parent.tokens:
-            continue
-        deficits = tuple(deficit(outcome.curve, outcome.tokens, parent.curve, parent.tokens, p) for p in CHECKPOINTS)
-        found.append(Lesson(row.number, deficits, parent.val_bpb - outcome.val_bpb, False))
-    _learned[night] = (len(rows), found)
-    return [replace(lesson, good=lesson.gain > -floor) for lesson in found]
+    """The complete experiments of a night beside the incumbents that they were made from."""
+    return [Lesson(p.run.run.number, _deficits(p), p.gain, p.gain > -floor) for p in night.pairs]
 
 
 def thresholds(known: Sequence[Lesson]) -> list[float | None]:
@@ -174,9 +166,7 @@ def spared(tag: str, number: int) -> bool:
     return hashlib.sha256(f"{tag}:{number}".encode()).digest()[0] % SPARED == 0
 
 
-def stopper(
-    best: Outcome, known: Sequence[Lesson], tag: str, number: int
-) -> Callable[[list[list[float]], int], str | None] | None:
+def stopper(best: Outcome, known: Sequence[Lesson], tag: str, number: int) -> Callable[[Curve, int], str | None] | None:
     """What the session asks after each loss; None where this run is not raced.
 
     Args:
@@ -184,18 +174,18 @@ def stopper(
         known: the complete runs so far.
     """
     limits = thresholds(known)
-    if spared(tag, number) or all(limit is None for limit in limits) or not best.tokens:
+    if spared(tag, number) or all(limit is None for limit in limits) or not best.training.tokens:
         return None
     left = list(enumerate(CHECKPOINTS))
 
-    def stop(curve: list[list[float]], tokens: int) -> str | None:
+    def stop(curve: Curve, tokens: int) -> str | None:
         while left and curve[-1][0] >= left[0][1]:
             i, progress = left.pop(0)
-            behind, most = deficit(curve, tokens, best.curve, best.tokens, progress), limits[i]
+            behind, most = deficit(curve, tokens, best.training.curve, best.training.tokens, progress), limits[i]
             if behind is not None and most is not None and behind > most:
                 return (
-                    f"stopped at {progress:.0%}: {behind:.4f} nats behind experiment {best.number}; of {len(known)} "
-                    f"complete runs none that came near it was so far behind there (limit {most:.4f})"
+                    f"stopped at {progress:.0%}: {behind:.4f} nats behind experiment {best.run.number}; of "
+                    f"{len(known)} complete runs none that came near it was so far behind there (limit {most:.4f})"
                 )
         return None
 

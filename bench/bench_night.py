@@ -16,12 +16,27 @@ from unittest import mock
 import pytest
 
 from hotloop.agent_loop.agents.brief import write_brief
-from hotloop.agent_loop.night import Night
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.race import false_stops, lessons
 from hotloop.agent_loop.report.files import tsv_text, write_progress
 from hotloop.agent_loop.report.page import page
-from hotloop.harness.records import record
-from hotloop.harness.records.record import Chain, Outcome
+from hotloop.harness.records import chain as chain_module
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import (
+    Decided,
+    Decision,
+    Judgement,
+    Kind,
+    Ledger,
+    NightBegun,
+    Origin,
+    Outcome,
+    Run,
+    Scores,
+    Status,
+    Training,
+)
+from hotloop.harness.settings import BudgetRule
 
 COUNTS = (100, 1000, 10_000)
 EDITS = ("MATRIX_LR 0.04 -> 0.05", "value embeddings in every second layer", "DEPTH 8 -> 9", "attention window 1024")
@@ -33,49 +48,51 @@ def folder_of(count: int) -> Path:
     """Records of a night that never ran: one run in twelve crashed, one in fifteen was kept."""
     folder = Path(tempfile.mkdtemp(prefix="hotloop-night-")) / "t"
     rng = random.Random(7)
-    with mock.patch.object(record.os, "fsync", return_value=None):
+    with mock.patch.object(chain_module.os, "fsync", return_value=None):
         chain = Chain.open(folder / "records.jsonl")
-        chain.append("night", {"preset": "h100", "device": "cuda", "seed": 1, "budget": ["seconds", 300.0]})
+        chain.append(NightBegun(
+            preset="h100", device="cuda", threads=2, data="d", budget=BudgetRule("seconds", 300.0), seed=1, sandbox=3
+        ))  # fmt: skip
         best, parent = 1.0, f"{0:040x}"
         for number in range(count):
-            kind = "experiment" if number else "baseline"
             failed = number % 12 == 5
             gain = rng.uniform(0.0011, 0.003) if number % 15 == 0 else rng.gauss(-0.002, 0.001)
             val = None if failed else best - gain * bool(number)
-            decision = (
-                "crash" if failed else "keep" if val is not None and (best - val > FLOOR or not number) else "discard"
-            )
-            words, commit = f"{rng.choice(EDITS)}, number {number}", f"{number:040x}"
-            outcome = Outcome(
-                number, "t", kind, commit, parent, words, 1, "h100", "cuda", "", status="crash" if failed else "ok",
-                reason="RuntimeError: shapes" if failed else "", val_bpb=val, holdout_bpb=val, tokens=500_000_000,
-                steps=950, tokens_per_s=1.6e6, training_s=300.0, total_s=355.0, peak_mb=45_000.0,
-                curve=[[i / 50, (val or 1.0) + 2.0 + 6.0 * math.exp(-i / 6)] for i in range(50)],
-                ledger={"start": 3.0, "train": 300.0, "evaluate": 21.0, "audit": 9.0},
+            decision = Decision.CRASH if val is None else (
+                Decision.KEEP if best - val > FLOOR or not number else Decision.DISCARD
             )  # fmt: skip
-            chain.append("experiment", outcome.as_dict())
-            chain.append("decision", {
-                "number": number, "kind": kind, "commit": commit, "description": words, "decision": decision,
-                "reason": "because", "gain": None if val is None else best - val, "noise_bpb": FLOOR, "syntax": "",
-                "agent": "codex", "agent_s": 60.0, "cost_usd": 0.05, "slot": 0, "idle_s": 2.0,
-            })  # fmt: skip
-            if decision == "keep" and val is not None:
+            words, commit = f"{rng.choice(EDITS)}, number {number}", f"{number:040x}"
+            kind = Kind.EXPERIMENT if number else Kind.BASELINE
+            run = Run(number, kind, commit, parent, words, 1, Origin("codex", 60.0, 0.05))
+            curve = [(i / 50, (val or 1.0) + 2.0 + 6.0 * math.exp(-i / 6)) for i in range(50)]
+            chain.append(Outcome(
+                run=run, tag="t", preset="h100", device="cuda", source_sha256="",
+                status=Status.CRASH if failed else Status.OK, reason="RuntimeError: shapes" if failed else "",
+                scores=None if val is None else Scores(val, val), total_s=355.0,
+                training=Training(steps=950, tokens=500_000_000, wall_s=300.0, peak_mb=45_000.0, curve=curve),
+                ledger=Ledger(start=3.0, train=300.0, evaluate=21.0, audit=9.0),
+            ))  # fmt: skip
+            chain.append(Decided(
+                run=run, judgement=Judgement(decision, "because"), gain=None if val is None else best - val,
+                noise_bpb=FLOOR, idle_s=2.0,
+            ))  # fmt: skip
+            if decision == Decision.KEEP and val is not None:
                 best, parent = val, commit
     return folder
 
 
 @functools.cache
-def night_of(count: int) -> Night:
-    return Night.reading(folder_of(count))
+def night_of(count: int) -> NightFolder:
+    return NightFolder.reading(folder_of(count))
 
 
 def raced(count: int) -> Any:
     """Of a night that is read anew: what is learned from a run is kept."""
-    return false_stops(lessons(Night(folder_of(count), night_of(count).chain), FLOOR))
+    return false_stops(lessons(NightFolder(folder_of(count), night_of(count).chain), FLOOR))
 
 
 DOES = {
-    "start again": lambda count: Night.reading(folder_of(count)).tried(),
+    "start again": lambda count: NightFolder.reading(folder_of(count)).tried(),
     "brief": lambda count: write_brief(night_of(count), "h100"),
     "results.tsv": lambda count: tsv_text(night_of(count)),
     "report.html": lambda count: page(night_of(count), None),

@@ -14,23 +14,39 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.paths import import_root
-from hotloop.harness.records.record import Chain
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import Decided, Outcome, Status
 from hotloop.harness.sandbox.process import tail
 
-__all__ = ["Figure", "figures", "main", "page", "per_hour"]
+__all__ = ["Figure", "Ran", "figures", "main", "page", "per_hour"]
 
 TRAINING_S = 300.0
-Bodies = Sequence[Mapping[str, Any]]
 NIGHTS = {"plain": ["--prewarm", "off"], "ahead": ["--prewarm", "on", "--compile-cache"]}
 BUDGETS = {"h100": ["--budget-seconds", "10"], "laptop": ["--budget-flops", "1.5e11"]}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run, and how long the device had waited before it, where that is known."""
+
+    outcome: Outcome
+    idle_s: float | None = None
+
+    @property
+    def warm(self) -> bool:
+        return self.outcome.training.start.how == "warm"
+
+    @property
+    def given(self) -> bool:
+        """Whether it was given a compile cache."""
+        return bool(self.outcome.compiled and self.outcome.compiled.given)
 
 
 @dataclass(frozen=True)
@@ -56,51 +72,38 @@ class Figure:
         return self.found >= self.aim if self.more else self.found <= self.aim
 
 
-def figures(bodies: Bodies, idle_s: Mapping[int, float]) -> list[Figure]:
-    """The targets, by runs that ended with a score.
+def figures(runs: Sequence[Ran]) -> list[Figure]:
+    """The targets, by runs that ended with a score."""
+    done = [r for r in runs if r.outcome.status == Status.OK]
+    ahead = [r for r in done if r.warm]
 
-    Args:
-        bodies: of `experiment` entries.
-        idle_s: how long the device had waited before a run, by its number, where that is known.
-    """
-    done = [b for b in bodies if b["status"] == "ok"]
-    given = [b for b in done if b["compiled"].get("given")]
-    ahead = [b for b in done if b["start"].get("how") == "warm"]
-
-    def of(what: str, aim: float, runs: Bodies, *phases: str) -> Figure:
-        times = [sum(b["ledger"][p] for p in phases) for b in runs]
+    def of(what: str, aim: float, runs: Sequence[Ran], *phases: str) -> Figure:
+        ledgers = [dict(r.outcome.ledger.items()) for r in runs]
+        times = [sum(ledger[p] for p in phases) for ledger in ledgers]
         return Figure(what, statistics.median(times) if times else None, aim, len(times))
 
     first = ("start", "import", "compile", "calibrate")
-    warm = [b for b in ahead if b in given]
-    fresh = [b for b in done if not b["compiled"].get("given")]
     found = [
-        of("start to the first real batch, made ahead and with a compile cache, s", 12.0, warm, *first),
-        of("compile without a cache, s", 60.0, fresh, "compile"),
+        of("start to the first real batch, made ahead and with a compile cache, s", 12.0,
+           [r for r in ahead if r.given], *first),
+        of("compile without a cache, s", 60.0, [r for r in done if not r.given], "compile"),
         of("evaluation and audit, s", 8.0, done, "evaluate", "audit"),
         of("submission, s", 1.0, done, "submit"),
-    ]
+    ]  # fmt: skip
     for what, aim, runs in (
         ("experiments an hour, next trainer made ahead", 11.6, ahead),
-        ("experiments an hour, cold starts", None, [b for b in done if b["start"].get("how") != "warm"]),
+        ("experiments an hour, cold starts", None, [r for r in done if not r.warm]),
     ):
-        counted = [b for b in runs if b["number"] in idle_s]
-        found.append(Figure(what, per_hour(counted, idle_s) if counted else None, aim, len(counted), more=True))
-    waits = [idle_s[b["number"]] for b in ahead if b["number"] in idle_s]
-    found.append(
-        Figure(
-            "idle GPU before an experiment that was made ahead, the longest, s",
-            max(waits, default=None),
-            3.0,
-            len(waits),
-        )
-    )
-    return found
+        counted = [r for r in runs if r.idle_s is not None]
+        found.append(Figure(what, per_hour(counted) if counted else None, aim, len(counted), more=True))
+    waits = [r.idle_s for r in ahead if r.idle_s is not None]
+    what = "idle GPU before an experiment that was made ahead, the longest, s"
+    return [*found, Figure(what, max(waits, default=None), 3.0, len(waits))]
 
 
-def per_hour(bodies: Bodies, idle_s: Mapping[int, float]) -> float:
+def per_hour(runs: Sequence[Ran]) -> float:
     """Of experiments that train for five minutes and have the median overhead of these."""
-    beside = [float(b["total_s"] - b["ledger"]["train"] + idle_s[b["number"]]) for b in bodies]
+    beside = [r.outcome.total_s - r.outcome.ledger.train + (r.idle_s or 0.0) for r in runs]
     return 3600.0 / (TRAINING_S + statistics.median(beside))
 
 
@@ -117,24 +120,21 @@ def page(found: Iterable[Figure], on_gpu: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], dict[int, float]]:
-    """(`experiment` bodies, idle seconds before each) of records; those of several get numbers of their own.
+def read(paths: Iterable[Path]) -> list[Ran]:
+    """All runs of these records.
 
     Raises:
         UsageError: one that is not there.
         RecordError: one that is damaged.
     """
-    bodies: list[dict[str, Any]] = []
-    idle_s: dict[int, float] = {}
+    found: list[Ran] = []
     for path in paths:
         if not path.exists():
             raise UsageError(f"there is no night at {path.parent}")
-        chain, before = Chain.read(path), len(bodies)
-        numbers = {b["number"]: before + i for i, b in enumerate(chain.bodies("experiment"))}
-        bodies += [b | {"number": numbers[b["number"]]} for b in chain.bodies("experiment")]
-        decided = (d for d in chain.bodies("decision") if d["number"] in numbers)
-        idle_s |= {numbers[d["number"]]: float(d.get("idle_s") or 0.0) for d in decided}
-    return bodies, idle_s
+        chain = Chain.read(path)
+        idle_s = {d.run.number: d.idle_s for d in chain.bodies(Decided)}
+        found += [Ran(o, idle_s.get(o.run.number)) for o in chain.bodies(Outcome)]
+    return found
 
 
 def main(
@@ -151,14 +151,14 @@ def main(
         HotloopError: one of those nights failed.
     """
     if tags:
-        bodies, idle_s = read(Path("runs") / tag / "records.jsonl" for tag in tags)
+        runs = read(Path("runs") / tag / "records.jsonl" for tag in tags)
     else:
         assert settings is not None
         with tempfile.TemporaryDirectory() as scratch:
             source = train.read_bytes()
-            bodies, idle_s = read([_night(Path(scratch), name, settings, source, experiments, say) for name in nights])
-    found = figures(bodies, idle_s)
-    on_gpu = any(b["device"] == "cuda" for b in bodies)
+            runs = read([_night(Path(scratch), name, settings, source, experiments, say) for name in nights])
+    found = figures(runs)
+    on_gpu = any(r.outcome.device == "cuda" for r in runs)
     return not on_gpu or all(f.good for f in found), page(found, on_gpu)
 
 

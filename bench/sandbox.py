@@ -23,7 +23,7 @@ from hotloop.harness.sandbox.probe_cuda import probe_cuda
 from hotloop.harness.settings import BudgetRule, Spec
 from hotloop.harness.single import settings_from
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, SessionConfig, Trained
+from hotloop.harness.training.session import Session, SessionConfig
 
 __all__ = ["levels", "main"]
 
@@ -56,7 +56,7 @@ def main(pairs: int, steps: int, preset: str, data: str | None) -> int:
     spec = Spec(chosen.name, settings.device, 1, dataset.vocab_size, dataset.seq_len, chosen.batch_divisor)
     rows = dataset.rows("train")
 
-    def train(sandbox: Sandbox, tokens: int) -> Trained:
+    def train(sandbox: Sandbox, tokens: int) -> Session:
         rule = BudgetRule("tokens", float(tokens))
         with tempfile.TemporaryDirectory() as folder:
             return Session(SessionConfig(
@@ -65,7 +65,7 @@ def main(pairs: int, steps: int, preset: str, data: str | None) -> int:
             )).run()  # fmt: skip
 
     first = train(settings.sandbox, 1 << 17 if settings.device == "cpu" else 1 << 20)
-    tokens = first.tokens // first.steps * steps
+    tokens = first.training.tokens // first.training.steps * steps
     print(f"{settings.sandbox} against none, {settings.device}; {tokens:,} tokens each, {pairs} pairs")
     unit = "tok/cpu-s" if settings.device == "cpu" else "tok/s"
     print(f"{'pair':>4}  {'inside ' + unit:>17}  {'outside ' + unit:>17}  {'ratio':>7}  start inside, outside s")
@@ -74,10 +74,10 @@ def main(pairs: int, steps: int, preset: str, data: str | None) -> int:
         order = [settings.sandbox, best(0)] if pair % 2 else [best(0), settings.sandbox]
         found = {s.level: train(s, tokens) for s in order}
         inside, outside = found[settings.sandbox.level], found[0]
-        seconds = [t.training_cpu_s if settings.device == "cpu" else t.training_s for t in (inside, outside)]
-        speeds = [t.tokens / s for t, s in zip((inside, outside), seconds, strict=True)]
+        seconds = [t.training.cpu_s if settings.device == "cpu" else t.training.wall_s for t in (inside, outside)]
+        speeds = [t.training.tokens / s for t, s in zip((inside, outside), seconds, strict=True)]
         ratios.append(speeds[0] / speeds[1])
-        starts = f"{inside.ledger['start']:.3f}, {outside.ledger['start']:.3f}"
+        starts = f"{inside.ledger.start:.3f}, {outside.ledger.start:.3f}"
         print(f"{pair:>4}  {speeds[0]:>17,.0f}  {speeds[1]:>17,.0f}  {ratios[-1]:>7.4f}  {starts}", flush=True)
     middle = statistics.median(ratios)
     print(f"median ratio {middle:.4f} (from {min(ratios):.4f} to {max(ratios):.4f})")

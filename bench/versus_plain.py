@@ -19,6 +19,7 @@ from hotloop.harness.errors import HotloopError, TrialError, UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.machine import gpus, mfu_percent
 from hotloop.harness.paths import project_root
+from hotloop.harness.records.model import Curve
 from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Spec
@@ -41,7 +42,6 @@ class Side:
         step_s: the median steady step of the calibration, seconds.
         cpu_s: processor seconds of the training.
         ledger: seconds by phase.
-        curve: [progress, loss].
     """
 
     name: str
@@ -56,7 +56,7 @@ class Side:
     mfu_percent: float | None
     val_bpb: float
     ledger: dict[str, float]
-    curve: list[list[float]]
+    curve: Curve
     kernels: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -119,18 +119,18 @@ def train_once(name: str, source: bytes, settings: Settings, seed: int, tokens: 
             sandbox=settings.sandbox,
         )  # fmt: skip
         try:
-            trained = session.run()
-            check_weights(trained.weights, preset.limits.spare_bytes)
+            session.run()
+            check_weights(session.weights, preset.limits.spare_bytes)
             with Evaluator(scoring) as evaluator:
-                scored = evaluator.run(trained.weights)
+                scored = evaluator.run(session.weights)
         except TrialError as e:
             raise HotloopError(f"{name}, seed {seed}, ended as {e.status}: {e.reason}") from None
-    rate = trained.tokens / trained.training_s
+    trained = session.training
     return Side(
         name, seed, settings.device, trained.tokens, trained.steps, next(iter(budget.step_s.values())),
-        trained.training_s, trained.training_cpu_s, trained.peak_mb,
-        mfu_percent(settings.device, trained.flops_per_token, rate), scored.val_bpb, trained.ledger | scored.ledger,
-        trained.curve, trained.implementations,
+        trained.wall_s, trained.cpu_s, trained.peak_mb,
+        mfu_percent(settings.device, trained.flops_per_token, trained.tokens_per_s), scored.scores.val_bpb,
+        dict((session.ledger + scored.ledger).items()), trained.curve, trained.implementations,
     )  # fmt: skip
 
 

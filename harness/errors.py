@@ -89,7 +89,7 @@ class TrialError(HotloopError):
     """One experiment failed, with the status that goes into its record.
 
     Args:
-        status: one of `harness.records.record.FAILURES`.
+        status: one of `harness.records.model.FAILURES`.
         reason: one line.
     """
 

@@ -1,7 +1,7 @@
 """One experiment, whole: seal -> train -> evaluate -> audit -> seal -> outcome.
 
 outcome = run_experiment(job, settings)
-record(chain, outcome)
+chain.append(outcome)
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -23,13 +23,31 @@ from hotloop.harness.gpu.between_runs import fresh
 from hotloop.harness.machine import check_device, environment, mfu_percent
 from hotloop.harness.preflight.lint import problem
 from hotloop.harness.profile import Profile
-from hotloop.harness.records.record import OPEN_TEXT, Chain, Outcome, version
+from hotloop.harness.records.model import (
+    OPEN_TEXT,
+    Audit,
+    Compiled,
+    Corrected,
+    Curve,
+    Environment,
+    EvaluatorTime,
+    FixedBudget,
+    Kind,
+    Ledger,
+    Outcome,
+    Run,
+    SandboxFacts,
+    Scores,
+    Seals,
+    Status,
+    Training,
+    hotloop_version,
+)
 from hotloop.harness.records.seal import verify_seal
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.process import tail
 from hotloop.harness.sandbox.visible import exposed, exposed_text, readable_text
-from hotloop.harness.scoring.bound import Cost
 from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Preset, Spec
@@ -38,7 +56,7 @@ from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.compile_cache import PACK, Store
 from hotloop.harness.training.conditions import Watch, is_machines_fault, warnings
 from hotloop.harness.training.prewarm import Prewarmer
-from hotloop.harness.training.session import Event, Session, SessionConfig, Trained
+from hotloop.harness.training.session import Event, Session, SessionConfig
 from hotloop.harness.training.trainer import Setup
 
 __all__ = [
@@ -49,7 +67,6 @@ __all__ = [
     "data_warnings",
     "forget_weights",
     "losses",
-    "record",
     "replayed",
     "run_experiment",
     "scoring_of",
@@ -66,6 +83,7 @@ class Job:
     """What to run.
 
     Attributes:
+        run: what it is, for the record.
         source: the bytes of train.py, read once.
         incumbent_tokens: the incumbent's budget, which a budget in seconds snaps to; None for a first run.
         baseline_cpu_s: processor seconds of the baseline, which bound a budget in operations; None for a first run.
@@ -76,19 +94,14 @@ class Job:
         stop: told the curve so far ([progress, loss] pairs) and the budget's tokens after each logged loss; the reason
             to stop the run as `raced`, or None.
         reference: file of what the incumbent lost on each token, which the audit looks by; None for none.
-        baseline_cost: what the evaluation of the baseline computed, which bounds this one; None for a first run.
+        baseline_time: what the evaluation of the baseline computed, which bounds this one; None for a first run.
         keep_below: the bpb above which it cannot be kept, so that less of it is audited; None to audit it fully.
         folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
+    run: Run
     source: bytes
-    number: int
     tag: str
-    kind: str
-    commit: str
-    parent: str
-    description: str
-    seed: int
     folder: Path
     incumbent_tokens: int | None = None
     baseline_cpu_s: float | None = None
@@ -96,10 +109,10 @@ class Job:
     late: float = 1.0
     cold: bool = True
     budget: BudgetRule | None = None
-    replay: dict[str, Any] | None = None
-    stop: Callable[[list[list[float]], int], str | None] | None = None
+    replay: FixedBudget | None = None
+    stop: Callable[[Curve, int], str | None] | None = None
     reference: Path | None = None
-    baseline_cost: Cost | None = None
+    baseline_time: EvaluatorTime | None = None
     keep_below: float | None = None
 
 
@@ -149,18 +162,9 @@ def run_experiment(
         if on_event:
             on_event(event)
 
-    preset = settings.preset
-    outcome = Outcome(
-        **{k: getattr(job, k) for k in ("number", "tag", "kind", "commit", "parent", "description", "seed")},
-        preset=preset.name,
-        device=settings.device,
-        source_sha256=hashlib.sha256(job.source).hexdigest(),
-        environment=_environment(settings) | {"batch_divisor": preset.batch_divisor, "repeatable": settings.repeatable},
-        data=settings.dataset.facts(),
-        seals={"code": seal, "data": data},
-        sandbox=settings.sandbox.as_dict(),
-    )
     began = time.monotonic()
+    found = _Found()
+    status, reason, log_tail = Status.OK, "", list[str]()
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.txt", "evaluate.txt", "weights.safetensors", PACK, LOSSES):
@@ -170,32 +174,75 @@ def run_experiment(
             settings.profile.keep(job.folder)
         with Watch(settings.device, settings.sandbox.gpu, emit) as watch:
             try:
-                _try_twice(job, settings, outcome, watch, clock)
+                _try_twice(job, settings, found, watch, clock)
             finally:
-                outcome.conditions |= watch.facts()
+                seen = watch.facts()
     except TrialError as e:
-        outcome.status, outcome.reason = e.status, one_line(e.reason)
-        outcome.log_tail = tail(job.folder / "log.txt")  # never evaluate.txt: it can hold val text
+        status, reason = Status(e.status), one_line(e.reason)
+        log_tail = tail(job.folder / "log.txt")  # never evaluate.txt: it can hold val text
     except OSError as e:
         if e.errno == 28:
             raise DiskFullError(f"the disk of {job.folder} is full; free some space and start again") from None
         raise HotloopError(f"{e.filename or job.folder}: {e.strerror or e}") from None
     if (_verify_code(settings), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
-    outcome.total_s = time.monotonic() - began
+    total_s = time.monotonic() - began
     shorten(job.folder / "log.txt", LOG_BYTES)
-    told = [
-        *data_warnings(settings, outcome.data.get("epochs", 0.0)),
-        *warnings(outcome.conditions, outcome.training_s),
-    ]
-    if told:
-        outcome.conditions["warnings"] = told
+    training, facts = found.training, settings.dataset.facts()
+    conditions = msgspec.structs.replace(
+        seen, corrected=found.corrected, tried_again=found.tried_again, evaluate=found.evaluate_time,
+        audit=found.audit_time,
+    )  # fmt: skip
+    told = [*data_warnings(settings, training.tokens / facts.epoch_tokens), *warnings(conditions, training)]
+    outcome = Outcome(
+        run=job.run,
+        tag=job.tag,
+        preset=settings.preset.name,
+        device=settings.device,
+        source_sha256=hashlib.sha256(job.source).hexdigest(),
+        status=status,
+        reason=reason,
+        log_tail=log_tail,
+        scores=found.scores,
+        audit=found.audit,
+        budget=found.budget,
+        training=training,
+        ledger=found.ledger,
+        total_s=total_s,
+        mfu_percent=mfu_percent(settings.device, training.flops_per_token, training.tokens_per_s, settings.sandbox.gpu),
+        num_params=found.num_params,
+        weights_sha256=found.weights_sha256,
+        compiled=found.compiled,
+        conditions=msgspec.structs.replace(conditions, warnings=told),
+        environment=_environment(settings),
+        data=facts,
+        seals=Seals(seal, data),
+        sandbox=msgspec.convert(settings.sandbox.as_dict(), SandboxFacts),
+    )
     emit(Event("done", 1.0, message=outcome.status))
     return outcome
 
 
+@dataclass
+class _Found:
+    """What is known of an experiment so far: also where it fails, that is recorded."""
+
+    budget: FixedBudget = field(default_factory=FixedBudget)
+    training: Training = field(default_factory=Training)
+    ledger: Ledger = field(default_factory=Ledger)
+    compiled: Compiled | None = None
+    corrected: Corrected | None = None
+    tried_again: str = ""
+    num_params: int = 0
+    weights_sha256: str = ""
+    scores: Scores | None = None
+    audit: Audit | None = None
+    evaluate_time: EvaluatorTime | None = None
+    audit_time: EvaluatorTime | None = None
+
+
 def _try_twice(
-    job: Job, settings: Settings, outcome: Outcome, emit: Callable[[Event], None], clock: Callable[[], float]
+    job: Job, settings: Settings, found: _Found, emit: Callable[[Event], None], clock: Callable[[], float]
 ) -> None:
     """Run it; and once more where it ended as on broken hardware, and the device works again.
 
@@ -204,26 +251,26 @@ def _try_twice(
         DeviceError: the GPU does not work, or somebody else is on it, so that the failure says nothing of train.py.
     """
     try:
-        return _try(job, settings, outcome, emit, clock)
+        return _try(job, settings, found, emit, clock)
     except TrialError as e:
         if settings.device != "cuda" or e.status not in ("crash", "oom", "timeout"):
             raise
         fresh(settings.device, gpu=settings.sandbox.gpu)
         if e.status != "crash" or not is_machines_fault(e.reason):
             raise
-        outcome.ledger, outcome.conditions = {}, {"tried_again": e.reason}
-    _try(job, settings, outcome, emit, clock)
+        found.ledger, found.tried_again = Ledger(), e.reason
+    _try(job, settings, found, emit, clock)
 
 
 def _try(
-    job: Job, settings: Settings, outcome: Outcome, emit: Callable[[Event], None], clock: Callable[[], float]
+    job: Job, settings: Settings, found: _Found, emit: Callable[[Event], None], clock: Callable[[], float]
 ) -> None:
     preset, dataset = settings.preset, settings.dataset
     if reason := problem(job.source):
         raise TrialError("invalid", reason)
     rule = job.budget or preset.budget
     budget = Budget.replay(job.replay) if job.replay else Budget(rule, job.incumbent_tokens, job.pace, job.late)
-    epoch_tokens, before = outcome.data["epoch_tokens"], ""
+    epoch_tokens, before = dataset.facts().epoch_tokens, ""
 
     def shown(event: Event) -> None:
         """Says before anything is trained, when the budget is known, that it is more than the rows."""
@@ -238,12 +285,12 @@ def _try(
     train = dataset.rows("train")
     store, setup = settings.store, settings.setup
     given, note = store.load(setup) if store else (None, "")
-    outcome.compiled = {"given": given.as_dict() if given else None, "left": None, "note": note} if store else {}
+    found.compiled = Compiled(given.recorded() if given else None, note=note) if store else None
 
     def session(budget: Budget) -> Session:
         config = SessionConfig(
             source=job.source,
-            spec=_spec(settings, job.seed),
+            spec=_spec(settings, job.run.seed),
             preset=preset,
             rows=train,
             budget=budget,
@@ -263,61 +310,36 @@ def _try(
         return Session(config)
 
     scoring = scoring_of(
-        job.source, job.seed, settings, job.folder, on_event=emit, reference=losses(job.reference),
-        baseline=job.baseline_cost, keep_below=job.keep_below,
+        job.source, job.run.seed, settings, job.folder, on_event=emit, reference=losses(job.reference),
+        baseline=job.baseline_time, keep_below=job.keep_below,
     )  # fmt: skip
     with Evaluator(scoring) as evaluator:  # its processes make their imports beside the trainer's
         run = session(budget)
         began = clock()
         try:
             if not _promise_kept(run, job):
-                taken_s, promised_s = run.result.training_s, budget.expected_s
-                budget = Budget(rule, sustained=budget.used / taken_s)
+                found.corrected = Corrected(run.training.wall_s, budget.expected_s)
+                budget = Budget(rule, sustained=budget.used / run.training.wall_s)
                 run = session(budget)
-                outcome.conditions["corrected"] = {"training_s": taken_s, "promised_s": promised_s}
-                outcome.ledger["calibrate"] = clock() - began  # which is what the first try has become
+                found.ledger.calibrate = clock() - began  # which is what the first try has become
                 run.run()
         finally:
-            trained = run.result
-            _note_training(outcome, settings, budget, trained)
-        outcome.weights_sha256 = hashlib.sha256(trained.weights).hexdigest()
-        outcome.num_params = check_weights(trained.weights, preset.limits.spare_bytes)
-        (job.folder / "weights.safetensors").write_bytes(trained.weights)
-        if store and trained.compiled:
-            left, too_large = store.leave(trained.compiled, setup, given, job.folder)
-            outcome.compiled |= {"left": left.as_dict() if left else None, "note": note or too_large}
-            trained.compiled = None
-        found = evaluator.run(trained.weights, token_seconds(outcome))
-    assert found.nll is not None
-    np.save(job.folder / LOSSES, found.nll.astype(np.float16))
-    outcome.ledger |= found.ledger
-    outcome.val_bpb, outcome.holdout_bpb = found.val_bpb, found.holdout_bpb
-    outcome.val_bpb_reference = found.val_bpb_reference
-    outcome.audit = found.audit
-    outcome.conditions |= found.cost
-    outcome.status = "ok"
-
-
-def _note_training(outcome: Outcome, settings: Settings, budget: Budget, trained: Trained) -> None:
-    """Put into the record what a training came to, also one that failed."""
-    outcome.budget = budget.as_dict()
-    first_s = outcome.ledger.get("calibrate", 0.0)
-    outcome.ledger |= trained.ledger
-    if first_s:
-        outcome.ledger["calibrate"] = first_s + trained.ledger.get("calibrate", 0.0)
-    outcome.start = trained.start
-    outcome.tokens, outcome.steps, outcome.training_s = trained.tokens, trained.steps, trained.training_s
-    outcome.training_cpu_s = trained.training_cpu_s
-    outcome.tokens_per_s = trained.tokens / trained.training_s if trained.training_s else 0.0
-    outcome.peak_mb, outcome.depth, outcome.curve = trained.peak_mb, trained.depth, trained.curve
-    outcome.conditions["feed_late_s"] = trained.feed_late_s
-    outcome.data["epochs"] = trained.tokens / outcome.data["epoch_tokens"]
-    if trained.device_s is not None:
-        outcome.conditions |= {"device_s": trained.device_s, "device_wall_s": trained.device_wall_s}
-    outcome.mfu_percent = mfu_percent(
-        settings.device, trained.flops_per_token, outcome.tokens_per_s, settings.sandbox.gpu
-    )
-    outcome.environment["kernels"] = trained.implementations
+            found.budget, found.training = budget.recorded(), run.training
+            found.ledger += run.ledger
+        found.weights_sha256 = hashlib.sha256(run.weights).hexdigest()
+        found.num_params = check_weights(run.weights, preset.limits.spare_bytes)
+        (job.folder / "weights.safetensors").write_bytes(run.weights)
+        if store and run.compiled:
+            left, too_large = store.leave(run.compiled, setup, given, job.folder)
+            found.compiled = Compiled(
+                given.recorded() if given else None, left.recorded() if left else None, note or too_large
+            )
+            run.compiled = None
+        evaluation = evaluator.run(run.weights, token_seconds(run.training, settings.device))
+    np.save(job.folder / LOSSES, evaluation.nll.astype(np.float16))
+    found.ledger += evaluation.ledger
+    found.scores, found.audit = evaluation.scores, evaluation.audit
+    found.evaluate_time, found.audit_time = evaluation.evaluate_time, evaluation.audit_time
 
 
 def _promise_kept(session: Session, job: Job) -> bool:
@@ -332,16 +354,25 @@ def _promise_kept(session: Session, job: Job) -> bool:
     except TrialError as e:
         if not (first and e.status == "overtime" and session.budget.used):
             raise
-        if session.result.training_s <= session.config.preset.limits.overtime * session.budget.expected_s:
+        if session.training.wall_s <= session.config.preset.limits.overtime * session.budget.expected_s:
             raise  # by its processor time
         return False
-    if not first or job.kind != "baseline":
+    if not first or job.run.kind != Kind.BASELINE:
         return True
-    return session.budget.expected_s / session.config.preset.limits.overtime <= session.result.training_s
+    return session.budget.expected_s / session.config.preset.limits.overtime <= session.training.wall_s
 
 
-def scoring_of(source: bytes, seed: int, settings: Settings, folder: Path, **more: Any) -> Scoring:
-    """How a train.py is scored, on a folder that is there; `more` are further fields of `Scoring`."""
+def scoring_of(
+    source: bytes,
+    seed: int,
+    settings: Settings,
+    folder: Path,
+    on_event: Callable[[Event], None] = lambda _: None,
+    reference: npt.NDArray[np.floating] | None = None,
+    baseline: EvaluatorTime | None = None,
+    keep_below: float | None = None,
+) -> Scoring:
+    """How a train.py is scored, on a folder that is there."""
     preset, dataset = settings.preset, settings.dataset
     return Scoring(
         source=source,
@@ -355,7 +386,10 @@ def scoring_of(source: bytes, seed: int, settings: Settings, folder: Path, **mor
         folder=folder,
         threads=settings.threads,
         sandbox=settings.sandbox,
-        **more,
+        on_event=on_event,
+        reference=reference,
+        baseline=baseline,
+        keep_below=keep_below,
     )
 
 
@@ -364,10 +398,10 @@ def losses(path: Path | None) -> npt.NDArray[np.floating] | None:
     return np.load(path, allow_pickle=False) if path is not None and path.exists() else None
 
 
-def token_seconds(outcome: Outcome) -> float | None:
+def token_seconds(training: Training, device: str) -> float | None:
     """What training on a token cost, of the processor on a CPU; None for one that has no token."""
-    used_s = outcome.training_cpu_s if outcome.device == "cpu" else outcome.training_s
-    return used_s / outcome.tokens if outcome.tokens else None
+    used_s = training.cpu_s if device == "cpu" else training.wall_s
+    return used_s / training.tokens if training.tokens else None
 
 
 def _spec(settings: Settings, seed: int) -> Spec:
@@ -375,10 +409,14 @@ def _spec(settings: Settings, seed: int) -> Spec:
     return Spec(preset.name, settings.device, seed, dataset.vocab_size, dataset.seq_len, preset.batch_divisor)
 
 
-def _environment(settings: Settings) -> dict[str, Any]:
+def _environment(settings: Settings) -> Environment:
     facts = environment(settings.device, settings.threads, settings.sandbox.gpu)
-    facts["versions"] = facts["versions"] | {"hotloop": version()}  # whose record it is
-    return facts | ({"profile": settings.profile.as_record()} if settings.profile else {})
+    facts["versions"] = facts["versions"] | {"hotloop": hotloop_version()}  # whose record it is
+    profile = settings.profile.as_record() if settings.profile else None
+    more = {
+        "batch_divisor": settings.preset.batch_divisor, "repeatable": settings.repeatable, "profile": profile
+    }  # fmt: skip
+    return msgspec.convert(facts | more, Environment)
 
 
 def _verify_code(settings: Settings) -> str:
@@ -418,10 +456,10 @@ def data_warnings(settings: Settings, epochs: float = 0.0) -> list[str]:
     facts, told = settings.dataset.facts(), []
     if why := readable_text(settings.dataset.source, settings.sandbox):
         told.append(f"{OPEN_TEXT}: {why}")
-    if facts["share_in_rows"] < 0.5:
-        told.append(f"only {100 * facts['share_in_rows']:.1f} % of the text is in rows ({facts['packing']} packing)")
+    if facts.share_in_rows < 0.5:
+        told.append(f"only {100 * facts.share_in_rows:.1f} % of the text is in rows ({facts.packing} packing)")
     if epochs > 1:
-        told.append(_repeated("went", epochs, facts["epoch_tokens"]))
+        told.append(_repeated("went", epochs, facts.epoch_tokens))
     return told
 
 
@@ -429,36 +467,32 @@ def _repeated(verb: str, epochs: float, epoch_tokens: int) -> str:
     return f"the training {verb} {epochs:.2f} times through the {epoch_tokens:,} tokens of its rows"
 
 
-def record(chain: Chain, outcome: Outcome) -> dict[str, Any]:
-    """Append the outcome to a chain of records; returns the entry."""
-    return chain.append("experiment", outcome.as_dict())
-
-
 def replayed(outcome: Outcome, job: Job) -> Job:
     """The job that repeats a recorded experiment with its own budget and seed."""
-    return dataclasses.replace(job, kind="replay", seed=outcome.seed, replay=outcome.budget)
+    run = msgspec.structs.replace(job.run, kind=Kind.REPLAY, seed=outcome.run.seed)
+    return dataclasses.replace(job, run=run, replay=outcome.budget)
 
 
 def summary(outcome: Outcome) -> str:
     """The block that karpathy/autoresearch prints, in its order; its tools read it unchanged."""
     rows: list[tuple[str, str]] = []
-    if outcome.status == "ok":
+    if outcome.status == Status.OK:
         rows.append(("val_bpb", f"{outcome.val_bpb:.6f}"))
     else:
         rows += [("status", outcome.status), ("reason", outcome.reason)]
-    mfu = "n/a" if outcome.mfu_percent is None else f"{outcome.mfu_percent:.2f}"
+    training = outcome.training
     rows += [
-        ("training_seconds", f"{outcome.training_s:.1f}"),
+        ("training_seconds", f"{training.wall_s:.1f}"),
         ("total_seconds", f"{outcome.total_s:.1f}"),
-        ("peak_vram_mb", f"{outcome.peak_mb:.1f}"),
-        ("mfu_percent", mfu),
-        ("total_tokens_M", f"{outcome.tokens / 1e6:.1f}"),
-        ("num_steps", str(outcome.steps)),
+        ("peak_vram_mb", f"{training.peak_mb:.1f}"),
+        ("mfu_percent", "n/a" if outcome.mfu_percent is None else f"{outcome.mfu_percent:.2f}"),
+        ("total_tokens_M", f"{training.tokens / 1e6:.1f}"),
+        ("num_steps", str(training.steps)),
         ("num_params_M", f"{outcome.num_params / 1e6:.1f}"),
-        ("depth", "n/a" if outcome.depth is None else str(outcome.depth)),
+        ("depth", "n/a" if training.depth is None else str(training.depth)),
     ]
     rows += [("fusions", one_line(outcome.fusions))] if outcome.fusions else []
-    rows += [("warning", words) for words in outcome.conditions.get("warnings", [])]
+    rows += [("warning", words) for words in outcome.conditions.warnings]
     return "\n".join(["---", *(f"{k + ':':<18}{v}" for k, v in rows)])
 
 

@@ -32,7 +32,7 @@ from hotloop.harness.files import write_whole
 from hotloop.harness.gpu.nvml import Gpu
 from hotloop.harness.machine import cpu_name, installed_hash, package_version
 from hotloop.harness.paths import project_root
-from hotloop.harness.records.record import canonical
+from hotloop.harness.records.chain import canonical
 from hotloop.harness.records.seal import current_manifest
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import Preset

@@ -10,7 +10,17 @@ from typing import Any, Literal
 
 from hotloop.harness.errors import UsageError
 
-__all__ = ["PRESETS", "BudgetRule", "Limits", "Preset", "Spec", "auto_preset", "batch_divisor", "preset_named"]
+__all__ = [
+    "PRESETS",
+    "BudgetKind",
+    "BudgetRule",
+    "Limits",
+    "Preset",
+    "Spec",
+    "auto_preset",
+    "batch_divisor",
+    "preset_named",
+]
 
 BudgetKind = Literal["seconds", "flops", "tokens"]
 
@@ -20,7 +30,7 @@ class Spec:
     """What train.py is told; the only argument of `build_model`.
 
     Attributes:
-        preset: `h100` or `laptop`: which column of its hyperparameters train.py uses.
+        preset: `h100` or `laptop`: which values of its hyperparameters train.py uses.
         device: `cuda` or `cpu`.
         seed: seeds torch, numpy and random before `train` is called.
         vocab_size: tokens in the vocabulary, V.
@@ -51,6 +61,9 @@ class BudgetRule:
 
     kind: BudgetKind
     amount: float
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ class Limits:
     evaluate_s: float = 600.0
     evaluate_first_s: float = 120.0
     evaluate_step: float = 3.0
-    evaluate_baseline: float = 3.0
+    evaluate_baseline: float = 5.0
     spare_bytes: int = 16 << 20
     overtime: float = 1.03
     overtime_cpu: float = 1.5
@@ -112,6 +125,7 @@ class Preset:
     Attributes:
         source: the default source of `prepare.py`.
         eval_rows / holdout_rows: rows that are scored (all of them when fewer exist).
+        audit_cuts: of a run that may be kept; None for as many as val has rows.
         eval_batch_rows: rows a batch in the evaluators, fixed here so that no train.py can choose.
         calibrate_s / calibrate_steps: least duration and least number of steps of the calibration.
         warm_s: of training on made-up rows before the calibration of a device that stood idle: a cold card is faster.
@@ -132,6 +146,7 @@ class Preset:
     calibrate_steps: int
     noise_seeds: int
     limits: Limits = field(default_factory=Limits)
+    audit_cuts: int | None = None
     batch_divisor: int = 1
     warm_s: float = 0.0
 
@@ -171,8 +186,9 @@ PRESETS = {
         calibrate_s=0.5,
         calibrate_steps=2,
         noise_seeds=2,
+        audit_cuts=320,
         limits=Limits(
-            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=6.0, evaluate_step=1.0, spare_bytes=512 << 10
+            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=3.5, evaluate_step=0.65, spare_bytes=512 << 10
         ),
     ),
 }

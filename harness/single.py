@@ -18,7 +18,7 @@ from pathlib import Path
 from hotloop.harness.command_line import exit_status
 from hotloop.harness.data.dataset import default_data_dir, load_dataset
 from hotloop.harness.errors import DataError, DeviceError, HotloopError, UsageError
-from hotloop.harness.experiment import Job, Settings, data_warnings, record, replayed, run_experiment, summary
+from hotloop.harness.experiment import Job, Settings, data_warnings, replayed, run_experiment, summary
 from hotloop.harness.files import kind_of, read_ordinary
 from hotloop.harness.gpu.between_runs import touch
 from hotloop.harness.gpu.devices import chosen, named
@@ -28,7 +28,8 @@ from hotloop.harness.gpu.toolchain import torch_build
 from hotloop.harness.machine import check_device, gpu_memory_gib, threads_default
 from hotloop.harness.preflight.lint import MAX_BYTES, unfit
 from hotloop.harness.profile import Machine, enter, facts, find, kept
-from hotloop.harness.records.record import Chain, Lock, Outcome
+from hotloop.harness.records.chain import Chain, Lock
+from hotloop.harness.records.model import Kind, Outcome, Run, Status
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.scoring.score import Noise
@@ -288,17 +289,15 @@ def run_command(args: argparse.Namespace) -> int:
     _warn(settings)
     lock = Lock(SINGLES / "lock")  # two at once would write one record
     chain = Chain.open(SINGLES / "records.jsonl")
-    number = len(chain.bodies("experiment"))
+    number = len(chain.bodies(Outcome))
     commit = _git_commit(Path(args.train).resolve())
-    job = Job(
-        source, number, "single", "single", commit, "", f"{args.train}", args.seed,
-        SINGLES / "experiments" / f"{number:04d}", budget=budget_from(args),
-    )  # fmt: skip
+    run = Run(number, Kind.SINGLE, commit, "", f"{args.train}", args.seed)
+    job = Job(run, source, "single", SINGLES / "experiments" / f"{number:04d}", budget=budget_from(args))
     outcome = run_experiment(job, settings, _printer())
-    record(chain, outcome)
+    chain.append(outcome)
     lock.release()
     print(summary(outcome))
-    if outcome.status != "ok":
+    if outcome.status != Status.OK:
         print(*outcome.log_tail, sep="\n", file=sys.stderr)
     return EXIT_BY_STATUS[outcome.status]
 
@@ -310,43 +309,36 @@ def replay_command(args: argparse.Namespace) -> int:
     """
     night = Path("runs") / args.tag
     chain = Chain.read(night / "records.jsonl")
-    bodies = [b for b in chain.bodies("experiment") if b["number"] == args.experiment and b["kind"] != "replay"]
-    if not bodies:
-        have = sorted({b["number"] for b in chain.bodies("experiment")})
-        known = f"it has {have[0]} to {have[-1]}" if have else "it has none"
-        raise UsageError(f"{night} has no experiment {args.experiment}; {known}")
-    was = Outcome.from_dict(bodies[0])
+    was = chain.outcome(args.experiment)
+    number = was.run.number
     if not was.weights_sha256:
         raise UsageError(
-            f"experiment {was.number} left no weights ({was.status}: {was.reason}); there is nothing to replay"
+            f"experiment {number} left no weights ({was.status}: {was.reason}); there is nothing to replay"
         )
-    path = night / "experiments" / f"{was.number:04d}" / "train.py"
+    path = night / "experiments" / f"{number:04d}" / "train.py"
     source = read_train_source(path)
     if hashlib.sha256(source).hexdigest() != was.source_sha256:
-        raise UsageError(f"{path} is not what was run; restore it: git show {was.commit[:12]}:train.py > {path}")
+        raise UsageError(f"{path} is not what was run; restore it: git show {was.run.commit[:12]}:train.py > {path}")
     settings = settings_from(
-        preset=was.preset, device=was.device, data=args.data, threads=was.environment["threads"],
-        repeatable=was.repeatable, recorded=(path.parent, was.profile),
+        preset=was.preset, device=was.device, data=args.data, threads=was.environment.threads,
+        repeatable=was.environment.repeatable, recorded=(path.parent, was.profile),
     )  # fmt: skip
-    if settings.dataset.digest != was.seals["data"]:
-        raise DataError(f"{settings.dataset.path} is not the data that experiment {was.number} was trained on")
-    job = Job(
-        source, was.number, was.tag, "replay", was.commit, was.parent, was.description, was.seed,
-        night / "replays" / f"{was.number:04d}",
-    )  # fmt: skip
+    if settings.dataset.digest != was.seals.data:
+        raise DataError(f"{settings.dataset.path} is not the data that experiment {number} was trained on")
+    job = Job(was.run, source, was.tag, night / "replays" / f"{number:04d}")
     now = run_experiment(replayed(was, job), settings, _printer())
-    if now.status != "ok":
-        raise HotloopError(f"the replay of experiment {was.number} ended as {now.status}: {now.reason}")
-    then, here = was.sandbox.get("level"), now.sandbox["level"]
+    if now.status != Status.OK:
+        raise HotloopError(f"the replay of experiment {number} ended as {now.status}: {now.reason}")
+    then, here = was.sandbox.level, now.sandbox.level
     if then != here:
         print(f"note: it ran at sandbox level L{then}, and now at L{here}", file=sys.stderr)
-    print(f"experiment {was.number} ({was.commit[:7]}), seed {was.seed}, {was.tokens:,} tokens")
+    print(f"experiment {number} ({was.run.commit[:7]}), seed {was.run.seed}, {was.training.tokens:,} tokens")
     print(f"weights   {was.weights_sha256}\nreplayed  {now.weights_sha256}")
     print(f"val_bpb   {was.val_bpb:.9f}\nreplayed  {now.val_bpb:.9f}")
     if now.weights_sha256 == was.weights_sha256:
         print("identical")
         return 0
-    if was.repeatable:
+    if was.environment.repeatable:
         print("DIFFERENT: the machine, the versions or the thread count are not the same")
         return 1
     return _about_the_same(was, now, chain)
@@ -358,9 +350,10 @@ def _about_the_same(was: Outcome, now: Outcome, chain: Chain) -> int:
     assert now.val_bpb is not None
     difference = now.val_bpb - was.val_bpb
     groups: dict[tuple[str, int], dict[int, float]] = {}
-    for other in map(Outcome.from_dict, chain.bodies("experiment")):
-        if other.val_bpb is not None and not other.repeatable:
-            groups.setdefault((other.source_sha256, other.tokens), {}).setdefault(other.seed, other.val_bpb)
+    for other in chain.bodies(Outcome):
+        if other.val_bpb is not None and not other.environment.repeatable:
+            scores = groups.setdefault((other.source_sha256, other.training.tokens), {})
+            scores.setdefault(other.run.seed, other.val_bpb)
     floor = Noise.from_repeats(*(list(g.values()) for g in groups.values())).floor_bpb
     print("the weights differ, as those of --fast-nondeterministic may")
     if not floor:

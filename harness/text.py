@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["flushed", "forgiving", "one_line", "printable", "shorten"]
+__all__ = ["cut", "flushed", "forgiving", "one_line", "printable", "shorten"]
 
 
 def printable(text: str) -> str:
@@ -31,8 +31,15 @@ def _escape(c: str) -> str:
 
 def one_line(text: str, most: int | None = None) -> str:
     """The same in one line, blanks joined, of at most `most` characters."""
-    line = printable(" ".join((text if most is None else text[: 4 * most]).split()))
-    return line if most is None or len(line) <= most else line[: most - 3] + "..."
+    if most is None:
+        return printable(" ".join(text.split()))
+    line = printable(" ".join(text[: 4 * most].split()))
+    return cut(line + "..." * (len(text) > 4 * most), most)
+
+
+def cut(line: str, most: int) -> str:
+    """At most `most` characters of a line, and a sign where there were more."""
+    return line if len(line) <= most else line[: most - 3].rstrip() + "..."
 
 
 def forgiving(stream: IO[Any] | None) -> None:

@@ -13,9 +13,9 @@ Shapes, here and below: B batch, T time, D model, H heads, G key-value heads, K 
 from __future__ import annotations
 
 from hotloop.kernels.attend import attention, document_offsets
+from hotloop.kernels.compiler import compile
 from hotloop.kernels.dispatch import KernelError, compiled, implementations
 from hotloop.kernels.fp8 import linear_fp8
-from hotloop.kernels.fuse.compiler import compile
 from hotloop.kernels.head.cross_entropy import loss
 from hotloop.kernels.optimizer.adamw import adamw_
 from hotloop.kernels.optimizer.muon import muon_

@@ -6,14 +6,18 @@ Nothing is written to the user's home.
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from hotloop.harness.sandbox import residency
+from hotloop.harness.sandbox import levels, process, residency
+from tests import warm
 from tests.needs import NEEDS
 
 _STATE = tempfile.TemporaryDirectory(prefix="hotloop-state-")
@@ -26,11 +30,28 @@ settings.load_profile("hotloop")
 
 @pytest.fixture(autouse=True)
 def _pages_stay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What evaluators read is dropped from the machine's memory for those tests alone that are about it: each test
-    after it would read the packages from the disk again.
+    """What evaluators read is dropped from the machine's memory, and looked at one by one, for those tests alone that
+    are about it: each test after it would read the packages from the disk again.
     """
     if request.path.name != "test_read_only_stores.py":
         monkeypatch.setattr(residency, "begin", lambda since: None)
+        monkeypatch.setattr(residency, "settle_times", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def warm_children() -> Iterator[None]:
+    """For tests that are not of the sandbox: their children are forked by a process that has imported torch.
+
+    The best level is then the best one without bubblewrap, which starts programs of its own; a test that asks for
+    level 3 gets it, cold.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen}))
+        found = levels._candidates
+        patch.setattr(levels, "_candidates", lambda missing: sorted(found(missing), key=lambda c: c.level == 3))
+        levels.best.cache_clear()
+        yield
+    levels.best.cache_clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,23 +13,24 @@ import tomllib
 from pathlib import Path
 
 import git
+import msgspec
 import pytest
 from rich.console import Console
 
 from hotloop import prepare as prep
 from hotloop.agent_loop.agents.agent import Context, Turn
 from hotloop.agent_loop.commands.verify import checks
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
 from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options
-from hotloop.agent_loop.night import Night
 from hotloop.harness import profile
-from hotloop.harness.errors import UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.paths import project_root
 from hotloop.harness.records import heads
-from hotloop.harness.records.record import Chain, Lock
+from hotloop.harness.records.chain import Chain, Lock
+from hotloop.harness.records.model import Compiled, Decided, Decision, Judgement, Outcome
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.settings import PRESETS, BudgetRule, preset_named
 from tests.harness.conftest import TINY, tiny_source
@@ -85,7 +86,7 @@ def test_run_prints_the_block_and_its_replay_is_identical(tmp_path: Path, data: 
     assert [line.split(":")[0] for line in block[1:]] == names.split()
     values = dict(line.split(":") for line in block[1:])
     assert 1.0 < float(values["val_bpb"]) < 8.0
-    assert Chain.read(tmp_path / "runs/single/records.jsonl").bodies("experiment")[0]["training_s"] > 0
+    assert Chain.read(tmp_path / "runs/single/records.jsonl").outcome(0).training.wall_s > 0
     assert (tmp_path / "runs/single/experiments/0000/log.txt").read_text().count("val_bpb") == 1
     assert second.stdout.splitlines()[1] == block[1]  # the same score to the last digit
     replay = hotloop(tmp_path, "replay", "0", "--tag", "single", "--data", str(data))
@@ -111,8 +112,8 @@ def test_no_sandbox_is_refused_unless_it_is_asked_for(tmp_path: Path, data: Path
     done = hotloop(tmp_path, *run, "--unsafe-no-sandbox")
     assert done.returncode == 0
     assert "WARNING: train.py runs without a sandbox" in done.stderr
-    body = Chain.read(tmp_path / "runs/single/records.jsonl").bodies("experiment")[0]
-    assert body["sandbox"]["level"] == 0
+    outcome = Chain.read(tmp_path / "runs/single/records.jsonl").outcome(0)
+    assert outcome.sandbox.level == 0
 
 
 def test_a_failure_is_an_exit_status_with_its_reason(tmp_path: Path, data: Path) -> None:
@@ -154,11 +155,11 @@ def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) ->
         "look ahead": ("invalid", tiny_source(MIX="x = x + x.roll(-1, 1)")),
         "another protocol": ("invalid", tiny_source(SUBMIT="run._wire.send('score', val_bpb=0.1)")),
         "a fake score": ("discard", tiny_source(SUBMIT="print('---\\nval_bpb:          0.000001', flush=True)")),
-        "learn faster": ("keep", TINY.replace("lr=0.01", "lr=0.03").encode()),
+        "learn faster": ("keep", TINY.replace("lr=1.0", "lr=3.0").encode()),
     }
     preset = preset_named("laptop").with_limits(stall_s=3.0, overtime=50.0)
     settings = Settings(preset, "cpu", prep.load_dataset(data), 1)
-    night = Night(tmp_path / "runs" / "t")
+    night = NightFolder(tmp_path / "runs" / "t")
     agent = Scripted({name: source for name, (_, source) in tries.items()})
     options = Options(experiments=len(tries), budget=BudgetRule("flops", 3e8))
     with View(Console(width=160)) as view:
@@ -168,7 +169,7 @@ def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) ->
     assert all(r.reason for r in rows)
     assert all(r.val_bpb is None for r in rows[1:8])
     assert rows[8].val_bpb == rows[0].val_bpb  # printing changes nothing
-    assert b"lr=0.03" in made.git.show("autoresearch/t:train.py").encode()
+    assert b"lr=3.0" in made.git.show("autoresearch/t:train.py").encode()
     assert not list((night.folder / "experiments").glob("*/scratch"))
     _is_verified(tmp_path, night, made, data)
     made.close()
@@ -188,7 +189,7 @@ def test_noise_is_measured_on_as_many_seeds_as_are_asked_for(tmp_path: Path, dat
     refused(hotloop(tmp_path, "noise", "--seeds", "0", *SMALL, "--data", str(data)), 2, "--seeds must be at least 1")
 
 
-def _is_verified(tmp_path: Path, night: Night, repo: git.Repo, data: Path) -> None:
+def _is_verified(tmp_path: Path, night: NightFolder, repo: git.Repo, data: Path) -> None:
     """`hotloop verify` holds for a real night and finds each thing that was changed."""
 
     def bad(folder: Path) -> set[str]:
@@ -236,10 +237,10 @@ def _is_verified(tmp_path: Path, night: Night, repo: git.Repo, data: Path) -> No
     forged = Chain(tmp_path / "forged" / "records.jsonl", [], 0, 0)
     forged.path.parent.mkdir()
     for entry in Chain.read(path).entries:
-        body = entry["body"]
-        if entry["kind"] == "decision" and body["decision"] == "discard":
-            body = body | {"decision": "keep"}
-        forged.append(entry["kind"], body)
+        body = entry.body
+        if isinstance(body, Decided) and body.judgement.decision == Decision.DISCARD:
+            body = msgspec.structs.replace(body, judgement=Judgement(Decision.KEEP, body.judgement.reason))
+        forged.append(body)
     assert {"decisions", "branch"} <= bad(forged.path.parent)
     assert "signatures" in {n for n, good, _ in checks(night.folder, repo, "00" * 32) if not good}
 
@@ -257,20 +258,23 @@ def test_a_night_with_prewarming_and_a_compile_cache_scores_what_one_without_doe
             "--noise-seeds", "1", "--no-watchdog", *more, GIT_AUTHOR_NAME="u", GIT_AUTHOR_EMAIL="u@u",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        nights[how] = Chain.read(tmp_path / "runs" / how / "records.jsonl").bodies("experiment")
+        nights[how] = Chain.read(tmp_path / "runs" / how / "records.jsonl").bodies(Outcome)
         assert ("warm start" in done.stdout) == (how == "on")
         assert not list((tmp_path / "runs" / how / "prewarm").glob("*/*"))
-    assert [b["start"]["how"] for b in nights["off"]] == ["cold", "cold"]
-    assert [b["start"]["how"] for b in nights["on"]] == ["cold", "warm"]
-    assert nights["on"][0]["start"]["because"] == "none was made ready"
+    assert [o.training.start.how for o in nights["off"]] == ["cold", "cold"]
+    assert [o.training.start.how for o in nights["on"]] == ["cold", "warm"]
+    assert nights["on"][0].training.start.because == "none was made ready"
     # It compiles nothing, so there is nothing to give.
-    assert [b["compiled"] for b in nights["on"]] == [{"given": None, "left": None, "note": ""}] * 2
-    assert [b["compiled"] for b in nights["off"]] == [{}] * 2
-    same = ("status", "val_bpb", "holdout_bpb", "weights_sha256", "tokens", "curve", "source_sha256")
-    assert [{k: b[k] for k in same} for b in nights["on"]] == [{k: b[k] for k in same} for b in nights["off"]]
-    assert nights["on"][1]["ledger"]["start"] < nights["off"][1]["ledger"]["start"]
+    assert [o.compiled for o in nights["on"]] == [Compiled()] * 2
+    assert [o.compiled for o in nights["off"]] == [None] * 2
+    on, off = (
+        [(o.status, o.scores, o.weights_sha256, o.training.tokens, o.training.curve, o.source_sha256) for o in made]
+        for made in (nights["on"], nights["off"])
+    )
+    assert on == off
+    assert nights["on"][1].ledger.start < nights["off"][1].ledger.start
     shown = hotloop(tmp_path, "show", "1", "--tag", "on")
-    assert re.search(r"start: +how: warm, prepared s: [0-9.]+", shown.stdout), shown.stdout
+    assert re.search(r"start: +warm, made ready in [0-9.]+ s", shown.stdout), shown.stdout
 
 
 def test_a_night_keeps_its_kind_and_its_profile(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,10 +299,11 @@ def test_a_night_keeps_its_kind_and_its_profile(tmp_path: Path, data: Path, monk
     done = night(*loop, "--fast-nondeterministic", GIT_AUTHOR_NAME="u", GIT_AUTHOR_EMAIL="u@u")
     assert done.returncode == 0, done.stderr
     assert "WARNING: --fast-nondeterministic: the same train.py may give other weights" in done.stdout
-    (body,) = Chain.read(tmp_path / "runs/f/records.jsonl").bodies("experiment")
-    assert body["environment"]["repeatable"] is False
-    assert body["environment"]["profile"] == {"sha256": mine.sha256, "selection": {"threads": "1"}, "packages": {}}
-    assert body["environment"]["threads"] == 1
+    environment = Chain.read(tmp_path / "runs/f/records.jsonl").outcome(0).environment
+    assert environment.repeatable is False and environment.threads == 1
+    assert environment.profile and (environment.profile.sha256, environment.profile.selection) == (
+        mine.sha256, {"threads": "1"},
+    )  # fmt: skip
     profile.write(profile.own_path(here), tuned | {"selection": {"threads": "2"}})
     assert night(*loop, "--fast-nondeterministic").returncode == 0
     again = night(*loop)
@@ -315,12 +320,6 @@ def test_a_night_keeps_its_kind_and_its_profile(tmp_path: Path, data: Path, monk
     for command in (loop, ["replay", "0", "--tag", "f", "--data", str(data)]):
         refused(night(*command), 5, f"was made under the profile {mine.sha256[:12]}")
     assert "the weights differ, as those of --fast-nondeterministic may\nval_bpb differs by " in replay.stdout
-    old = Night(tmp_path / "runs/f")  # a night of before there was a choice
-    old.chain.entries[0]["body"].pop("repeatable")
-    wanted = old.chain.entries[0]["body"]
-    Night(tmp_path / "runs/f", old.chain).check_settings(wanted | {"repeatable": True})
-    with pytest.raises(UsageError, match="repeatable = True, not False"):
-        Night(tmp_path / "runs/f", old.chain).check_settings(wanted | {"repeatable": False})
 
 
 def test_an_audit_repeats_the_recorded_score(tmp_path: Path, data: Path) -> None:
@@ -349,7 +348,7 @@ def test_signed_records_verify_and_go_on_with_their_key_only(tmp_path: Path, dat
     (tmp_path / "key").chmod(0o644)
     refused(hotloop(tmp_path, *run, **key), 2, "others may read the key .*chmod 600")
     path = tmp_path / "runs" / "single" / "records.jsonl"
-    signature = Chain.read(path).entries[0]["signature"]
+    signature = json.loads(path.read_text().splitlines()[0])["signature"]
     path.write_text(path.read_text().replace(signature, "00" * 64))
     assert "the signature of line 1 is wrong" in hotloop(tmp_path, "verify", "--tag", "single").stdout
 

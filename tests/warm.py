@@ -32,7 +32,7 @@ __all__ = ["Popen", "output", "run"]
 
 ROOT = Path(__file__).parents[1]
 ISOLATED = ("-I", "-B", "-u")
-TRAINER = ("numpy", "torch", "hotloop.harness.training.run", "hotloop.harness.training.flops")
+TRAINER = ("numpy", "torch", "torch._dynamo", "hotloop.harness.training.run", "hotloop.harness.training.flops")
 SCRIPT = ("numpy", "torch", "triton", "torch._dynamo")
 # Variables that are read where something is imported, so that each of their values has a process of its own.
 AT_IMPORT = ("TRITON_", "TORCH", "PYTHON", "OMP_", "MKL_", "MALLOC_", "LD_")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hotloop.agent_loop.agents.sandbox import FILE_BYTES, AgentSandbox
+from hotloop.agent_loop.night import Row
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.files import read_ordinary
 from hotloop.harness.sandbox.bounds import Bounds
@@ -33,6 +34,10 @@ class Tried:
     reason: str
     description: str
     val_bpb: float | None
+
+    @classmethod
+    def told(cls, row: Row) -> Tried:
+        return cls(row.number, row.decision, row.reason, row.description, row.val_bpb)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hotloop.agent_loop.agents.contract import in_force, signatures
-from hotloop.agent_loop.night import Night, Row, Run
-from hotloop.harness.records.record import Outcome
+from hotloop.agent_loop.night import Night, Row
+from hotloop.harness.records.model import Decision, Outcome, Run
 from hotloop.harness.settings import BudgetRule
-from hotloop.harness.text import printable
+from hotloop.harness.text import cut, printable
 
 __all__ = ["MAX_TOKENS", "Facts", "most_tokens", "quoted", "write_brief"]
 
@@ -41,6 +41,7 @@ THEMES = (
     ("loss and regularisation", r"loss|dropout|smooth|z-?loss"),
     ("speed", r"compile|kernel|fus|bf16|fp8|precision|faster|throughput"),
 )
+SHOWN_LOGS = (Decision.CRASH, Decision.OOM, Decision.NAN)
 STUCK = (
     "Read train.py again for what it takes for granted, and question the thing that nobody varied yet.",
     "Combine two near misses that touch different parts.",
@@ -171,7 +172,7 @@ def _parts(
     ])  # fmt: skip
     if refused:
         yield _Part("Your last edit was refused", [f"{quoted(refused, 400)} Mend it, or make another."])
-    if best is not None and best.outcome is not None:
+    if best is not None:
         score = night.incumbent_score()
         yield _Part("Where it stands", [
             f"Preset {preset}. Best val_bpb {score} (experiment {best.number}); train.py here is that one. "
@@ -183,7 +184,7 @@ def _parts(
         ])  # fmt: skip
     if facts:
         yield _Part("The values in force", [], list(in_force(facts.incumbent, preset)), False, 0.08, 2)
-    kept = [r for r in rows if r.decision == "keep"]
+    kept = [r for r in rows if r.decision == Decision.KEEP]
     yield _Part("How it got there", [], [_line(r, floor) for r in kept[-40:]], True, 0.10, 5)
     if len(kept) > 1 and facts:
         changed = list(_changes(facts.baseline, facts.incumbent))
@@ -191,18 +192,18 @@ def _parts(
     yield _Part("Under way now", [], [f"- {r.number}: {quoted(r.description)}" for r in running], True, 0.05, 0)
     head = ["| # | decision | val_bpb | gain | gain/floor | what | why |", "|---|---|---|---|---|---|---|"]
     yield _Part("The last results", head, [_cells(r, floor) for r in last], True, 0.24, 0)
-    said = [f"- {r.number} {r.decision}: {quoted(r.why, 240)}" for r in rows[-60:] if r.why]
+    said = [f"- {r.number} {r.decision}: {quoted(r.origin.why, 240)}" for r in rows[-60:] if r.origin.why]
     yield _Part("Hypotheses, and what became of them", [], said[-16:], True, 0.08, 3)
     yield _Part("Near misses, best first", [], [_line(r, floor) for r in _near_misses(rows, floor)], False, 0.12, 1)
     yield _Part("What failed, and how", [], [x for r in _failed(rows) for x in _failure(r)], False, 0.12, 3)
     yield _Part("Tried by theme (runs, kept, best gain)", [], list(_themes(rows)), False, 0.08, 1)
-    curves = [r.outcome for r in (best, *reversed(last)) if r and r.outcome and len(r.outcome.curve) > 4]
-    losses = [_curve(o) for o in _distinct(curves)[:5]]
+    latest = {r.number: r.outcome for r in (best, *reversed(last)) if r and len(r.outcome.training.curve) > 4}
+    losses = [_curve(o) for o in list(latest.values())[:5]]
     yield _Part("Training loss at tenths of the budget", [], losses, False, 0.05, 6)
     if facts and facts.blind:
         offered = signatures(facts.incumbent)
         yield _Part("What `kernels` offers (train.py shows how most are called)", [], offered, False, 0.14, 5)
-    since = next((i for i, r in enumerate(reversed(rows)) if r.decision == "keep"), len(rows))
+    since = next((i for i, r in enumerate(reversed(rows)) if r.decision == Decision.KEEP), len(rows))
     if since >= 4:
         first = since % len(STUCK)
         advice = [f"- {STUCK[(first + i) % len(STUCK)]}" for i in range(3)]
@@ -211,8 +212,7 @@ def _parts(
 
 def _budget(facts: Facts, best: Outcome) -> Iterator[str]:
     amount, kind = facts.budget.amount, facts.budget.kind
-    tokens = best.budget.get("tokens")
-    now = f" (the best one's: {tokens:,} tokens)" if isinstance(tokens, int) else ""
+    now = f" (the best one's: {best.budget.tokens:,} tokens)" if best.budget.tokens else ""
     yield {
         "seconds": f"Budget: {amount:g} s of training{now}, counted as the tokens that your step gets through in them, "
         "measured before the training: a faster step trains on more tokens. Compiling and warm-up are free. Training "
@@ -231,7 +231,7 @@ def _changes(baseline: bytes, incumbent: bytes) -> tuple[str, ...]:
     old, new = (text.decode("utf-8", "replace").splitlines() for text in (baseline, incumbent))
     for line in [*difflib.unified_diff(old, new, n=1, lineterm="")][2:]:
         shown = printable(line.expandtabs(4)).replace("`", "'")
-        rows.append(f"    {shown if len(shown) <= 140 else shown[:137] + '...'}")
+        rows.append(f"    {cut(shown, 140)}")
     return tuple(rows)
 
 
@@ -262,19 +262,20 @@ def _where_time_goes(outcome: Outcome) -> Iterator[str]:
     parts = ", ".join(f"{k} {v:.1f}" for k, v in outcome.ledger.items() if v >= 0.05)
     if parts:
         yield f"Its run took {outcome.total_s:.0f} s: {parts}."
-    if outcome.steps and outcome.training_s:
+    training = outcome.training
+    if training.steps and training.wall_s:
         each = {
-            "by the device's clock": outcome.conditions.get("device_s"),
-            "waiting for rows": outcome.conditions.get("feed_late_s"),
-            "on the processor": outcome.training_cpu_s or None,
+            "by the device's clock": training.device_s,
+            "waiting for rows": training.feed_late_s,
+            "on the processor": training.cpu_s or None,
         }
-        told = [f"{name} {s / outcome.steps:.4g}" for name, s in each.items() if isinstance(s, int | float)]
-        yield f"A step takes {outcome.training_s / outcome.steps:.4g} s{': ' if told else ''}{', '.join(told)}."
+        told = [f"{name} {s / training.steps:.4g}" for name, s in each.items() if s is not None]
+        yield f"A step takes {training.wall_s / training.steps:.4g} s{': ' if told else ''}{', '.join(told)}."
     mfu = "" if outcome.mfu_percent is None else f", MFU {outcome.mfu_percent:.1f} %"
-    if outcome.tokens:
+    if training.tokens:
         yield (
-            f"{outcome.tokens:,} tokens in {outcome.steps} steps at {outcome.tokens_per_s:,.0f} a second{mfu}; "
-            f"{outcome.num_params / 1e6:.1f} M parameters, peak memory {outcome.peak_mb:,.0f} MB."
+            f"{training.tokens:,} tokens in {training.steps} steps at {training.tokens_per_s:,.0f} a second{mfu}; "
+            f"{outcome.num_params / 1e6:.1f} M parameters, peak memory {training.peak_mb:,.0f} MB."
         )
 
 
@@ -283,12 +284,12 @@ def _fusions(best: Outcome, last: Sequence[Row]) -> Iterator[str]:
     if best.fusions:
         yield f"Fused kernels found in it: {quoted(best.fusions, 240)}. What is not found runs as written, slower."
         for row in last:
-            if row.outcome and row.outcome.fusions not in ("", best.fusions):
+            if row.outcome.fusions not in ("", best.fusions):
                 yield f"In experiment {row.number}: {quoted(row.outcome.fusions, 240)}."
 
 
 def _near_misses(rows: list[Row], floor: float) -> list[Row]:
-    close = [r for r in rows if r.decision == "discard" and r.gain is not None and r.gain > -floor]
+    close = [r for r in rows if r.decision == Decision.DISCARD and r.gain is not None and r.gain > -floor]
     return sorted(close, key=lambda r: -(r.gain or 0.0))[:10]
 
 
@@ -296,14 +297,14 @@ def _failed(rows: list[Row]) -> list[Row]:
     """The last ones, each reason once."""
     found: dict[str, Row] = {}
     for row in reversed(rows):
-        if row.decision not in ("keep", "discard", "marginal"):
+        if row.decision.failed:
             found.setdefault(f"{row.decision}{row.reason[:60]}", row)
     return list(found.values())[:8]
 
 
 def _failure(row: Row) -> Iterator[str]:
     yield f"- {row.number} {row.decision}: {quoted(row.reason, 240)} in {quoted(row.description)}"
-    tail = row.outcome.log_tail[-3:] if row.outcome and row.decision in ("crash", "oom", "nan") else []
+    tail = row.outcome.log_tail[-3:] if row.decision in SHOWN_LOGS else []
     yield from (f"  - {quoted(line, 160)}" for line in tail if line.strip())
 
 
@@ -325,14 +326,10 @@ def _themes(rows: list[Row]) -> Iterator[str]:
         yield f"- not tried yet: {', '.join(untried)}"
 
 
-def _distinct(outcomes: list[Outcome]) -> list[Outcome]:
-    return list({o.number: o for o in outcomes}.values())
-
-
 def _curve(outcome: Outcome) -> str:
     """Each figure is the mean of its tenth: single steps are noise."""
     tenths: list[list[float]] = [[] for _ in range(10)]
-    for progress, loss in outcome.curve:
+    for progress, loss in outcome.training.curve:
         tenths[min(9, int(progress * 10))].append(loss)
     means = " ".join(f"{sum(t) / len(t):.3f}" if t else "-" for t in tenths)
-    return f"- {outcome.number}: {means}"
+    return f"- {outcome.run.number}: {means}"

@@ -72,7 +72,7 @@ _MAX_ROUNDS = 80
 _START = 'prompt=$1 errors=$2; shift 2; exec "$@" <"$prompt" 2>"$errors"'
 
 
-class _Client:
+class _CodingClient:
     """What the two have in common: one run in the sandbox, and what its end means.
 
     Args:
@@ -167,7 +167,7 @@ class _Client:
         return Turn(words, said.cost_usd, said.tokens, why)
 
 
-class ClaudeAgent(_Client):
+class ClaudeAgent(_CodingClient):
     """Claude Code: reads, searches and edits files; runs nothing, and asks nothing.
 
     Its key is ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or CLAUDE_CODE_OAUTH_TOKEN; ANTHROPIC_BASE_URL is passed on.
@@ -210,7 +210,7 @@ class ClaudeAgent(_Client):
         return from_claude(output)
 
 
-class CodexAgent(_Client):
+class CodexAgent(_CodingClient):
     """Codex: works through a shell of its own inside the sandbox.
 
     Its key is CODEX_API_KEY, OPENAI_API_KEY or the OPENAI_API_KEY of ~/.codex/auth.json; OPENAI_BASE_URL says where

@@ -21,6 +21,7 @@ class _State:
     agent: Agent
     backoff: Backoff = field(default_factory=lambda: Backoff(FIRST_WAIT_S, LONGEST_WAIT_S))
     refusals: int = 0
+    invalid: Backoff = field(default_factory=lambda: Backoff(FIRST_WAIT_S, LONGEST_WAIT_S))
     until: float = 0.0  # infinite: it has nothing more to give
 
 
@@ -76,6 +77,15 @@ class TurnOrder:
         if state.refusals >= REFUSALS:
             state.refusals = 0
             self.failed(agent, AgentError(f"{REFUSALS} edits in a row could not be run"))
+
+    def ran(self, name: str, decision: str) -> None:
+        """A run of its edit is decided. One that is `invalid` is a slip; one after the other pauses it, ever longer."""
+        for state in self._states:
+            if state.agent.name == name and decision != "invalid":
+                state.invalid.tries = 0
+            elif state.agent.name == name:
+                slip, wait_s = state.invalid.tries == 0, state.invalid.next_s()
+                state.until = state.until if slip else max(state.until, self._clock() + wait_s)
 
     def incumbent_changed(self) -> None:
         """Who had nothing left to give for the old one may have for the new one."""

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import git
+import msgspec
 
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import Repo, branch_of, said
 from hotloop.agent_loop.loop.live import sparkline
-from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.night import Row
 from hotloop.harness.errors import UsageError
+from hotloop.harness.records.model import Compiled, Decision
 from hotloop.harness.text import one_line, printable
 
 __all__ = ["best_command", "checkout_command", "diff_command", "night_named", "show_command"]
 
 
-def night_named(tag: str, runs: Path = Path("runs")) -> Night:
+def night_named(tag: str, runs: Path = Path("runs")) -> NightFolder:
     """Raises UsageError: no such night."""
     if not (runs / tag / "records.jsonl").exists():
         raise UsageError(f"there is no night called {tag} under {runs.resolve()}")
-    return Night.reading(runs / tag)
+    return NightFolder.reading(runs / tag)
 
 
 def _repo() -> git.Repo:
@@ -31,72 +33,61 @@ def _repo() -> git.Repo:
         raise UsageError(f"{Path.cwd()} is not in the repository of that night") from None
 
 
-def _row(night: Night, number: int) -> Row:
-    rows = night.rows()
-    for row in rows:
-        if row.number == number:
-            return row
-    known = f"it has {rows[0].number} to {rows[-1].number}" if rows else "it has none yet"
-    raise UsageError(f"{night.folder.name} has no experiment {number}; {known}")
+def _row(night: NightFolder, number: int) -> Row:
+    row, rows = night.row(number), night.rows()
+    if row is None:
+        known = f"it has {rows[0].number} to {rows[-1].number}" if rows else "it has none yet"
+        raise UsageError(f"{night.folder.name} has no experiment {number}; {known}")
+    return row
 
 
-def _packs(compiled: dict[str, Any]) -> str:
+def _packs(compiled: Compiled | None) -> str:
     """The compile caches that a run was given and left."""
     words = []
-    for what in ("given", "left"):
-        if pack := compiled.get(what):
-            words.append(f"{what} {pack['files']} files, {pack['bytes'] / 1e6:.1f} MB, link {pack['generation']}")
-    return "; ".join([*words, *filter(None, [compiled.get("note")])]) or "no cache"
+    for what, pack in (("given", compiled.given), ("left", compiled.left)) if compiled else ():
+        if pack:
+            words.append(f"{what} {pack.files} files, {pack.bytes / 1e6:.1f} MB, link {pack.generation}")
+    return "; ".join([*words, *([compiled.note] if compiled and compiled.note else [])]) or "no cache"
 
 
 def show_command(args: argparse.Namespace) -> int:
     """All of one experiment: decision, numbers, where the time went, curve, log, files."""
     night = night_named(args.tag)
     row = _row(night, args.experiment)
+    o, training, origin = row.outcome, row.outcome.training, row.origin
+    gain = f" ({row.gain:+.6f} against the incumbent)" if row.gain is not None else ""
+    reference = o.scores.val_bpb_reference if o.scores else None
+    prepared = f", made ready in {training.start.prepared_s:.1f} s" if training.start.prepared_s is not None else ""
+    because = f": {training.start.because}" if training.start.because else ""
+    repeats = "" if o.environment.repeatable else "; --fast-nondeterministic: it need not repeat"
+    curve = [loss for _, loss in training.curve]
+    folder = night.experiment_folder(row.number)
     facts = [
-        ("experiment", f"{row.number} of {args.tag} ({row.kind}){f', by {row.agent}' if row.agent else ''}"),
+        ("experiment", f"{row.number} of {args.tag} ({row.kind}){f', by {origin.agent}' if origin.agent else ''}"),
         ("what", row.description),
         ("decision", row.decision),
         ("why", row.reason),
-        *([("hypothesis", row.why)] if row.why else []),
-        *([("turn", f"{row.tokens:,} tokens of a model, ${row.cost_usd:.2f}")] if row.tokens else []),
+        ("hypothesis", origin.why),
+        ("turn", f"{origin.tokens:,} tokens of a model, ${origin.cost_usd:.2f}" if origin.tokens else ""),
         ("commit", row.commit),
+        ("val_bpb", f"{row.val_bpb:.6f}{gain}" if row.val_bpb is not None else ""),
+        ("", f"{reference:.6f} with the bytes that the reference counts" if reference is not None else ""),
+        ("tokens", f"{training.tokens:,} in {training.steps} steps at {training.tokens_per_s:,.0f}/s"),
+        ("model", f"{o.num_params / 1e6:.1f} M parameters, peak memory {training.peak_mb:,.0f} MB"),
+        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in o.ledger.items() if v) + f"; all {o.total_s:.1f}"),
+        ("start", f"{training.start.how}{prepared}{because}"),
+        ("compiled", _packs(o.compiled)),
+        ("fusions", o.fusions),
+        ("sandbox", f"L{o.sandbox.level}, seed {row.run.seed}, {o.device}{repeats}"),
+        ("loss", f"{sparkline(curve, 40)} {curve[0]:.3f} to {curve[-1]:.3f}" if curve else ""),
+        *(("warning", words) for words in o.conditions.warnings),
+        ("audit", ", ".join(f"{k} {v:.4g}" for k, v in msgspec.structs.asdict(o.audit).items()) if o.audit else ""),
+        ("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}" if folder.exists() else ""),
     ]
-    if row.val_bpb is not None:
-        gain = f" ({row.gain:+.6f} against the incumbent)" if row.gain is not None else ""
-        facts.append(("val_bpb", f"{row.val_bpb:.6f}{gain}"))
-        if row.outcome and row.outcome.val_bpb_reference is not None:
-            facts.append(("", f"{row.outcome.val_bpb_reference:.6f} with the bytes that the reference counts"))
-    o = row.outcome
-    if o:
-        facts += [
-            ("tokens", f"{o.tokens:,} in {o.steps} steps at {o.tokens_per_s:,.0f}/s"),
-            ("model", f"{o.num_params / 1e6:.1f} M parameters, peak memory {o.peak_mb:,.0f} MB"),
-            ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in o.ledger.items()) + f"; all {o.total_s:.1f}"),
-            ("start", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in o.start.items())),
-            ("compiled", _packs(o.compiled)),
-            *([("fusions", o.fusions)] if o.fusions else []),
-            (
-                "sandbox",
-                f"L{o.sandbox.get('level', 0)}, seed {o.seed}, {o.device}"
-                + ("" if o.repeatable else "; --fast-nondeterministic: it need not repeat"),
-            ),
-        ]
-        if o.curve:
-            facts.append(
-                ("loss", f"{sparkline([p[1] for p in o.curve], 40)} {o.curve[0][1]:.3f} to {o.curve[-1][1]:.3f}")
-            )
-        facts += [("warning", words) for words in o.conditions.get("warnings", [])]
-        if o.audit:
-            facts.append(
-                ("audit", ", ".join(f"{k} {v:.4g}" for k, v in o.audit.items() if isinstance(v, (int, float))))
-            )
-    folder = night.experiment_folder(row.number)
-    if folder.exists():
-        facts.append(("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}"))
     for name, text in facts:
-        print(f"{name + ':':<12}{one_line(text)}")
-    for line in o.log_tail if o else []:
+        if text:
+            print(f"{name + ':':<12}{one_line(text)}")
+    for line in o.log_tail:
         print(f"  | {printable(line)}")
     return 0
 
@@ -107,8 +98,8 @@ def diff_command(args: argparse.Namespace) -> int:
     new = _row(night, args.experiment)
     if args.other is not None:
         old = _row(night, args.other).commit
-    elif new.outcome and new.outcome.parent:
-        old = new.outcome.parent
+    elif new.run.parent:
+        old = new.run.parent
     else:
         raise UsageError(f"experiment {new.number} is the baseline's train.py and changes nothing; give two numbers")
     try:
@@ -127,7 +118,7 @@ def best_command(args: argparse.Namespace) -> int:
     if best is None:
         raise UsageError(f"{args.tag} has kept nothing yet")
     before: float | None = None
-    for row in (r for r in night.rows() if r.decision == "keep"):
+    for row in (r for r in night.rows() if r.decision == Decision.KEEP):
         bpb = night.score_of(row.commit, night.seed)
         gain = f"{before - bpb:+.6f}" if before is not None and bpb is not None else ""
         score = "-" if bpb is None else f"{bpb:.6f}"

@@ -20,12 +20,12 @@ from hotloop.agent_loop.agents.agent import Agent
 from hotloop.agent_loop.agents.registry import make_agent
 from hotloop.agent_loop.agents.sandbox import AgentSandbox, text_of, try_sandbox
 from hotloop.agent_loop.commands.tune import recorded_profile, tune_first
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import NightRepo, Repo, free_tag, open_repo, said
 from hotloop.agent_loop.loop.background import Notifier, Reporter
 from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options
-from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.report.files import print_results
 from hotloop.agent_loop.source import ProposalError
 from hotloop.harness.data.dataset import default_data_dir
@@ -35,7 +35,7 @@ from hotloop.harness.experiment import Settings, data_warnings
 from hotloop.harness.gpu.devices import named
 from hotloop.harness.preflight.preflight import preflight
 from hotloop.harness.profile import asked_otherwise
-from hotloop.harness.records.record import Lock
+from hotloop.harness.records.chain import Lock
 from hotloop.harness.records.signing import key_path
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.single import budget_from, repeatable_warning, sandbox_warning, settings_of
@@ -43,7 +43,7 @@ from hotloop.harness.text import one_line
 from hotloop.harness.training.compile_cache import Store
 from hotloop.harness.training.prewarm import Prewarmer
 
-__all__ = ["NightCommand", "hidden_from_agents", "sandbox_check", "start"]
+__all__ = ["NightCommand", "hidden_from_agents", "night_command", "sandbox_check"]
 
 
 @dataclass
@@ -70,7 +70,7 @@ class NightCommand:
         """Raises HotloopError."""
         lock = Lock(self.folder / "lock")
         try:
-            night = Night(self.folder)
+            night = NightFolder(self.folder)
             with self._prewarmed() as slots, View(console, self.folder / "night.log") as view:
                 view.header(self._header())
                 for line in self._warnings():
@@ -117,9 +117,9 @@ class NightCommand:
         return [
             f"hotloop  night {self.tag}, branch autoresearch/{self.tag}, agent {names}, seed {options.seed}",
             f"         preset {settings.preset.name} on {settings.device}{side}, {settings.threads} threads, budget "
-            f"{rule.amount:g} {rule.kind}, data {settings.dataset.path}",
-            f"         text {facts['source']}, {facts['epoch_tokens']:,} tokens once through its rows "
-            f"({100 * facts['share_in_rows']:.1f} % of it, packed by {facts['packing']})",
+            f"{rule}, data {settings.dataset.path}",
+            f"         text {facts.source}, {facts.epoch_tokens:,} tokens once through its rows "
+            f"({100 * facts.share_in_rows:.1f} % of it, packed by {facts.packing})",
             f"         sandbox {settings.sandbox}",
         ]
 
@@ -132,7 +132,7 @@ class NightCommand:
         return [w for w in found if w]
 
 
-def start(args: argparse.Namespace) -> NightCommand:
+def night_command(args: argparse.Namespace) -> NightCommand:
     """Raises UsageError, DataError, DeviceError or SandboxError, each with what to do."""
     _check_numbers(args)
     repo = open_repo(Path.cwd())

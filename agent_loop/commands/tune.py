@@ -20,7 +20,8 @@ from rich.table import Table
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.profile import Machine, Profile, facts
-from hotloop.harness.records.record import Chain
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import NightBegun
 from hotloop.harness.single import machine_from, read_train_source
 
 __all__ = ["promise", "recorded_profile", "tune_command", "tune_first"]
@@ -59,8 +60,8 @@ def recorded_profile(night: Path) -> tuple[Path, str] | None:
     """(where the profile of a night that was begun is kept, its hash or ""); None for one that was not."""
     if not (night / "records.jsonl").exists():
         return None
-    begun = Chain.read(night / "records.jsonl").bodies("night")
-    return (night / "experiments" / "0000", str(begun[0].get("profile", ""))) if begun else None
+    begun = Chain.read(night / "records.jsonl").bodies(NightBegun)
+    return (night / "experiments" / "0000", begun[0].profile) if begun else None
 
 
 def _tuned(machine: Machine, source: bytes, minutes: float, quick: bool) -> Profile:

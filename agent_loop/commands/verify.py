@@ -20,17 +20,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import git
+import msgspec
 from gitdb.exc import ODBError
 
 from hotloop.agent_loop.decide import judge
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import Repo
-from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.report.files import tsv_text
 from hotloop.harness.errors import DataError, HotloopError, UsageError
 from hotloop.harness.experiment import LOSSES, losses, scoring_of, token_seconds
 from hotloop.harness.machine import changed_files, environment
 from hotloop.harness.records import heads
-from hotloop.harness.records.record import Chain, Outcome
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import Decision, Kind, Outcome
 from hotloop.harness.records.seal import verify_seal
 from hotloop.harness.records.signing import load_signer
 from hotloop.harness.scoring.evaluation import Evaluator
@@ -69,9 +72,9 @@ def checks(folder: Path, repo: git.Repo | None, key: str | None, packages: bool 
     found = "is what was written last" if heads.remembered(chain.path) else "nothing outside its folder tells of it"
     yield "end", not reason, reason or found
     yield _signatures(chain, key)
-    outcomes = [Outcome.from_dict(b) for b in chain.bodies("experiment")]
+    outcomes = chain.bodies(Outcome)
     yield from _seals(outcomes)
-    night = Night.reading(folder)
+    night = NightFolder(folder, chain)
     if night.settings is not None:
         if repo is not None:
             yield from _commits(night, repo)
@@ -85,7 +88,7 @@ def checks(folder: Path, repo: git.Repo | None, key: str | None, packages: bool 
 
 
 def _signatures(chain: Chain, key: str | None) -> Check:
-    signers = {e.get("signer") for e in chain.entries}
+    signers = {e.signer for e in chain.entries}
     if key is not None:
         good = signers == {key}
         return "signatures", good, f"all by {key[:16]}" if good else f"not all entries are signed by {key[:16]}"
@@ -102,7 +105,7 @@ def _signatures(chain: Chain, key: str | None) -> Check:
     return "signatures", len(signers) == 1, f"by {names}"
 
 
-def _numbers(night: Night, repo: git.Repo) -> Check:
+def _numbers(night: NightFolder, repo: git.Repo) -> Check:
     """What else tells how far the night had come: its refs, its folders, the records that kept commits name."""
     tag = night.folder.name
     decided = {row.number for row in night.rows()} | {run.number for run in night.flight().runs}
@@ -111,7 +114,7 @@ def _numbers(night: Night, repo: git.Repo) -> Check:
     others = sorted({int(n) for n in refs + folders if n.isdigit()} - decided)
     if others:
         return "numbers", False, f"experiment {others[0]} has a commit or a folder and no record"
-    have = {entry["hash"] for entry in night.chain.entries}
+    have = {entry.hash for entry in night.chain.entries}
     try:
         messages = [str(c.message) for c in repo.iter_commits(f"autoresearch/{tag}")]
     except _MISSING:
@@ -124,8 +127,8 @@ def _numbers(night: Night, repo: git.Repo) -> Check:
 
 
 def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
-    codes = {o.seals.get("code") for o in outcomes}
-    datas = {o.seals.get("data") for o in outcomes}
+    codes = {o.seals.code for o in outcomes}
+    datas = {o.seals.data for o in outcomes}
     if not outcomes:
         yield "experiments", False, "there is none"
         return
@@ -135,7 +138,7 @@ def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
         yield "this code", codes == {now}, "is what ran" if codes == {now} else "is not what ran; check out its version"
     except HotloopError as e:
         yield "this code", False, str(e)
-    kinds = {o.repeatable for o in outcomes}
+    kinds = {o.environment.repeatable for o in outcomes}
     if kinds != {True}:
         text = "some trainings repeat and others need not: scores do not compare" if len(kinds) > 1 else (
             "run with --fast-nondeterministic: weights need not repeat"
@@ -146,7 +149,7 @@ def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
     yield "profile", len(profiles) == 1, text + ", ".join(p[:12] or "none" for p in profiles)
     if open_text := [o for o in outcomes if o.open_text]:
         yield "text", False, f"{open_text[0].open_text} ({len(open_text)} of {len(outcomes)} runs)"
-    levels = sorted({o.sandbox.get("level", 0) for o in outcomes})
+    levels = sorted({o.sandbox.level for o in outcomes})
     text = ", ".join(f"L{level}" for level in levels)
     yield (
         "sandbox",
@@ -155,23 +158,21 @@ def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
     )
 
 
-def _commits(night: Night, repo: git.Repo) -> Iterator[Check]:
+def _commits(night: NightFolder, repo: git.Repo) -> Iterator[Check]:
     wrong, seen = [], 0
     for row in night.rows():
-        if row.outcome is None:
-            continue
         seen += 1
         try:
             commit = repo.commit(row.commit)
             source = (commit.tree / "train.py").data_stream.read()
             if hashlib.sha256(source).hexdigest() != row.outcome.source_sha256:
                 wrong.append(f"{row.number}: its train.py is not what was run")
-            if row.kind == "experiment" and not _only_train(repo, row.outcome.parent, row.commit):
+            if row.kind == Kind.EXPERIMENT and not _only_train(repo, row.run.parent, row.commit):
                 wrong.append(f"{row.number}: it changes more than train.py")
         except _MISSING:
             wrong.append(f"{row.number}: commit {row.commit[:7]} is not there")
     yield "commits", not wrong, "; ".join(wrong[:3]) or f"{seen}, each of train.py alone"
-    kept = [r for r in night.rows() if r.decision == "keep"]
+    kept = [r for r in night.rows() if r.decision == Decision.KEEP]
     name = f"autoresearch/{night.folder.name}"
     if not kept:
         return
@@ -190,7 +191,7 @@ def _only_train(repo: git.Repo, old: str, new: str) -> bool:
     return [n for n in names if n] == ["train.py"]
 
 
-def _decisions(night: Night, repo: git.Repo) -> Check:
+def _decisions(night: NightFolder, repo: git.Repo) -> Check:
     """Make each decision again, from what was known when it was made."""
 
     def source_of(commit: str) -> bytes:
@@ -199,44 +200,42 @@ def _decisions(night: Night, repo: git.Repo) -> Check:
 
     incumbent: Row | None = None
     wrong = []
-    marginal = {r.commit for r in night.rows() if r.decision == "marginal"}
-    entries = {d["number"]: d for d in night.chain.bodies("decision")}
+    marginal = {r.commit for r in night.rows() if r.decision == Decision.MARGINAL}
     for row in night.rows():
-        outcome = row.outcome
-        if outcome is not None and row.kind != "repeat":
-            noise = Noise(float(entries[row.number]["noise_bpb"]), 0)
+        if row.kind != Kind.REPEAT:
+            noise = Noise(row.decided.noise_bpb, 0)
             try:
-                for commit in (outcome.commit, incumbent.commit if incumbent else outcome.commit):
+                for commit in (row.commit, incumbent.commit if incumbent else row.commit):
                     source_of(commit)
-                again = judge(night, outcome, incumbent, source_of, noise, row.commit in marginal)
+                again = judge(night, row.outcome, incumbent, source_of, noise, row.commit in marginal)
             except _MISSING:
                 continue  # a missing commit is told above
             if again.decision != row.decision:
                 wrong.append(str(row.number))
-        if row.decision == "keep":
+        if row.decision == Decision.KEEP:
             incumbent = row
     return "decisions", not wrong, f"experiments {', '.join(wrong)} would be decided otherwise" if wrong else (
-        f"{len(entries)}, the same when made again"
+        f"{len(night.rows())}, the same when made again"
     )  # fmt: skip
 
 
-def _weights(night: Night, folder: Path, outcomes: list[Outcome]) -> Iterator[Check]:
+def _weights(night: NightFolder, folder: Path, outcomes: list[Outcome]) -> Iterator[Check]:
     wrong, seen = [], 0
     for outcome in outcomes:
-        path = folder / "experiments" / f"{outcome.number:04d}" / "weights.safetensors"
-        if outcome.kind == "replay" or not path.exists():
+        path = folder / "experiments" / f"{outcome.run.number:04d}" / "weights.safetensors"
+        if outcome.run.kind == Kind.REPLAY or not path.exists():
             continue
         seen += 1
         with open(path, "rb") as f:
             if hashlib.file_digest(f, "sha256").hexdigest() != outcome.weights_sha256:
-                wrong.append(str(outcome.number))
+                wrong.append(str(outcome.run.number))
     yield "weights", not wrong, f"those of {', '.join(wrong)} are not what was scored" if wrong else f"{seen} stored"
 
 
 def _packages(outcomes: list[Outcome], whole: bool) -> Iterator[Check]:
     if not outcomes:
         return
-    then = [o.environment.get("packages", {}) for o in outcomes]
+    then = [o.environment.packages for o in outcomes]
     now = environment("cpu", 1)["packages"]
     differing = sorted({k for p in then for k in p if now.get(k) != p[k]})
     yield "packages", not differing, f"{', '.join(differing)} changed since" if differing else "as in the night"
@@ -267,37 +266,35 @@ def verify_command(args: argparse.Namespace) -> int:
 def audit_command(args: argparse.Namespace) -> int:
     """Score and audit stored weights again; 0 when the score is the recorded one to the last digit, 1 when not."""
     folder = Path("runs") / args.tag
-    bodies = [b for b in Chain.read(folder / "records.jsonl").bodies("experiment") if b["number"] == args.experiment]
-    if not bodies:
-        raise UsageError(f"{folder} has no experiment {args.experiment}")
-    was = Outcome.from_dict(bodies[0])
-    threads = was.environment["threads"]
-    here = folder / "experiments" / f"{was.number:04d}"
+    was = Chain.read(folder / "records.jsonl").outcome(args.experiment)
+    number, threads = was.run.number, was.environment.threads
+    here = folder / "experiments" / f"{number:04d}"
     settings = settings_from(
         preset=was.preset, device=was.device, data=args.data, threads=threads, recorded=(here, was.profile)
     )
-    if settings.dataset.digest != was.seals["data"]:
-        raise DataError(f"{settings.dataset.path} is not the data that experiment {was.number} was scored on")
+    if settings.dataset.digest != was.seals.data:
+        raise DataError(f"{settings.dataset.path} is not the data that experiment {number} was scored on")
     try:
         weights = bytearray((here / "weights.safetensors").read_bytes())
         source = (here / "train.py").read_bytes()
     except FileNotFoundError as e:
         raise UsageError(
             f"{e.filename} is not there: weights are kept for kept experiments; retrain with: hotloop replay "
-            f"{was.number} --tag {args.tag}"
+            f"{number} --tag {args.tag}"
         ) from None
     for what, data, digest in (("weights", weights, was.weights_sha256), ("train.py", source, was.source_sha256)):
         if hashlib.sha256(data).hexdigest() != digest:
-            raise HotloopError(f"the stored {what} of experiment {was.number} are not those that were scored")
-    to = folder / "audits" / f"{was.number:04d}"
+            raise HotloopError(f"the stored {what} of experiment {number} are not those that were scored")
+    to = folder / "audits" / f"{number:04d}"
     to.mkdir(parents=True, exist_ok=True)
-    of = next((r for r in Night.reading(folder).rows() if r.decision == "keep" and r.commit == was.parent), None)
+    kept = (r for r in NightFolder.reading(folder).rows() if r.decision == Decision.KEEP)
+    of = next((r for r in kept if r.commit == was.run.parent), None)
     reference = losses(folder / "experiments" / f"{of.number:04d}" / LOSSES) if of else None
-    with Evaluator(scoring_of(source, was.seed, settings, to, reference=reference)) as evaluator:
-        found = evaluator.run(weights, token_seconds(was))
-    for key, value in found.audit.items():
+    with Evaluator(scoring_of(source, was.run.seed, settings, to, reference=reference)) as evaluator:
+        found = evaluator.run(weights, token_seconds(was.training, was.device))
+    for key, value in msgspec.structs.asdict(found.audit).items():
         print(f"{key + ':':<20}{value:.6g}" if isinstance(value, float) else f"{key + ':':<20}{value}")
-    print(f"val_bpb:            {found.val_bpb:.9f}\nrecorded:           {was.val_bpb:.9f}")
-    same = found.val_bpb == was.val_bpb
+    print(f"val_bpb:            {found.scores.val_bpb:.9f}\nrecorded:           {was.val_bpb:.9f}")
+    same = found.scores.val_bpb == was.val_bpb
     print("identical" if same else "DIFFERENT: the machine, the versions or the thread count are not the same")
     return 0 if same else 1

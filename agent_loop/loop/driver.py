@@ -17,27 +17,28 @@ from dataclasses import dataclass, field
 
 from git.exc import GitError
 
-from hotloop.agent_loop.agents.agent import Agent, AgentError
+from hotloop.agent_loop.agents.agent import Agent, AgentError, Tried
 from hotloop.agent_loop.agents.turn_order import TurnOrder
 from hotloop.agent_loop.backoff import Backoff
+from hotloop.agent_loop.folder import NightFolder, Proposal
 from hotloop.agent_loop.gitrepo import NightRepo, said
 from hotloop.agent_loop.loop.background import Notifier, Reporter
 from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options, Planner
 from hotloop.agent_loop.loop.recorder import Recorder
 from hotloop.agent_loop.loop.turns import Refused, Task, brief_writer, take_turn
-from hotloop.agent_loop.night import Night, Proposal, Row, Run
+from hotloop.agent_loop.loop.watchdog import HEARTBEAT
+from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.source import syntax_hash
 from hotloop.harness.errors import DeviceError, HotloopError, RecordError, SandboxError
 from hotloop.harness.experiment import Event, Job, Settings, run_experiment
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.records.model import Decision, Kind, Origin, Outcome, Run, TurnResult
 from hotloop.harness.sandbox.process import end_all
 from hotloop.harness.text import one_line
 
-__all__ = ["HEARTBEAT", "Driver", "Runner"]
+__all__ = ["Driver", "Runner"]
 
 Runner = Callable[[Job, Settings, Callable[[Event], None]], Outcome]
-HEARTBEAT = "heartbeat"
 COLD_AFTER_S = 60.0  # without a run a card has cooled down, so it is warmed before the next calibration
 BEAT_S = 2.0  # how often the driver looks around while nothing happens
 FIRST_PAUSE_S, LONGEST_PAUSE_S, TROUBLE_S = 2.0, 300.0, 15.0  # the user is told of a pause as long as the last
@@ -111,7 +112,7 @@ class Driver:
     """
 
     def __init__(
-        self, night: Night, repo: NightRepo, agents: Sequence[Agent], slots: Sequence[Settings], options: Options,
+        self, night: NightFolder, repo: NightRepo, agents: Sequence[Agent], slots: Sequence[Settings], options: Options,
         view: View, runner: Runner = run_experiment, notifier: Notifier | None = None,
         reporter: Reporter | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
@@ -259,7 +260,8 @@ class Driver:
         task = Task(
             # One more for each edit that was insisted on, so that whoever goes by it makes another one at last.
             self.planner.next_number + self.night.insisted, incumbent.commit, source, settings.preset.name,
-            self.night.history(), self.recorder.seen(), self.night.new_turn_folder(), brief, self.options.preflight,
+            [Tried.told(r) for r in self.night.tried()], self.recorder.seen(), self.night.new_turn_folder(), brief,
+            self.options.preflight,
         )  # fmt: skip
         self.view.turn(agent.name)
         self._turn = self._thread(self._take_turn, agent, task)
@@ -308,12 +310,13 @@ class Driver:
             self.turn_order.worked(agent)
         elif isinstance(made, Refused):
             syntax = syntax_hash(made.proposal.source) if made.proposal.source != event.task.source else ""
-            self.recorder.turn("refused", made.proposal, str(made), made.status, syntax)
+            p, status = made.proposal, Decision(made.status)
+            self.recorder.turn(TurnResult.REFUSED, p.origin, str(made), p.description, status, syntax)
             self.turn_order.refused(agent)
             self.view.note(f"an edit of {agent.name} was refused ({made.status}): {made}")
         elif isinstance(made, AgentError):
-            spent = Proposal("", b"", "", agent.name, None, event.seconds, made.cost_usd, made.tokens)
-            self.recorder.turn("failed", spent, str(made))
+            spent = Origin(agent.name, event.seconds, made.cost_usd, made.tokens)
+            self.recorder.turn(TurnResult.FAILED, spent, str(made))
             wait = self.turn_order.failed(agent, made)
             later = "it is not asked again" if wait == float("inf") else f"it is asked again in {wait:.0f} s"
             self.view.note(f"{agent.name}: {made}; {later}")
@@ -323,13 +326,14 @@ class Driver:
     def _decide(self) -> None:
         for run in self.recorder.to_decide():
             row = self.recorder.decide(run)
-            if row.decision == "keep":
+            self.turn_order.ran(row.run.origin.agent, row.decision)
+            if row.decision == Decision.KEEP:
                 self.turn_order.incumbent_changed()
             self.view.finished(row, self.night)
             self.recorder.reports()
-            if row.kind == "baseline" and row.decision != "keep":
+            if row.kind == Kind.BASELINE and row.decision != Decision.KEEP:
                 raise self._no_baseline(row)
-            if row.decision == "keep" and row.number > 0:
+            if row.decision == Decision.KEEP and row.number > 0:
                 tag = self.night.folder.name
                 self._tell("kept", f"{tag} #{row.number} {row.val_bpb:.6f}: {row.description}; {row.reason}")
 

@@ -30,6 +30,7 @@ from rich.text import Text
 from hotloop.agent_loop.night import Night, Row
 from hotloop.agent_loop.report.files import COLOURS
 from hotloop.harness.experiment import Event, Job
+from hotloop.harness.records.model import Decision
 from hotloop.harness.text import flushed, forgiving, one_line, printable
 
 __all__ = ["View", "sparkline"]
@@ -56,8 +57,8 @@ def sparkline(values: list[float], width: int = 16) -> str:
         return ""
     count = min(width, len(values))
     picked = [values[-1 - (count - 1 - i) * (len(values) - 1) // max(1, count - 1)] for i in range(count)]
-    low, high = min(picked), max(picked)
-    return "".join(BARS[int((v - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0] for v in picked)
+    low, high = min(picked) / 2, max(picked) / 2  # halves: the whole of a range may be more than a float holds
+    return "".join(BARS[int((v / 2 - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0] for v in picked)
 
 
 class _Current:
@@ -211,12 +212,12 @@ class View:
                 current.losses.append(event.loss)
             was, current.phase, current.event = current.phase, event.phase, event
         if event.message and event.phase != "done":
-            self.note(f"#{current.job.number}: {event.message}")
+            self.note(f"#{current.job.run.number}: {event.message}")
             return
         if self._live:
             self._moved.set()
         elif event.phase != was:
-            line = Text(f"    #{current.job.number} {time.monotonic() - current.began:6.1f} s  {event.phase}")
+            line = Text(f"    #{current.job.run.number} {time.monotonic() - current.began:6.1f} s  {event.phase}")
             self._later(lambda: self.console.print(line, highlight=False))
 
     def state(self, night: Night, queue: int, idle: list[float]) -> None:
@@ -237,7 +238,7 @@ class View:
         self._moved.set()
 
     def standing(self, night: Night) -> str:
-        kept = [r.val_bpb for r in night.tried() if r.decision == "keep" and r.val_bpb is not None]
+        kept = [r.val_bpb for r in night.tried() if r.decision == Decision.KEEP and r.val_bpb is not None]
         scores = f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f}, " if kept else ""
         return f"{scores}{night.experiments} experiments, {max(0, len(kept) - 1)} kept"
 
@@ -252,7 +253,8 @@ class View:
 
     def _row(self, current: _Current) -> list[Text | ProgressBar]:
         event = current.event
-        words = one_line(f"#{current.job.number} {current.job.description}", max(20, self.console.width - 96))
+        job = current.job.run
+        words = one_line(f"#{job.number} {job.description}", max(20, self.console.width - 96))
         facts = [f"{time.monotonic() - current.began:5.1f} s"]
         if event.loaded_mb:
             facts.append(f"{event.loaded_mb:,.0f} MB loaded")
@@ -270,10 +272,10 @@ class View:
     def finished(self, row: Row, night: Night) -> None:
         """One run, in three lines: the decision with its numbers; why; how long each part took."""
         with self._lock:
-            for slot in [s for s, c in self._current.items() if c.job.number == row.number]:
+            for slot in [s for s, c in self._current.items() if c.job.run.number == row.number]:
                 del self._current[slot]
         self._finished += 1
-        self._idle_s += row.idle_s
+        self._idle_s += row.decided.idle_s
         first = Text(no_wrap=False)
         first.append(f"#{row.number:<3} ", style="bold")
         first.append(f"{row.decision:<9}", style=COLOURS.get(row.decision, "red"))
@@ -282,13 +284,13 @@ class View:
         first.append(f"  {row.description}")
         self._print(first)
         self._print(Text("     " + row.reason, style="dim"))
-        for words in row.outcome.conditions.get("warnings", []) if row.outcome else []:
+        outcome, training = row.outcome, row.outcome.training
+        for words in outcome.conditions.warnings:
             self._print(Text(f"     warning: {words}", style="yellow"))
-        if row.outcome:
-            ledger = row.outcome.ledger
-            parts = [f"{name} {sum(ledger.get(k, 0.0) for k in keys):.1f}" for name, keys in PARTS]
-            if row.outcome.start.get("how") == "warm":
-                parts[0] = f"warm {parts[0]}"
-            parts += [f"all {row.outcome.total_s:.1f}", f"idle before {row.idle_s:.1f} s"]
-            facts = f"{row.outcome.tokens:,} tokens at {row.outcome.tokens_per_s:,.0f}/s"
-            self._print(Text(f"     {', '.join(parts)}; {facts}", style="dim"))
+        seconds = dict(outcome.ledger.items())
+        parts = [f"{name} {sum(seconds[k] for k in keys):.1f}" for name, keys in PARTS]
+        if training.start.how == "warm":
+            parts[0] = f"warm {parts[0]}"
+        parts += [f"all {outcome.total_s:.1f}", f"idle before {row.decided.idle_s:.1f} s"]
+        facts = f"{training.tokens:,} tokens at {training.tokens_per_s:,.0f}/s"
+        self._print(Text(f"     {', '.join(parts)}; {facts}", style="dim"))

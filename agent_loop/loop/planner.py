@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from hotloop.agent_loop.folder import Flight, NightFolder, Proposal
 from hotloop.agent_loop.loop.turns import Preflight
-from hotloop.agent_loop.night import Flight, Night, Proposal, Row, Run
+from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.race import lessons, stopper
 from hotloop.harness.experiment import LOSSES, Job
-from hotloop.harness.scoring.bound import Cost
+from hotloop.harness.records.model import Kind, Origin, Run
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import held_against
 
@@ -54,7 +56,7 @@ class Planner:
         base: the commit that the night starts from.
     """
 
-    night: Night
+    night: NightFolder
     flight: Flight
     options: Options
     base: str
@@ -71,19 +73,19 @@ class Planner:
             on top of the incumbent of now; None where nothing is to be run.
         """
         begun = [r for r in self.flight.runs if r.number not in on_devices]
-        if run := next((r for r in begun if r.number not in self.night.outcomes()), None):
+        if run := next((r for r in begun if r.number not in self.night.outcomes), None):
             return run
         if late:
             return None
         if not self.night.rows():
-            return None if self.flight.runs else self._new("baseline", self.base, "baseline", self.options.seed)
+            return None if self.flight.runs else self._new(Kind.BASELINE, self.base, "baseline", self.options.seed)
         return self._noise_run() or self._second_seed_run() or self._edit()
 
     def _noise_run(self) -> Run | None:
         commit, first = self.night.rows()[0].commit, self.options.seed + 1
         for seed in range(first, first + self.options.noise_seeds):
             if not self._was_begun(commit, seed):
-                return self._new("repeat", commit, f"baseline, seed {seed}", seed)
+                return self._new(Kind.REPEAT, commit, f"baseline, seed {seed}", seed)
         return None
 
     def _second_seed_run(self) -> Run | None:
@@ -91,22 +93,22 @@ class Planner:
         incumbent, seed = self.incumbent, self.options.seed + 1
         for row in self.night.waiting() if self.options.second_seed else []:
             if not self._was_begun(incumbent.commit, seed):
-                return self._new("repeat", incumbent.commit, f"the incumbent, seed {seed}", seed)
+                return self._new(Kind.REPEAT, incumbent.commit, f"the incumbent, seed {seed}", seed)
             if not self._was_begun(row.commit, seed):
                 words = f"{row.description} (seed {seed})"
-                return self._new("confirm", row.commit, words, seed, incumbent.commit, row.agent)
+                return self._new(Kind.CONFIRM, row.commit, words, seed, incumbent.commit, row.origin.agent)
         return None
 
     def _edit(self) -> Proposal | Row | None:
         """One that was better than what it was made from, before something else was kept; else the oldest proposal."""
         if self.enough():
             return None
-        under_way = {r.again_of for r in self.flight.runs}
+        under_way = {r.origin.again_of for r in self.flight.runs}
         again = (r for r in self.night.to_try_again() if r.number not in under_way)
         return next(again, None) or next(iter(self.flight.proposals), None)
 
-    def _new(self, kind: str, commit: str, words: str, seed: int, parent: str = "", agent: str = "") -> Run:
-        return Run(self.next_number, kind, commit, parent, words, seed, agent)
+    def _new(self, kind: Kind, commit: str, words: str, seed: int, parent: str = "", agent: str = "") -> Run:
+        return Run(self.next_number, kind, commit, parent, words, seed, Origin(agent))
 
     def _was_begun(self, commit: str, seed: int) -> bool:
         under_way = any((r.commit, r.seed) == (commit, seed) for r in self.flight.runs)
@@ -126,42 +128,40 @@ class Planner:
         """What the harness is told of a run of `source`; `cold`: whether its device stood idle."""
         night, options, tag = self.night, self.options, self.night.folder.name
         incumbent = night.incumbent()
-        baseline = next((r.outcome for r in night.rows() if r.kind == "baseline" and r.outcome), None)
-        parent = night.outcome_of(run.parent) if run.kind == "experiment" else None
+        baseline = next((r.outcome for r in night.rows() if r.kind == Kind.BASELINE), None)
+        parent = night.outcome_of(run.parent) if run.kind == Kind.EXPERIMENT else None
         stop = None
         if options.race and parent is not None:
             stop = stopper(parent, lessons(night, night.noise(options.least_gain).floor_bpb), tag, run.number)
         pace, late = 1.0, 1.0
-        if baseline and run.kind != "baseline" and baseline.device == "cuda":  # a CPU's wall time is who else is there
-            pace, late = held_against(baseline.budget, baseline.training_s)
+        if baseline and baseline.device == "cuda":  # a CPU's wall time is who else is there
+            pace, late = held_against(baseline.budget, baseline.training.wall_s)
         return Job(
+            run=run,
             source=source,
-            number=run.number,
             tag=tag,
-            kind=run.kind,
-            commit=run.commit,
-            parent=run.parent,
-            description=run.description,
-            seed=run.seed,
             folder=night.experiment_folder(run.number),
-            incumbent_tokens=incumbent.outcome.budget.get("tokens") if incumbent and incumbent.outcome else None,
-            baseline_cpu_s=baseline.training_cpu_s if baseline else None,
+            incumbent_tokens=incumbent.outcome.budget.tokens if incumbent else None,
+            baseline_cpu_s=baseline.training.cpu_s if baseline else None,
             pace=pace,
             late=late,
             cold=cold,
             budget=options.budget,
             stop=stop,
             reference=night.experiment_folder(incumbent.number) / LOSSES if incumbent else None,
-            baseline_cost=Cost.recorded(baseline.conditions) if baseline else None,
-            keep_below=self._keep_below(run, incumbent),
+            baseline_time=baseline.conditions.evaluate if baseline else None,
+            keep_below=self._keep_below(run),
         )
 
-    def _keep_below(self, run: Run, incumbent: Row | None) -> float | None:
-        """The score above which a run cannot be kept, whatever is kept and measured while it runs; None to say none."""
-        best = (
-            self.night.score_of(incumbent.commit, self.options.seed) if incumbent and run.kind == "experiment" else None
-        )
-        return None if best is None else best + 2.0 * self.night.noise(self.options.least_gain).floor_bpb
+    def _keep_below(self, run: Run) -> float | None:
+        """The score above which a run cannot be kept; None where any may be, or what it says decides of others."""
+        rows = self.night.rows()
+        if run.kind == Kind.REPEAT and run.commit == rows[0].commit:  # the user's own file
+            return -math.inf
+        if run.kind != Kind.EXPERIMENT or any(r.kind == Kind.REPEAT for r in self.flight.runs):  # the floor may grow
+            return None
+        best = self.night.score_of(self.incumbent.commit, self.options.seed)
+        return None if best is None else best + self.night.noise(self.options.least_gain).floor_bpb
 
     # Agents.
 
@@ -187,7 +187,7 @@ class Planner:
     def enough(self, with_proposals: bool = False) -> bool:
         if self.options.experiments is None:
             return False
-        count = self.night.experiments + sum(r.kind == "experiment" for r in self.flight.runs)
+        count = self.night.experiments + sum(r.kind == Kind.EXPERIMENT for r in self.flight.runs)
         return count + with_proposals * len(self.flight.proposals) >= self.options.experiments
 
     def over(self, late: bool) -> bool:

@@ -13,15 +13,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hotloop.agent_loop.decide import judge
+from hotloop.agent_loop.folder import Flight, NightFolder, Proposal
 from hotloop.agent_loop.gitrepo import Kept, NightRepo
 from hotloop.agent_loop.loop.background import Reporter
 from hotloop.agent_loop.loop.planner import Options
-from hotloop.agent_loop.night import Flight, Night, Proposal, Row, Run
+from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.report.files import write_tsv
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import HotloopError
-from hotloop.harness.experiment import Settings, forget_weights, record
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.experiment import Settings, forget_weights
+from hotloop.harness.records.model import (
+    Decided,
+    Decision,
+    Kind,
+    NightBegun,
+    Origin,
+    Outcome,
+    Run,
+    Turn,
+    TurnResult,
+)
 
 __all__ = ["Recorder"]
 
@@ -35,7 +46,7 @@ class Recorder:
     """
 
     def __init__(
-        self, night: Night, repo: NightRepo, settings: Settings, options: Options, note: Callable[[str], None],
+        self, night: NightFolder, repo: NightRepo, settings: Settings, options: Options, note: Callable[[str], None],
         reporter: Reporter | None = None,
     ) -> None:  # fmt: skip
         self.night, self.repo, self.settings, self.options = night, repo, settings, options
@@ -49,19 +60,18 @@ class Recorder:
     def open(self, agents: list[str]) -> None:
         """Begin the night, or hold it to the settings it was begun with. Raises UsageError."""
         settings = self.settings
-        rule = self.options.budget or settings.preset.budget
         self.repo.check_name(new=self.night.settings is None)
-        self.night.check_settings({
-            "preset": settings.preset.name,
-            "device": settings.device,
-            "threads": settings.threads,
-            "data": settings.dataset.digest,
-            "budget": [rule.kind, rule.amount],
-            "seed": self.options.seed,
-            "sandbox": settings.sandbox.level,
-            "repeatable": settings.repeatable,
-            "profile": settings.profile.sha256 if settings.profile else "",
-        })  # fmt: skip
+        self.night.check_settings(NightBegun(
+            preset=settings.preset.name,
+            device=settings.device,
+            threads=settings.threads,
+            data=settings.dataset.digest,
+            budget=self.options.budget or settings.preset.budget,
+            seed=self.options.seed,
+            sandbox=settings.sandbox.level,
+            repeatable=settings.repeatable,
+            profile=settings.profile.sha256 if settings.profile else "",
+        ))  # fmt: skip
         self.night.set_agents(agents)
 
     def catch_up(self) -> None:
@@ -74,10 +84,10 @@ class Recorder:
         self.flight.runs = [r for r in self.flight.runs if r.number not in decided]
         known = {r.number for r in self.flight.runs}
         for o in night.undecided():
-            self.note(f"experiment {o.number} was run and not decided; deciding now")
-            if o.number not in known:
-                self.flight.runs.append(Run(o.number, o.kind, o.commit, o.parent, o.description, o.seed))
-        for run in [r for r in self.flight.runs if r.number not in night.outcomes()]:
+            self.note(f"experiment {o.run.number} was run and not decided; deciding now")
+            if o.run.number not in known:
+                self.flight.runs.append(o.run)
+        for run in [r for r in self.flight.runs if r.number not in night.outcomes]:
             try:
                 self.repo.source(run.commit)
             except HotloopError as e:
@@ -109,7 +119,7 @@ class Recorder:
             if (syntax := syntax_hash(source)) in self.seen():
                 raise ProposalError("discard", f"not run, it was tried before: {words}")
         except ProposalError as e:
-            self.turn("refused", p, str(e))
+            self.turn(TurnResult.REFUSED, p.origin, str(e), p.description)
             self.flight.proposals = rest
             self.night.set_flight(self.flight)
             return None
@@ -119,16 +129,13 @@ class Recorder:
         self._syntax[number] = syntax
         if p.folder:
             self._move_turn(Path(p.folder), self.night.experiment_folder(number))
-        return self.begin(Run(
-            number, "experiment", commit, incumbent.commit, words, self.options.seed, p.agent, p.again_of, p.agent_s,
-            p.cost_usd, p.tokens, p.why,
-        ))  # fmt: skip
+        run = Run(number, Kind.EXPERIMENT, commit, incumbent.commit, words, self.options.seed, p.origin)
+        return self.begin(run)
 
     def _again(self, row: Row) -> Proposal:
-        assert row.outcome is not None
-        words = row.description.removesuffix(f" (seed {row.outcome.seed})")
-        source = self.repo.source(row.commit)
-        return Proposal(row.outcome.parent, source, words, row.agent, row.number, why=row.why)
+        words = row.description.removesuffix(f" (seed {row.run.seed})")
+        origin = Origin(row.origin.agent, why=row.origin.why, again_of=row.number)
+        return Proposal(row.run.parent, self.repo.source(row.commit), words, origin)
 
     @staticmethod
     def _move_turn(folder: Path, to: Path) -> None:
@@ -155,51 +162,51 @@ class Recorder:
             self.flight.proposals.append(proposal)
         self.night.set_flight(self.flight)
 
-    def turn(self, result: str, spent: Proposal, reason: str, status: str = "", syntax: str = "") -> None:
+    def turn(
+        self, result: TurnResult, origin: Origin, reason: str, description: str = "", status: Decision | None = None,
+        syntax: str = "",
+    ) -> None:  # fmt: skip
         """One that gave nothing to run; `syntax`: of an edit that cannot run, whatever the incumbent is."""
-        self.night.chain.append(
-            "turn",
-            {
-                "agent": spent.agent, "result": result, "status": status, "reason": reason,
-                "description": spent.description, "seconds": spent.agent_s, "cost_usd": spent.cost_usd,
-                "tokens": spent.tokens, "why": spent.why, "again_of": spent.again_of,
-                "syntax": syntax,
-            },
-        )  # fmt: skip
+        self.night.append(Turn(
+            origin=origin, result=result, reason=reason, description=description, status=status, syntax=syntax
+        ))  # fmt: skip
 
     # What has ended.
 
     def outcome(self, outcome: Outcome, device: int, idle_s: float) -> None:
         """Of a run on a device (0 is the first) that had waited so long before it."""
-        if outcome.number in self.night.outcomes():
+        number = outcome.run.number
+        if number in self.night.outcomes:
             return
-        record(self.night.chain, outcome)
-        self._places[outcome.number] = (device, idle_s)
-        if note := outcome.compiled.get("note"):
-            self.note(f"experiment {outcome.number}: {note}")
+        self.night.append(outcome)
+        self._places[number] = (device, idle_s)
+        if outcome.compiled and outcome.compiled.note:
+            self.note(f"experiment {number}: {outcome.compiled.note}")
 
     def to_decide(self) -> Iterator[Run]:
         """Runs in the order of their numbers, up to the first that has no outcome yet."""
         for run in sorted(self.flight.runs, key=lambda r: r.number):
-            if run.number not in self.night.outcomes():
+            if run.number not in self.night.outcomes:
                 return
             yield run
 
     def decide(self, run: Run) -> Row:
         """Record the decision where that was not done, then do what follows from it."""
-        outcome = self.night.outcomes()[run.number]
+        outcome = self.night.outcomes[run.number]
         if all(r.number != run.number for r in self.night.rows()[-len(self.flight.runs) :]):
             self._append_decision(run, outcome)
-        row = next(r for r in reversed(self.night.rows()) if r.number == run.number)
+        row = self.night.row(run.number)
+        assert row is not None
         folder = self.night.experiment_folder(row.number)
-        if row.decision == "keep":
+        if row.decision == Decision.KEEP:
             self.set_branch()
-        elif row.kind == "confirm":  # with it goes what it was to confirm
-            first = next(r.number for r in self.night.rows() if r.commit == outcome.commit)
+        elif row.kind == Kind.CONFIRM:  # with it goes what it was to confirm
+            first = next(r.number for r in self.night.rows() if r.commit == row.commit)
             forget_weights(self.night.experiment_folder(first))
         if self.settings.store:
-            self.settings.store.settle(folder, outcome.compiled.get("left"), kept=row.decision == "keep")
-        if row.decision not in ("keep", "marginal") and row.kind != "baseline":
+            left = outcome.compiled.left if outcome.compiled else None
+            self.settings.store.settle(folder, left, kept=row.decision == Decision.KEEP)
+        if row.decision not in (Decision.KEEP, Decision.MARGINAL) and row.kind != Kind.BASELINE:
             forget_weights(folder)
         self.flight.runs = [r for r in self.flight.runs if r.number != run.number]
         self.night.set_flight(self.flight)
@@ -209,35 +216,16 @@ class Recorder:
     def _append_decision(self, run: Run, outcome: Outcome) -> None:
         night, second_seed = self.night, self.options.second_seed
         noise, incumbent, gain = night.noise(self.options.least_gain), night.incumbent(), None
-        decision = judge(night, outcome, incumbent, self.repo.source, noise, second_seed)
+        judgement = judge(night, outcome, incumbent, self.repo.source, noise, second_seed)
         if incumbent and outcome.val_bpb is not None:
             # A confirmation compares under its own seed; all others with the incumbent's score.
-            best = night.score_of(incumbent.commit, outcome.seed if outcome.kind == "confirm" else self.options.seed)
+            best = night.score_of(incumbent.commit, run.seed if run.kind == Kind.CONFIRM else self.options.seed)
             gain = None if best is None else best - outcome.val_bpb
         slot, idle_s = self._places.get(run.number, (0, 0.0))
-        night.chain.append(
-            "decision",
-            {
-                "number": run.number,
-                "kind": run.kind,
-                "commit": run.commit,
-                "description": run.description,
-                "decision": decision.decision,
-                "reason": decision.reason,
-                "gain": gain,
-                "noise_bpb": noise.floor_bpb,
-                "syntax": self._syntax.get(run.number) or self._syntax_of(run.commit),
-                "again": decision.again,
-                "again_of": run.again_of,
-                "agent": run.agent,
-                "agent_s": run.agent_s,
-                "cost_usd": run.cost_usd,
-                "tokens": run.tokens,
-                "why": run.why,
-                "slot": slot,
-                "idle_s": idle_s,
-            },
-        )
+        night.append(Decided(
+            run=run, judgement=judgement, gain=gain, noise_bpb=noise.floor_bpb,
+            syntax=self._syntax.get(run.number) or self._syntax_of(run.commit), slot=slot, idle_s=idle_s,
+        ))  # fmt: skip
         self._places.pop(run.number, None)
 
     def _syntax_of(self, commit: str) -> str:
@@ -251,7 +239,7 @@ class Recorder:
 
     def set_branch(self) -> None:
         """Its commits are those of the kept rows, with their numbers."""
-        rows = [r for r in self.night.rows() if r.decision == "keep"]
+        rows = [r for r in self.night.rows() if r.decision == Decision.KEEP]
         kept = [
             Kept(row.commit, kept_message(self.repo.tag, row, before), row.ended)
             for before, row in itertools.pairwise(rows)
@@ -270,15 +258,15 @@ class Recorder:
 
 def kept_message(tag: str, row: Row, before: Row) -> str:
     """Of the branch's commit for a kept experiment: what, how much, why."""
-    assert row.outcome is not None
-    o = row.outcome
+    o, training = row.outcome, row.outcome.training
     gain = "" if row.gain is None else f" ({row.gain:+.6f} against the incumbent)"
     return (
         f"{row.description}\n\n"
         f"val_bpb {row.val_bpb:.6f}{gain}\n"
         f"{row.reason}\n"
-        f"{o.tokens:,} tokens in {o.training_s:.1f} s, {o.num_params / 1e6:.1f} M parameters, {o.peak_mb:,.0f} MB\n\n"
+        f"{training.tokens:,} tokens in {training.wall_s:.1f} s, {o.num_params / 1e6:.1f} M parameters, "
+        f"{training.peak_mb:,.0f} MB\n\n"
         f"Experiment {row.number} of {tag}, after {before.number}"
-        + (f", by {row.agent}" if row.agent else "")
+        + (f", by {row.origin.agent}" if row.origin.agent else "")
         + f"; as it was run: {row.commit}\nRecord: {row.record}"
     )

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from hotloop.agent_loop.agents.agent import Agent, AgentError, Context, Tried, Turn
 from hotloop.agent_loop.agents.brief import Facts, quoted, write_brief
+from hotloop.agent_loop.folder import Proposal
 from hotloop.agent_loop.gitrepo import NightRepo
-from hotloop.agent_loop.night import Night, Proposal, Run
+from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import HotloopError
 from hotloop.harness.experiment import Settings
+from hotloop.harness.records.model import Origin, Run
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.text import one_line, shorten
 
@@ -36,7 +38,6 @@ class Task:
         brief: a function of why the agent's last edit was refused (empty at first).
         seen: syntax hashes of what was tried or is under way.
         preflight: raises ProposalError for an edit that would crash; None for no such check.
-        mend: whether an edit that does not run is given back to the agent once.
     """
 
     number: int
@@ -48,7 +49,6 @@ class Task:
     folder: Path
     brief: Callable[[str], str]
     preflight: Preflight | None = None
-    mend: bool = True
 
 
 class Refused(ProposalError):
@@ -74,8 +74,8 @@ def brief_writer(
     facts = Facts(
         budget or preset.budget,
         preset.seq_len,
-        getattr(dataset, "vocab_size", preset.vocab_size),
-        getattr(dataset, "source", preset.source),
+        dataset.vocab_size,
+        dataset.source,
         f"{f'{devices} GPUs' if devices > 1 else settings.device}, {settings.threads} threads",
         baseline,
         incumbent,
@@ -103,20 +103,18 @@ def take_turn(agent: Agent, repo: NightRepo, task: Task) -> Proposal:
         turn = _asked(agent, context, cost, tokens)
         words = one_line(turn.description, DESCRIPTION) or "an edit without a description"
         cost, tokens = cost + turn.cost_usd, tokens + turn.tokens
-        made = (words, agent.name, None, time.monotonic() - began, cost, tokens, str(task.folder),
-                one_line(turn.why, DESCRIPTION))  # fmt: skip
+        origin = Origin(agent.name, time.monotonic() - began, cost, tokens, one_line(turn.why, DESCRIPTION))
         try:
             source = repo.proposed(task.base)
             if source == task.source:
                 raise AgentError("the agent left train.py as it was", cost_usd=cost, tokens=tokens)
             _check(source, words, task)
-            return Proposal(task.base, source, *made)
+            return Proposal(task.base, source, words, origin, str(task.folder))
         except ProposalError as e:
-            _keep(task.folder, source)
-            last = attempt == 2 or not task.mend or not agent.ahead or e.status != "crash"
-            if last:
-                raise Refused(e, Proposal(task.base, source, *made)) from None
-            refused = str(e)
+            (task.folder / "refused.py").write_bytes(source)
+            if attempt == 2 or not agent.ahead or e.status != "crash":
+                raise Refused(e, Proposal(task.base, source, words, origin, str(task.folder))) from None
+            refused = str(e)  # it goes back to its agent once
             repo.prepare(task.base)
             (repo.worktree / "train.py").write_bytes(source)
     raise AssertionError("unreachable")
@@ -145,7 +143,3 @@ def _check(source: bytes, description: str, task: Task) -> None:
         raise ProposalError("discard", f"not run, it was tried before: {description}")
     if task.preflight:
         task.preflight(source, task.folder)
-
-
-def _keep(folder: Path, source: bytes) -> None:
-    (folder / "refused.py").write_bytes(source)

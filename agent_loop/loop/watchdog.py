@@ -17,8 +17,9 @@ from pathlib import Path
 from hotloop.agent_loop.backoff import Backoff
 from hotloop.harness.command_line import say
 
-__all__ = ["CRASHED", "UNDER_WATCH", "watch"]
+__all__ = ["CRASHED", "HEARTBEAT", "UNDER_WATCH", "watch"]
 
+HEARTBEAT = "heartbeat"  # a file in the night's folder, touched by the driver
 UNDER_WATCH = "HOTLOOP_UNDER_WATCH"  # in the driver's environment
 CRASHED = 70  # the driver's exit status for what is a bug of ours
 STUCK_S = 900.0
@@ -82,7 +83,7 @@ def _once(argv: Sequence[str], folder: Path, stuck_s: float, look_s: float) -> i
 def _beat(folder: Path) -> int:
     """When the heartbeat was last touched: any other number than before is a sign of life."""
     try:
-        return (folder / "heartbeat").stat().st_mtime_ns
+        return (folder / HEARTBEAT).stat().st_mtime_ns
     except OSError:
         return 0
 

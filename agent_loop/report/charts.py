@@ -10,9 +10,10 @@ import itertools
 from collections.abc import Sequence
 
 from hotloop.agent_loop.night import Row
-from hotloop.agent_loop.report.markup import FONT, Frame, Html, Label, clip, h, join, place, svg, text_width, ticks
-from hotloop.agent_loop.report.tally import Tally
-from hotloop.harness.records.record import FAILURES
+from hotloop.agent_loop.report.markup import FONT, Frame, Html, Label, h, join, place, svg, text_width, ticks
+from hotloop.agent_loop.report.tally import Point, Tally
+from hotloop.harness.records.model import Kind
+from hotloop.harness.text import one_line
 
 __all__ = ["curves", "drift", "progress", "timeline"]
 
@@ -22,47 +23,29 @@ SLOT_HEIGHT, BAR_HEIGHT = 38, 30
 
 def progress(tally: Tally, width: int) -> Html | None:
     """Every score, the incumbent's line with the noise around it, the kept ones named. None without a score."""
-    scored = [(r, r.val_bpb) for r in tally.tried if r.val_bpb is not None]
-    if not scored:
+    found = tally.progress
+    if found is None:
         return None
-    kept = sorted(((r, b) for r, b in scored if r.decision == "keep"), key=lambda p: p[0].number)
-    last = max(r.number for r in tally.rows)
-    low, high = _score_range([b for _, b in scored], [b for _, b in kept], tally.floor)
-    frame = Frame(width, 340 if width > 600 else 300, -0.5, last + 0.5, low, high)
-    line = [(float(r.number), b) for r, b in kept]
+    kept, others = found.kept, found.others
+    frame = Frame(width, 340 if width > 600 else 300, -0.5, found.end, found.low, found.high)
     parts: list[object] = [frame.axes("experiment", "val_bpb, lower is better")]
-    if line:
-        line.append((last + 0.5, line[-1][1]))
-        if tally.floor:
-            parts.append(_band(frame, line, tally.floor))
-        parts.append(h("path", d=frame.path(line, step=True), class_="best"))
+    if found.line:
+        parts.append(_band(frame, found.line, found.floor) if found.floor else None)
+        parts.append(h("path", d=frame.path(found.line, step=True), class_="best"))
     # One path for all that were not kept: a line of no length with round ends is a dot.
-    dots = "".join(
-        f"M{frame.x(r.number):.1f} {frame.y(b):.1f}h0" for r, b in scored if r.decision != "keep" and b <= high
-    )
+    dots = "".join(f"M{frame.x(r.number):.1f} {frame.y(b):.1f}h0" for r, b in others)
     parts.append(h("path", d=dots, class_="dots") if dots else None)
-    above = [(r, b) for r, b in scored if b > high]
-    marks = "".join(f"M{frame.x(r.number) - 4:.1f} {frame.top + 7:g}l4 -7l4 7z" for r, _ in above)
+    marks = "".join(f"M{frame.x(r.number) - 4:.1f} {frame.top + 7:g}l4 -7l4 7z" for r, _ in found.above)
     parts.append(h("path", d=marks, class_="above") if marks else None)
     parts.extend(
-        h("circle", h("title", f"#{r.number} {b:.6f} {clip(r.description, 120)}"), cx=round(frame.x(r.number), 1),
+        h("circle", h("title", f"#{r.number} {b:.6f} {one_line(r.description, 120)}"), cx=round(frame.x(r.number), 1),
           cy=round(frame.y(b), 1), r=4, class_="kept")
-        for r, b in kept if b <= high
+        for r, b in kept
     )  # fmt: skip
-    parts.append(_kept_labels(frame, [p for p in kept if p[1] <= high], [p for p in scored if p[1] <= high]))
-    desc = f"{len(scored)} scores, {len(kept)} kept, from {kept[0][1]:.6f} to {kept[-1][1]:.6f}." if kept else ""
+    parts.append(_kept_labels(frame, kept, [*kept, *others]))
+    count = len(kept) + len(others) + len(found.above)
+    desc = f"{count} scores, {len(kept)} kept, from {kept[0][1]:.6f} to {kept[-1][1]:.6f}." if kept else ""
     return svg(f"progress{width}", width, frame.height, "Scores of the night, in order", desc, *parts)
-
-
-def _score_range(scores: Sequence[float], kept: Sequence[float], floor: float) -> tuple[float, float]:
-    """What the axis shows: all that was kept with some room; a run that went wrong must not flatten the rest."""
-    ordered = sorted(scores)
-    low = ordered[0]
-    most = max(kept) if kept else ordered[len(ordered) // 2]
-    span = max(most - low, 2 * floor, 1e-4)
-    high = max(b for b in ordered if b <= most + 0.4 * span)
-    margin = max(0.1 * span, 1.2 * floor)
-    return low - margin, high + margin
 
 
 def _band(frame: Frame, line: list[tuple[float, float]], floor: float) -> Html:
@@ -77,11 +60,12 @@ def _band(frame: Frame, line: list[tuple[float, float]], floor: float) -> Html:
     return h("path", d="".join(parts), class_="band")
 
 
-def _kept_labels(frame: Frame, kept: Sequence[tuple[Row, float]], others: Sequence[tuple[Row, float]]) -> Html:
+def _kept_labels(frame: Frame, kept: Sequence[Point], others: Sequence[Point]) -> Html:
     """Numbers of the kept ones, with their names where there is room on a wide chart."""
     labels = []
     for row, bpb in kept:
-        name = [f"#{row.number} {clip(row.description, 36)}"] if frame.width > 600 and row.kind == "experiment" else []
+        named = frame.width > 600 and row.kind == Kind.EXPERIMENT
+        name = [f"#{row.number} {one_line(row.description, 36)}"] if named else []
         labels.append(Label(frame.x(row.number), frame.y(bpb), [*name, f"#{row.number}"]))
     area = (frame.left, frame.top, frame.width - 2, frame.height - frame.bottom)
     # Nor over the line: points on it, closer to each other than a text is high.
@@ -159,12 +143,12 @@ def timeline(tally: Tally, width: int) -> Html | None:
         left, right = frame.x(min(b.begin_s for b in mine)), frame.x(max(b.end_s for b in mine))
         parts.append(h("rect", x=round(left, 1), y=top, width=round(right - left, 1), height=BAR_HEIGHT, class_="idle"))
         for bar in mine:
-            kind = "failed" if bar.decision in FAILURES else bar.decision
+            kind = "failed" if bar.decision.failed else bar.decision
             tall = {"keep": BAR_HEIGHT, "marginal": 22, "failed": 10}.get(kind, 16)
             took = bar.end_s - bar.begin_s
             wide = frame.x(bar.end_s) - frame.x(bar.begin_s) - (0.6 if took / span > 0.005 else 0)
             parts.append(
-                h("rect", h("title", f"{clip(bar.name, 60)}: {bar.decision}, {took:.0f} s"),
+                h("rect", h("title", f"{one_line(bar.name, 60)}: {bar.decision}, {took:.0f} s"),
                   x=round(frame.x(bar.begin_s), 1), y=top + BAR_HEIGHT - tall, height=tall,
                   width=round(max(0.8, wide), 1),
                   class_=f"run {kind}")
@@ -194,8 +178,7 @@ def curves(rows: Sequence[tuple[str, str, Row]], width: int) -> Html | None:
     """Training losses over tokens: rows of class, name and run. None where none has a curve."""
     lines = []
     for kind, name, row in rows:
-        curve = row.outcome.curve if row.outcome else []
-        tokens = row.outcome.tokens if row.outcome else 0
+        curve, tokens = row.outcome.training.curve, row.outcome.training.tokens
         if len(curve) > 1 and tokens:
             every = -(-len(curve) // CURVE_POINTS)
             thin = [*curve[::every], *([curve[-1]] if (len(curve) - 1) % every else [])]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import git
 
 from hotloop.agent_loop.gitrepo import Git
-from hotloop.agent_loop.report.markup import Html, clip, h, join
+from hotloop.agent_loop.report.markup import Html, h, join
 from hotloop.agent_loop.report.tally import Gain
+from hotloop.harness.text import cut, one_line
 
 __all__ = ["Change", "of_gains", "section"]
 
@@ -37,7 +38,7 @@ def of_gains(repo: git.Repo | None, gains: Sequence[Gain]) -> dict[int, Change]:
     """Of each gain's number, its edit against what it was made from."""
     found = {}
     for row in (g.row for g in gains):
-        parent = row.outcome.parent if row.outcome else ""
+        parent = row.run.parent
         if repo is None:
             found[row.number] = Change(missing="not shown: the page was written without the repository")
         elif not (_HASH.fullmatch(row.commit) and _HASH.fullmatch(parent)):
@@ -59,7 +60,7 @@ def _kept(folder: str, parent: str, commit: str) -> Change:
     body = lines[next((i for i, line in enumerate(lines) if line.startswith("@@")), len(lines)) :]
     added = sum(line.startswith("+") for line in body)
     removed = sum(line.startswith("-") for line in body)
-    shown = [line if len(line) <= LINE_CHARACTERS else line[:LINE_CHARACTERS] + "…" for line in body[:LINES]]
+    shown = [cut(line, LINE_CHARACTERS) for line in body[:LINES]]
     if len(body) > LINES:
         shown.append(f"… {len(body) - LINES} more lines")
     return Change("\n".join(shown), added, removed)
@@ -70,7 +71,7 @@ def _change(folder: str, parent: str, commit: str) -> Change:
         return _kept(folder, parent, commit)
     except (git.GitError, OSError) as e:
         words = str(getattr(e, "stderr", "") or e)
-        return Change(missing=f"git has no such diff: {clip(words, 200)}")
+        return Change(missing=f"git has no such diff: {one_line(words, 200)}")
 
 
 def section(gains: Sequence[Gain], changes: dict[int, Change]) -> Html:
@@ -85,7 +86,7 @@ def section(gains: Sequence[Gain], changes: dict[int, Change]) -> Html:
             left += 1
             continue
         content = h("p", change.missing, class_="soft") if change.missing else _pre(change.diff)
-        name = f"#{gain.row.number} {clip(gain.row.description, 120)} "
+        name = f"#{gain.row.number} {one_line(gain.row.description, 120)} "
         state = "" if gain.group == "confirmed" else f" {gain.group}"
         folds.append(h("details", h("summary", name, h("span", change.size, state, class_="meta")), content))
     more = h("p", f"{left} earlier ones were left out: hotloop diff N", class_="soft") if left else None

@@ -11,9 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import branch_of
-from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.night import Night
+from hotloop.agent_loop.report.tally import Progress, Tally
 from hotloop.harness.files import write_whole
+from hotloop.harness.records.model import Decision
 from hotloop.harness.text import forgiving, one_line
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ def tsv_text(night: Night) -> str:
     lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
     for row in night.tried():
         bpb = row.val_bpb or 0.0
-        memory = row.outcome.peak_mb / 1024 if row.outcome and row.val_bpb else 0.0
+        memory = row.outcome.training.peak_mb / 1024 if row.val_bpb else 0.0
         lines.append(f"{row.commit[:7]}\t{bpb:.6f}\t{memory:.1f}\t{row.decision}\t{_cell(row.description)}")
     return "\n".join(lines) + "\n"
 
@@ -54,24 +57,24 @@ _NOTHING = {
 }  # fmt: skip
 
 
-def write_tsv(night: Night) -> Path:
+def write_tsv(night: NightFolder) -> Path:
     path = night.folder / "results.tsv"
     write_whole(path, tsv_text(night).encode())
     return path
 
 
-def write_progress(night: Night) -> Path | None:
+def write_progress(night: NightFolder) -> Path | None:
     """progress.png: every score, the kept ones named, the best so far as a line. None without a score."""
-    rows = night.tried()
-    scored = [(i, r, r.val_bpb) for i, r in enumerate(rows) if r.val_bpb is not None]
-    if not scored:
+    tally = Tally(night)
+    found = tally.progress
+    if found is None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    _draw(figure, night, rows, scored)
+    _draw(figure, tally, found)
     path = night.folder / "progress.png"
     drawn = io.BytesIO()
     with warnings.catch_warnings():
@@ -81,39 +84,30 @@ def write_progress(night: Night) -> Path | None:
     return path
 
 
-def _draw(figure: Figure, night: Night, rows: list[Row], scored: list[tuple[int, Row, float]]) -> None:
+def _draw(figure: Figure, tally: Tally, found: Progress) -> None:
     axes = figure.subplots()
-    kept = [(i, r, b) for i, r, b in scored if r.decision == "keep"]
-    others = [(i, b) for i, r, b in scored if r.decision != "keep"]
+    kept, others = found.kept, found.others
     if others:
-        axes.scatter([i for i, _ in others], [b for _, b in others], c="#bbbbbb", s=22, zorder=2, label="Discarded")
+        axes.scatter([r.number for r, _ in others], [b for _, b in others], c="#bbbbbb", s=22, label="Discarded")
     if kept:
-        x, best = [i for i, _, _ in kept], [b for _, _, b in kept]
-        axes.step([*x, len(rows) - 1], [*best, best[-1]], where="post", color="#27ae60", lw=2, alpha=0.7, label="Best")
-        axes.scatter(x, best, c="#2ecc71", s=60, edgecolors="black", linewidths=0.5, zorder=4, label="Kept")
-        for i, r, b in kept:
-            text = r.description if len(r.description) <= 44 else r.description[:41] + "..."
+        x, best = [x for x, _ in found.line], [b for _, b in found.line]
+        axes.step(x, best, where="post", color="#27ae60", lw=2, alpha=0.7, label="Best")
+        axes.scatter(x[:-1], best[:-1], c="#2ecc71", s=60, edgecolors="black", linewidths=0.5, zorder=4, label="Kept")
+        for row, bpb in kept:
             axes.annotate(
-                text, (i, b), textcoords="offset points", xytext=(7, 7), fontsize=9, color="#1a7a3a", rotation=18,
-                parse_math=False,
+                one_line(row.description, 44), (row.number, bpb), textcoords="offset points", xytext=(7, 7), fontsize=9,
+                color="#1a7a3a", rotation=18, parse_math=False,
             )  # fmt: skip
-    floor = night.noise().floor_bpb
-    if floor and kept:
-        base = kept[0][2]
-        label = f"Noise floor ({floor:.4f})"
-        axes.axhspan(base - floor, base + floor, color="#3498db", alpha=0.10, zorder=0, label=label)
-    low, high = min(b for _, _, b in scored), scored[0][2]
-    margin = max((high - low) * 0.25, floor * 1.5, 1e-4)
-    axes.set_ylim(low - margin, high + margin * 1.6)
-    axes.set_xlim(-0.5, max(len(rows) - 0.2, 1.5))
+        if floor := found.floor:
+            low, high = [b - floor for b in best], [b + floor for b in best]
+            label = f"Noise floor ({floor:.4f})"
+            axes.fill_between(x, low, high, step="post", color="#3498db", alpha=0.10, zorder=0, label=label)
+    axes.set_ylim(found.low, found.high)
+    axes.set_xlim(-0.5, found.end)
     axes.locator_params(axis="x", integer=True)
-    outcome = scored[0][1].outcome
-    where = (
-        "CPU" if outcome is None or outcome.device == "cpu" else (outcome.environment.get("gpu") or {}).get("name", "")
-    )
-    count = len(rows) - 1
-    title = f"{night.folder.name}: {count} experiments, {max(len(kept) - 1, 0)} kept ({where} figures)"
-    axes.set_title(title, parse_math=False)
+    where = ", ".join("CPU" if name.startswith("CPU") else name for name in tally.where)
+    count = f"{len(tally.experiments)} experiments, {len(tally.kept)} kept"
+    axes.set_title(f"{tally.night.folder.name}: {count} ({where} figures)", parse_math=False)
     axes.set_xlabel("Experiment")
     axes.set_ylabel("val_bpb (lower is better)")
     axes.grid(alpha=0.2)
@@ -126,13 +120,13 @@ def draw(folder: str, repo: str) -> None:
 
     from hotloop.agent_loop.report.page import write_page
 
-    night = Night.reading(Path(folder))
+    night = NightFolder.reading(Path(folder))
     write_progress(night)
     with Repo(repo) as opened:
         write_page(night, opened)
 
 
-def print_results(night: Night, console: Console) -> None:
+def print_results(night: NightFolder, console: Console) -> None:
     """The results table, and where everything is."""
     forgiving(console.file)
     table = Table(title=Text(f"Night {night.folder.name}"), title_justify="left", pad_edge=False)
@@ -149,13 +143,13 @@ def print_results(night: Night, console: Console) -> None:
         texts = (str(row.number), row.decision, bpb, gain, row.description, row.reason)
         table.add_row(*(Text(t, style=colour if i == 1 else "") for i, t in enumerate(texts)))
     console.print(table)
-    for words in dict.fromkeys(r.outcome.open_text for r in night.rows() if r.outcome and r.outcome.open_text):
+    for words in dict.fromkeys(r.outcome.open_text for r in night.rows() if r.outcome.open_text):
         console.print(f"WARNING: {words}", style="yellow", highlight=False, soft_wrap=True, markup=False)
-    kept = [r.val_bpb for r in night.tried() if r.decision == "keep" and r.val_bpb is not None]
+    kept = [r.val_bpb for r in night.tried() if r.decision == Decision.KEEP and r.val_bpb is not None]
     if len(kept) > 1:
         share = (kept[0] - kept[-1]) / kept[0]
         console.print(Text(f"val_bpb {kept[0]:.6f} -> {kept[-1]:.6f} ({share:.2%} better than the baseline)"))
-    raced = [r for r in night.rows() if r.decision == "raced"]
+    raced = [r for r in night.rows() if r.decision == Decision.RACED]
     if raced:
         from hotloop.agent_loop.race import false_stops, lessons
 

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["FONT", "Frame", "Html", "Label", "clip", "h", "join", "place", "svg", "text_width", "ticks"]
+__all__ = ["FONT", "Frame", "Html", "Label", "h", "join", "place", "svg", "text_width", "ticks"]
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -55,12 +55,6 @@ def h(name: str, /, *children: object, **attributes: object) -> Html:
 def join(parts: Iterable[object]) -> Html:
     """Parts side by side; those that are not Html are escaped."""
     return Html("".join(p if isinstance(p, Html) else html.escape(_clean(str(p))) for p in parts if p is not None))
-
-
-def clip(text: str, most: int) -> str:
-    """One line of at most `most` characters."""
-    line = " ".join(text.split()) if len(text) < 4 * most else " ".join(text[: 4 * most].split())
-    return line if len(line) <= most and len(text) < 4 * most else line[: most - 1].rstrip() + "…"
 
 
 def svg(ident: str, width: float, height: float, title: str, desc: str, *children: object) -> Html:

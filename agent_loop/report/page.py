@@ -16,12 +16,14 @@ from pathlib import Path
 
 import git
 
-from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.folder import NightFolder
+from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.report import charts, diffs, tables
 from hotloop.agent_loop.report.markup import Html, h, join
 from hotloop.agent_loop.report.style import STYLE
 from hotloop.agent_loop.report.tally import Tally
 from hotloop.harness.files import write_whole
+from hotloop.harness.text import cut
 
 __all__ = ["page", "write_page"]
 
@@ -29,14 +31,14 @@ WIDE, NARROW = 1000, 358  # pixels that a chart has on a desk and on a phone
 LAST_CURVES = 4
 
 
-def write_page(night: Night, repo: git.Repo | None) -> Path:
+def write_page(night: NightFolder, repo: git.Repo | None) -> Path:
     """Write `runs/<tag>/report.html`, whole or not at all. Without a repository there are no diffs."""
     path = night.folder / "report.html"
     write_whole(path, page(night, repo).encode())
     return path
 
 
-def page(night: Night, repo: git.Repo | None) -> str:
+def page(night: NightFolder, repo: git.Repo | None) -> str:
     """The page's text."""
     tally = Tally(night)
     changes = diffs.of_gains(repo, tally.gains)
@@ -121,20 +123,17 @@ def _curves(tally: Tally) -> Html:
     if baseline:
         chosen.append(("baseline", f"#{baseline.number} baseline", baseline))
     drawn = {row.number for _, _, row in chosen}
-    others = [r for r in tally.tried if r.number not in drawn and r.outcome and len(r.outcome.curve) > 1]
+    others = [r for r in tally.tried if r.number not in drawn and len(r.outcome.training.curve) > 1]
     for i, row in enumerate(reversed(others[-LAST_CURVES:])):
         chosen.append((f"c{i}", f"#{row.number} {row.decision}: {row.description}", row))
-    legend = _legend([(kind, name) for kind, name, row in chosen if row.outcome and len(row.outcome.curve) > 1])
+    legend = _legend([(kind, name) for kind, name, row in chosen if len(row.outcome.training.curve) > 1])
     note = "Loss as train.py said it, at equal tokens: the incumbent, the baseline and the last runs with a curve."
     chart = _both(lambda width: charts.curves(chosen, width), legend, h("figcaption", note))
     return chart or h("p", "No run has left a training curve yet.")
 
 
 def _legend(lines: list[tuple[str, str]]) -> Html:
-    items = [
-        h("li", _swatch(h("path", d="M0 6H26", class_=f"line {kind}")), name if len(name) < 90 else name[:89] + "…")
-        for kind, name in lines
-    ]
+    items = [h("li", _swatch(h("path", d="M0 6H26", class_=f"line {kind}")), cut(name, 90)) for kind, name in lines]
     return h("ul", *items, class_="legend")
 
 
@@ -142,7 +141,7 @@ def _swatch(form: Html) -> Html:
     return h("svg", form, viewBox="0 0 26 12", width=26, height=12, aria_hidden="true")
 
 
-def _commands(night: Night) -> Html:
+def _commands(night: NightFolder) -> Html:
     tag = shlex.quote(night.folder.name)
     commands = [
         (f"hotloop show N --tag {tag}", "all that is known of an experiment"),

@@ -8,9 +8,10 @@ from statistics import mean
 
 from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.report.diffs import Change
-from hotloop.agent_loop.report.markup import Html, clip, h, join
+from hotloop.agent_loop.report.markup import Html, h, join
 from hotloop.agent_loop.report.tally import GROUPS, Gain, Tally
-from hotloop.harness.records.record import FAILURES
+from hotloop.harness.records.model import Decision, Turn, Worth
+from hotloop.harness.text import cut, one_line
 
 __all__ = ["drift_sentence", "every_run", "failures", "gains", "headline", "ledger"]
 
@@ -64,26 +65,25 @@ def _remarks(tally: Tally) -> list[str]:
     if tally.last_outcome and tally.last_outcome.open_text:
         words.append(f"Warning: {tally.last_outcome.open_text}.")
     if baseline and baseline.val_bpb is None:
-        words.append(f"The baseline ended as {baseline.decision}: {clip(baseline.reason, REASON)}")
+        words.append(f"The baseline ended as {baseline.decision}: {one_line(baseline.reason, REASON)}")
     if not tally.rows:
         words.append("Nothing was decided yet.")
-    words += [f"WARNING: {clip(w, REASON)}" for w in tally.night.unheard()]
+    words += [f"WARNING: {one_line(w, REASON)}" for w in tally.night.unheard()]
     decided = {r.number for r in tally.rows}
     under_way = [r.number for r in tally.night.flight().runs if r.number not in decided]
-    numbers = sorted({*under_way, *(o.number for o in tally.night.undecided())})
+    numbers = sorted({*under_way, *(o.run.number for o in tally.night.undecided())})
     if numbers:
         words.append(f"Begun and not decided: {', '.join(f'#{n}' for n in numbers)}.")
     return words
 
 
 def _facts(tally: Tally) -> list[tuple[str, str]]:
-    ran = sum(r.outcome is not None for r in tally.experiments)
+    ran = len(tally.experiments)
     device_h = tally.device_s / 3600
     several = f" on {tally.slots} devices" if tally.slots > 1 else ""
     floor, outcome = tally.floor, tally.last_outcome
     cpu = " (CPU figures)" if any(w.startswith("CPU") for w in tally.where) else ""
-    settings = tally.night.settings or {}
-    sandbox = outcome.sandbox if outcome else {}
+    settings = tally.night.settings
     best = tally.best.outcome if tally.best else None
     first = tally.baseline.outcome if tally.baseline else None
     holdout = ""
@@ -95,15 +95,15 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
         ("Time", f"{duration(tally.span_s)}{several}" if tally.runs else ""),
         ("Per device-hour", f"{ran / device_h:.1f} experiments" if device_h and ran else ""),
         ("Device idle", f"{tally.idle_s / tally.device_s:.1%}".replace("%", " %") if tally.device_s else ""),
-        ("Cost", f"${tally.cost_usd:,.2f}" if tally.cost_usd else "not told by the agents"),
+        ("Cost", f"${tally.night.cost_usd:,.2f}" if tally.night.cost_usd else "not told by the agents"),
         ("Noise floor", f"{floor:.6f} ({tally.night.noise().seeds} seeds)" if floor else "not measured"),
         ("Holdout", holdout),
         ("Where", ", ".join(tally.where) + cpu),
-        ("Sandbox", f"L{sandbox.get('level', settings.get('sandbox', '?'))} ({sandbox.get('how', 'how is not known')})"
-            if sandbox or "sandbox" in settings else ""),
-        ("Preset and budget", " ".join([str(settings.get("preset", "")), *_budget(settings.get("budget"))]).strip()),
-        ("Repeatable", "no: --fast-nondeterministic" if settings.get("repeatable", True) is False else ""),
-        ("Incumbent", f"{best.tokens_per_s:,.0f} tokens/s, {best.peak_mb / 1024:.2f} GiB{mfu}" if best else ""),
+        ("Sandbox", f"L{outcome.sandbox.level} ({outcome.sandbox.how})" if outcome else ""),
+        ("Preset and budget", f"{settings.preset} {settings.budget}" if settings else ""),
+        ("Repeatable", "no: --fast-nondeterministic" if settings and not settings.repeatable else ""),
+        ("Incumbent", f"{best.training.tokens_per_s:,.0f} tokens/s, {best.training.peak_mb / 1024:.2f} GiB{mfu}"
+            if best else ""),
         ("Agent", _agents(tally)),
         ("Model tokens", f"{tally.night.tokens:,}" if tally.night.tokens else ""),
     ]  # fmt: skip
@@ -111,24 +111,18 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
 
 def _agents(tally: Tally) -> str:
     """Who made how many of the experiments, and who else was asked for."""
-    made = Counter(r.agent for r in tally.experiments if r.agent)
+    made = Counter(r.origin.agent for r in tally.experiments if r.origin.agent)
     named = [f"{name} ({count})" for name, count in made.most_common()]
     return ", ".join([*named, *(f"{name} (0)" for name in tally.night.asked if name not in made)])
-
-
-def _budget(rule: object) -> list[str]:
-    if isinstance(rule, list) and len(rule) == 2 and isinstance(rule[1], int | float):
-        return [f"{rule[1]:g} {rule[0]}"]
-    return []
 
 
 # Gains, and what they are worth.
 
 
 _MEANINGS = {
-    "confirmed": "above the noise floor by itself, under a second seed, or when left out at the end",
-    "marginal": "within the noise floor: kept as equal and simpler, kept before noise was known, or still waiting",
-    "retracted": "a second seed or leaving it out at the end took it back",
+    Worth.CONFIRMED: "above the noise floor by itself, under a second seed, or when left out at the end",
+    Worth.MARGINAL: "within the noise floor: kept as equal and simpler, kept before noise was known, or still waiting",
+    Worth.RETRACTED: "a second seed or leaving it out at the end took it back",
 }
 
 
@@ -146,18 +140,18 @@ def gains(tally: Tally, changes: dict[int, Change]) -> Html:
     return join(parts)
 
 
-def _gain_table(mine: Sequence[Gain], changes: dict[int, Change], group: str) -> Html:
+def _gain_table(mine: Sequence[Gain], changes: dict[int, Change], group: Worth) -> Html:
     worth = any(g.worth is not None for g in mine)
     names = ["val", "holdout", *(["worth at the end"] if worth else [])]
     head = h("tr", h("th", "#", class_="n"), h("th", "what"), *(h("th", n, class_="n") for n in names))
     rows = []
     for gain in mine:
         row = gain.row
-        facts = [row.agent, changes[row.number].size and f"{changes[row.number].size} lines", row.commit[:7]]
+        facts = [row.origin.agent, changes[row.number].size and f"{changes[row.number].size} lines", row.commit[:7]]
         what = [
-            h("div", clip(row.description, DESCRIPTION)),
+            h("div", one_line(row.description, DESCRIPTION)),
             h("div", " · ".join(f for f in facts if f), class_="meta"),
-            h("div", clip(gain.why, REASON), class_="meta"),
+            h("div", one_line(gain.why, REASON), class_="meta"),
         ]
         figures = [signed(row.gain), signed(row.holdout_gain), *([signed(gain.worth)] if worth else [])]
         cells = [
@@ -166,7 +160,7 @@ def _gain_table(mine: Sequence[Gain], changes: dict[int, Change], group: str) ->
         ]
         rows.append(h("tr", h("td", row.number, class_="n"), h("td", *what), *cells))
     foot = None
-    if len(mine) > 1 and group == "confirmed":
+    if len(mine) > 1 and group == Worth.CONFIRMED:
         sums = [_sum(g.row.gain for g in mine), _sum(g.row.holdout_gain for g in mine)]
         sums += [_sum(g.worth for g in mine) if all(g.worth is not None for g in mine) else None] if worth else []
         cells = [
@@ -227,10 +221,9 @@ def ledger(tally: Tally) -> Html | None:
     lost = tally.span_s * tally.slots - tally.device_s
     if lost > max(60.0, 0.01 * tally.device_s):
         words += f" {duration(lost)} of the span are in no run and no wait: the driver was not running."
-    starts = tally.starts
-    if warm := starts["warm"]:
+    if warm := tally.starts("warm"):
         words += f" {len(warm)} trainers were ready when they were due: {mean(warm):.1f} s until train.py was imported"
-        words += f", against {mean(cold):.1f} s of the {len(cold)} others." if (cold := starts["cold"]) else "."
+        words += f", against {mean(cold):.1f} s of the {len(cold)} others." if (cold := tally.starts("cold")) else "."
     table = h("table", h("thead", head), h("tbody", *rows), h("tfoot", foot))
     scroll = _scroll(table, "device time by phase", "ledger")
     return join([h("h3", "Where the device time went"), scroll, h("p", words)])
@@ -246,10 +239,10 @@ def failures(tally: Tally) -> Html:
         latest = rows[::-1][:REASONS]
         items = []
         for i, row in enumerate(latest):
-            log = row.outcome.log_tail if row.outcome and i < LOGS else []
+            log = row.outcome.log_tail if i < LOGS else []
             fold = h("details", h("summary", "the end of its log"), _log(log)) if log else None
-            name = h("div", f"#{row.number} {clip(row.description, 120)}")
-            items.append(h("li", name, h("div", clip(row.reason, REASON), class_="meta"), fold))
+            name = h("div", f"#{row.number} {one_line(row.description, 120)}")
+            items.append(h("li", name, h("div", one_line(row.reason, REASON), class_="meta"), fold))
         parts.append(h("ul", *items, class_="plain"))
         if len(rows) > len(latest):
             parts.append(h("p", f"and {len(rows) - len(latest)} earlier ones", class_="meta"))
@@ -261,27 +254,24 @@ def failures(tally: Tally) -> Html:
 
 
 def _log(lines: Sequence[str]) -> Html:
-    tail = [line if len(line) <= LOG_CHARACTERS else line[:LOG_CHARACTERS] + "…" for line in lines[-LOG_LINES:]]
+    tail = [cut(line, LOG_CHARACTERS) for line in lines[-LOG_LINES:]]
     return h("pre", "\n".join(tail))
 
 
 def _turns(tally: Tally) -> Html:
     """Agents' turns that gave no edit, by who and why."""
-    counts: Counter[tuple[str, str]] = Counter()
-    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-    cost: defaultdict[tuple[str, str], float] = defaultdict(float)
+    groups: defaultdict[tuple[str, str], list[Turn]] = defaultdict(list)
     for turn in tally.turns:
-        key = (str(turn.get("agent") or "agent"), clip(str(turn.get("reason") or "no reason given"), REASON))
-        counts[key] += 1
-        seconds[key] += turn.get("seconds") or 0.0
-        cost[key] += turn.get("cost_usd") or 0.0
+        groups[turn.origin.agent, one_line(turn.reason, REASON)].append(turn)
+    ordered = sorted(groups.items(), key=lambda g: -len(g[1]))
     rows = []
-    for key, count in counts.most_common(20):
-        cells = [str(count), duration(seconds[key]), f"${cost[key]:.2f}" if cost[key] else "-"]
-        rows.append(h("tr", h("td", key[0]), h("td", key[1]), *(h("td", c, class_="n") for c in cells)))
+    for (agent, reason), turns in ordered[:20]:
+        seconds, cost_usd = (sum(t.origin.seconds for t in turns), sum(t.origin.cost_usd for t in turns))
+        cells = [str(len(turns)), duration(seconds), f"${cost_usd:.2f}" if cost_usd else "-"]
+        rows.append(h("tr", h("td", agent), h("td", reason), *(h("td", c, class_="n") for c in cells)))
     names = [("agent", None), ("why", None), ("turns", "n"), ("time", "n"), ("cost", "n")]
     table = h("table", h("thead", h("tr", *(h("th", n, class_=c) for n, c in names))), h("tbody", *rows))
-    more = h("p", f"and {len(counts) - 20} other reasons", class_="meta") if len(counts) > 20 else None
+    more = h("p", f"and {len(groups) - 20} other reasons", class_="meta") if len(groups) > 20 else None
     title = h("h3", f"Agents' turns that gave no experiment: {len(tally.turns)}")
     return join([title, _scroll(table, "turns that gave nothing", "turns"), more])
 
@@ -292,8 +282,8 @@ def _turns(tally: Tally) -> Html:
 def every_run(tally: Tally) -> Html:
     if not tally.rows:
         return h("p", "None yet.")
-    others = [r.number for r in tally.rows if r.decision != "keep"]
-    shown = set(others[-LAST_OTHERS:]) | {r.number for r in tally.rows if r.decision == "keep"}
+    others = [r.number for r in tally.rows if r.decision != Decision.KEEP]
+    shown = set(others[-LAST_OTHERS:]) | {r.number for r in tally.rows if r.decision == Decision.KEEP}
     rows = [_run_row(r) for r in tally.rows if r.number in shown]
     names = [("#", "n"), ("decision", None), ("val_bpb", "n"), ("gain", "n"), ("what", None), ("why", None)]
     table = h("table", h("thead", h("tr", *(h("th", n, class_=c) for n, c in names))), h("tbody", *rows))
@@ -305,18 +295,18 @@ def every_run(tally: Tally) -> Html:
 
 
 def _run_row(row: Row) -> Html:
-    kind = "failed" if row.decision in FAILURES else row.decision
+    kind = "failed" if row.decision.failed else str(row.decision)
     sign = SIGNS.get(kind, "×")
+    warnings = [h("div", f"warning: {w}", class_="meta") for w in row.outcome.conditions.warnings]
     known = kind if kind in SIGNS or kind == "failed" else None
-    warnings = row.outcome.conditions.get("warnings", []) if row.outcome else []
     return h(
         "tr",
         h("td", row.number, class_="n"),
         h("td", h("span", f"{sign} {row.decision}", class_=f"tag {known}" if known else "tag")),
         h("td", f"{row.val_bpb:.6f}" if row.val_bpb is not None else "-", class_="n"),
         h("td", signed(row.gain), class_="n"),
-        h("td", clip(row.description, DESCRIPTION)),
-        h("td", clip(row.reason, REASON), *(h("div", f"warning: {w}", class_="meta") for w in warnings)),
+        h("td", one_line(row.description, DESCRIPTION)),
+        h("td", one_line(row.reason, REASON), *warnings),
     )
 
 

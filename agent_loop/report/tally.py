@@ -6,18 +6,16 @@ Figures only; `agent_loop.report.page` writes them down.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from hotloop.agent_loop.night import Night, Row
-from hotloop.harness.records.record import FAILURES, Outcome
+from hotloop.agent_loop.folder import NightFolder
+from hotloop.agent_loop.night import Row
+from hotloop.harness.records.model import Decision, Kind, Ledger, LeftOut, Outcome, Worth
 
-__all__ = ["GROUPS", "PHASES", "Bar", "Gain", "Tally"]
+__all__ = ["GROUPS", "Bar", "Gain", "Point", "Progress", "Tally"]
 
-PHASES = ("start", "import", "compile", "calibrate", "train", "submit", "evaluate", "audit")
-GROUPS = ("confirmed", "marginal", "retracted")
+GROUPS = (Worth.CONFIRMED, Worth.MARGINAL, Worth.RETRACTED)
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Gain:
     """
 
     row: Row
-    group: str
+    group: Worth
     why: str
     worth: float | None = None
 
@@ -43,73 +41,118 @@ class Bar:
     slot: int
     begin_s: float
     end_s: float
-    decision: str
+    decision: Decision
     name: str
+
+
+Point = tuple[Row, float]  # a run and its val_bpb
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What each picture of a night's scores shows.
+
+    Attributes:
+        kept, others: in the order of their numbers; of the others, those that are on the chart, and those `above` it.
+        line: (number, val_bpb) of the incumbents, to the end of the chart.
+        floor: the noise floor, on both sides of the line; 0 where it was not measured.
+        low, high: what the axis shows: all that was kept; a run that went wrong must not flatten the rest.
+    """
+
+    kept: list[Point]
+    others: list[Point]
+    above: list[Point]
+    line: list[tuple[float, float]]
+    floor: float
+    low: float
+    high: float
+    end: float
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A run, on a device until `ended`, UTC."""
+
+    slot: int
+    ended: datetime.datetime
+    decision: Decision
+    name: str
+    outcome: Outcome
 
 
 class Tally:
     """A night, read once."""
 
-    def __init__(self, night: Night) -> None:
+    def __init__(self, night: NightFolder) -> None:
         self.night = night
-        self.rows = list(night.rows())
-        self.tried = night.tried()
-        self.decisions: dict[int, dict[str, Any]] = {b["number"]: b for b in night.chain.bodies("decision")}
-        self.left_out = [e for e in night.chain.entries if e["kind"] == "leave-one-out"]
-        self.turns = night.turns()
+        self.rows, self.tried, self.turns = night.rows(), night.tried(), night.turns
 
     # Scores.
 
     @property
     def baseline(self) -> Row | None:
         """The first with a score; without one, the first that was tried."""
-        baselines = [r for r in self.tried if r.kind == "baseline"]
+        baselines = [r for r in self.tried if r.kind == Kind.BASELINE]
         return next((r for r in baselines if r.val_bpb is not None), baselines[0] if baselines else None)
 
     @cached_property
     def best(self) -> Row | None:
         """The incumbent, as it was tried first (not under its second seed)."""
         last = self.night.incumbent()
-        return next((r for r in self.tried if last and r.commit == last.commit and r.decision == "keep"), last)
+        return next((r for r in self.tried if last and r.commit == last.commit and r.decision == Decision.KEEP), last)
 
     @property
     def experiments(self) -> list[Row]:
-        return [r for r in self.tried if r.kind == "experiment"]
+        return [r for r in self.tried if r.kind == Kind.EXPERIMENT]
 
     @property
     def kept(self) -> list[Row]:
         """Experiments whose edit the branch took."""
-        return [r for r in self.experiments if r.decision == "keep"]
+        return [r for r in self.experiments if r.decision == Decision.KEEP]
 
     @property
     def floor(self) -> float:
         """The noise floor that the last decision was made with."""
-        for row in reversed(self.rows):
-            if row.number in self.decisions:
-                return float(self.decisions[row.number].get("noise_bpb") or 0.0)
-        return self.night.noise().floor_bpb
+        return self.rows[-1].decided.noise_bpb if self.rows else 0.0
+
+    @cached_property
+    def progress(self) -> Progress | None:
+        """None without a score."""
+        scored = [(r, r.val_bpb) for r in self.tried if r.val_bpb is not None]
+        if not scored:
+            return None
+        kept = sorted((p for p in scored if p[0].decision == Decision.KEEP), key=lambda p: p[0].number)
+        scores, floor = sorted(bpb for _, bpb in scored), self.floor
+        most = max((bpb for _, bpb in kept), default=scores[len(scores) // 2])
+        span = max(most - scores[0], 2 * floor, 1e-4)
+        top = max(bpb for bpb in scores if bpb <= most + 0.4 * span)
+        margin = max(0.1 * span, 1.2 * floor)
+        others = [p for p in scored if p[0].decision != Decision.KEEP]
+        end = max(r.number for r in self.rows) + 0.5
+        line = [(float(r.number), bpb) for r, bpb in kept]
+        return Progress(
+            kept, [p for p in others if p[1] <= top], [p for p in others if p[1] > top],
+            [*line, (end, line[-1][1])] if line else [], floor, scores[0] - margin, top + margin, end,
+        )  # fmt: skip
 
     # Gains.
 
     @cached_property
     def gains(self) -> list[Gain]:
-        retried = {b.get("again_of") for b in self.decisions.values()}
-        confirms = {r.commit: r for r in self.rows if r.kind == "confirm"}
-        checks: dict[object, dict[str, Any]] = {}
-        for entry in self.left_out:
-            checks[entry["body"].get("number")] = entry["body"]
-        first = {r.number: r for r in self.rows}
+        retried = {r.origin.again_of for r in self.rows}
+        confirms = {r.commit: r for r in self.rows if r.kind == Kind.CONFIRM}
+        checks = {left_out.number: left_out for _, left_out in self.night.left_out}
         found = []
         for row in self.experiments:
-            was_marginal = first[row.number].decision == "marginal"
+            was_marginal = row.decided.judgement.decision == Decision.MARGINAL
             confirm = confirms.get(row.commit) if was_marginal else None
             check = checks.get(row.number) or (checks.get(confirm.number) if confirm else None)
-            if row.decision == "keep":
+            if row.decision == Decision.KEEP:
                 gain = self._kept(row, confirm)
             elif was_marginal and confirm:
-                gain = Gain(row, "retracted", confirm.reason)
-            elif row.decision == "marginal" and row.number not in retried:
-                gain = Gain(row, "marginal", row.reason)
+                gain = Gain(row, Worth.RETRACTED, confirm.reason)
+            elif row.decision == Decision.MARGINAL and row.number not in retried:
+                gain = Gain(row, Worth.MARGINAL, row.reason)
             else:
                 continue
             found.append(_checked(gain, check) if check else gain)
@@ -117,11 +160,12 @@ class Tally:
 
     def _kept(self, row: Row, confirm: Row | None) -> Gain:
         if confirm:
-            return Gain(row, "confirmed", f"#{confirm.number}: {confirm.reason}")
-        floor = float(self.decisions.get(row.number, {}).get("noise_bpb") or 0.0)
+            return Gain(row, Worth.CONFIRMED, f"#{confirm.number}: {confirm.reason}")
+        floor = row.decided.noise_bpb
         if not floor:
-            return Gain(row, "marginal", f"{row.reason}; nothing tells it from luck")
-        return Gain(row, "confirmed" if row.gain is not None and row.gain > floor else "marginal", row.reason)
+            return Gain(row, Worth.MARGINAL, f"{row.reason}; nothing tells it from luck")
+        above = row.gain is not None and row.gain > floor
+        return Gain(row, Worth.CONFIRMED if above else Worth.MARGINAL, row.reason)
 
     @property
     def paired(self) -> list[Row]:
@@ -131,39 +175,35 @@ class Tally:
     # Devices and seconds.
 
     @cached_property
-    def _runs(self) -> list[tuple[int, datetime.datetime | None, str, str, Mapping[str, Any]]]:
-        """Every run that was on a device: slot, end, decision, name, and total_s and ledger."""
-        runs: list[tuple[int, datetime.datetime | None, str, str, Mapping[str, Any]]] = []
-        for row in self.rows:
-            if row.outcome:
-                took = {"total_s": row.outcome.total_s, "ledger": row.outcome.ledger}
-                runs.append((row.slot, _time(row.ended), row.decision, f"#{row.number} {row.description}", took))
-        for entry in self.left_out:
-            run = entry["body"].get("run")
-            if isinstance(run, dict) and run.get("total_s"):
-                name = f"without #{entry['body'].get('number')}"
-                runs.append((int(run.get("slot") or 0), _time(entry["time"]), "measured", name, run))
+    def _runs(self) -> list[_OnDevice]:
+        """Every run that was on a device."""
+        runs = [
+            _OnDevice(r.decided.slot, _time(r.ended), r.decision, f"#{r.number} {r.description}", r.outcome)
+            for r in self.rows
+        ]
+        for ended, left_out in self.night.left_out:
+            if left_out.outcome:
+                name = f"without #{left_out.number}"
+                runs.append(_OnDevice(0, _time(ended), Decision.MEASURED, name, left_out.outcome))
         return runs
 
     @cached_property
     def began(self) -> datetime.datetime | None:
         """When the first run began, UTC."""
-        return min(
-            (end - datetime.timedelta(seconds=t["total_s"]) for _, end, _, _, t in self._runs if end), default=None
-        )
+        return min((r.ended - datetime.timedelta(seconds=r.outcome.total_s) for r in self._runs), default=None)
 
     @cached_property
     def bars(self) -> list[Bar]:
         bars = []
-        for slot, end, decision, name, took in self._runs:
-            if end and self.began:
-                end_s = (end - self.began).total_seconds()
-                bars.append(Bar(slot, max(0.0, end_s - took["total_s"]), end_s, decision, name))
+        for run in self._runs:
+            if self.began:
+                end_s = (run.ended - self.began).total_seconds()
+                bars.append(Bar(run.slot, max(0.0, end_s - run.outcome.total_s), end_s, run.decision, run.name))
         return bars
 
     @property
     def slots(self) -> int:
-        return 1 + max((r[0] for r in self._runs), default=0)
+        return 1 + max((r.slot for r in self._runs), default=0)
 
     @property
     def span_s(self) -> float:
@@ -172,17 +212,17 @@ class Tally:
 
     @property
     def busy_s(self) -> float:
-        return float(sum(r[4]["total_s"] for r in self._runs))
+        return sum((r.outcome.total_s for r in self._runs), 0.0)
 
     @property
     def idle_s(self) -> float:
         """That devices waited for something to run, as the driver counted it: not while it was stopped."""
-        return sum(r.idle_s for r in self.rows)
+        return sum(r.decided.idle_s for r in self.rows)
 
     @property
     def waited_s(self) -> float:
         """At most this much of the idle time went into waiting for an agent."""
-        return sum(min(r.idle_s, r.agent_s) for r in self.rows)
+        return sum(min(r.decided.idle_s, r.origin.seconds) for r in self.rows)
 
     @property
     def device_s(self) -> float:
@@ -190,31 +230,18 @@ class Tally:
 
     @property
     def agent_s(self) -> float:
-        return sum(r.agent_s for r in self.rows) + sum(float(t.get("seconds") or 0.0) for t in self.turns)
-
-    @property
-    def cost_usd(self) -> float:
-        return self.night.cost_usd
+        return sum(r.origin.seconds for r in self.rows) + sum(t.origin.seconds for t in self.turns)
 
     @property
     def ledger(self) -> dict[str, float]:
         """Device seconds by phase; they add up to `device_s`."""
-        total = dict.fromkeys(PHASES, 0.0)
-        for *_, took in self._runs:
-            for phase in PHASES:
-                total[phase] += float((took.get("ledger") or {}).get(phase, 0.0))
-        total["other"] = max(0.0, self.busy_s - sum(total.values()))
-        total["idle"] = self.idle_s
-        return total
+        total = dict(sum((r.outcome.ledger for r in self._runs), Ledger()).items())
+        return total | {"other": max(0.0, self.busy_s - sum(total.values())), "idle": self.idle_s}
 
-    @property
-    def starts(self) -> dict[str, list[float]]:
-        """Seconds until train.py ran, of runs whose trainer was started `warm` and `cold`."""
-        found: dict[str, list[float]] = {"warm": [], "cold": []}
-        for row in self.rows:
-            if row.outcome and row.outcome.start.get("how") in found and "import" in row.outcome.ledger:
-                found[row.outcome.start["how"]].append(row.outcome.ledger["start"] + row.outcome.ledger["import"])
-        return found
+    def starts(self, how: str) -> list[float]:
+        """Seconds until train.py ran, of runs whose trainer was started `warm` or `cold`."""
+        ledgers = [r.outcome.ledger for r in self.rows if r.outcome.training.start.how == how]
+        return [ledger.start + ledger.import_ for ledger in ledgers if ledger.import_]
 
     @property
     def runs(self) -> int:
@@ -227,42 +254,26 @@ class Tally:
         """Rows by how they failed, the most frequent first."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
-            if row.decision in FAILURES or (row.outcome and row.outcome.status != "ok"):
+            if row.decision.failed:
                 groups.setdefault(row.decision, []).append(row)
         return dict(sorted(groups.items(), key=lambda g: -len(g[1])))
 
     @property
     def last_outcome(self) -> Outcome | None:
-        return next((r.outcome for r in reversed(self.rows) if r.outcome), None)
+        return self.rows[-1].outcome if self.rows else None
 
     @property
     def where(self) -> list[str]:
         """The devices, each once; a CPU is called one."""
-        names: dict[str, None] = {}
-        for row in self.rows:
-            if row.outcome:
-                environment = row.outcome.environment
-                gpu = (environment.get("gpu") or {}).get("name", "GPU")
-                cpu = f"CPU {environment.get('cpu', '')}".strip()
-                names[cpu if row.outcome.device == "cpu" else str(gpu)] = None
-        return list(names)
+        return list(dict.fromkeys(row.outcome.where for row in self.rows))
 
 
-def _checked(gain: Gain, check: dict[str, Any]) -> Gain:
-    verdict, worth = check.get("verdict"), check.get("worth")
+def _checked(gain: Gain, check: LeftOut) -> Gain:
     # One run that still points the same way takes back nothing that two seeds have confirmed.
-    told = verdict in GROUPS and not (verdict == "marginal" and gain.group == "confirmed")
-    return Gain(
-        gain.row,
-        str(verdict) if told else gain.group,
-        f"left out at the end: {check.get('reason', '')}",
-        float(worth) if isinstance(worth, int | float) else None,
-    )
+    told = check.verdict in GROUPS and (check.verdict, gain.group) != (Worth.MARGINAL, Worth.CONFIRMED)
+    group = check.verdict if told else gain.group
+    return Gain(gain.row, group, f"left out at the end: {check.reason}", check.worth)
 
 
-def _time(text: str) -> datetime.datetime | None:
-    try:
-        found = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+def _time(text: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(text)

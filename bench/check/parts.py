@@ -21,6 +21,8 @@ from hotloop.harness.files import write_whole
 from hotloop.harness.machine import threads_default
 from hotloop.harness.profile import read
 from hotloop.harness.proof.operators import OPERATORS
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import Outcome
 from hotloop.harness.sandbox.process import child_environment, tail
 from hotloop.harness.tuning.notes import UNFINISHED
 
@@ -214,14 +216,15 @@ def _run(bench: Bench, limit_s: float, budget: list[str] | None = None) -> Resul
     page = f"`hotloop run {' '.join(flags)}`, {seconds:.0f} s in all.\n\n" + fenced(tail(log, 40))
     if code:
         return code, page
-    records = (bench.work / "runs/single/records.jsonl").read_text().splitlines()
-    last = json.loads(records[-1])["body"]
-    bench.facts["run"] = {"number": last["number"], "data": str(data)}
-    audit, ledger = last["audit"], {k: round(v, 2) for k, v in last["ledger"].items()}
-    page += "\n" + overheads.page(overheads.figures([last], {}), last["device"] == "cuda")
-    page += f"\nLedger, s: {ledger}. Tokens/s {last['tokens_per_s']:,.0f}; {last['tokens']:,} tokens. "
-    page += f"Audit: {audit['cuts']} cuts, largest {audit['largest_nats']:.2e} nats, mean {audit['mean_nats']:.2e}.\n"
-    bench.say(f"    {last['tokens_per_s']:,.0f} tokens/s, val_bpb {last['val_bpb']:.4f}")
+    last = Chain.read(bench.work / "runs/single/records.jsonl").bodies(Outcome)[-1]
+    training, audit = last.training, last.audit
+    assert audit is not None
+    bench.facts["run"] = {"number": last.run.number, "data": str(data)}
+    page += "\n" + overheads.page(overheads.figures([overheads.Ran(last)]), last.device == "cuda")
+    ledger = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in last.ledger.items())
+    page += f"\nLedger, s: {ledger}. Tokens/s {training.tokens_per_s:,.0f}; {training.tokens:,} tokens. "
+    page += f"Audit: {audit.cuts} cuts, largest {audit.largest_nats:.2e} nats, mean {audit.mean_nats:.2e}.\n"
+    bench.say(f"    {training.tokens_per_s:,.0f} tokens/s, val_bpb {last.val_bpb:.4f}")
     return 0, page
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hotloop.harness.data.tokenizer import Tokenizer
 from hotloop.harness.errors import DataError
+from hotloop.harness.records.model import DataFacts
 
 __all__ = ["BUILT_IN", "FORMAT", "SPLITS", "Dataset", "default_data_dir", "load_dataset"]
 
@@ -64,16 +65,10 @@ class Dataset:
         except OSError as e:
             raise DataError(f"{path} cannot be read: {e.strerror or e}; {_again(self)}") from None
 
-    def facts(self) -> dict[str, Any]:
-        """What a record says of its data: source, packing, tokens of one pass over the train rows, and the share of
-        the train split's tokens that is in rows."""
+    def facts(self) -> DataFacts:
+        """What a record says of its data."""
         train = self.manifest["splits"]["train"]
-        return {
-            "source": self.source,
-            "packing": self.manifest["packing"],
-            "share_in_rows": train["share_in_rows"],
-            "epoch_tokens": train["rows"] * self.seq_len,
-        }
+        return DataFacts(self.source, self.manifest["packing"], train["share_in_rows"], train["rows"] * self.seq_len)
 
     def verify(self) -> None:
         """Hash every file against the manifest, those again that changed since this object last hashed them.

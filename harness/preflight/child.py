@@ -45,11 +45,11 @@ def child_main(wire: Wire, memories: list[int]) -> None:
         from hotloop.harness.settings import PRESETS
 
         small = PRESETS["laptop"]
-        column = spec | {
+        laptop = spec | {
             "preset": "laptop", "device": "cpu", "vocab_size": small.vocab_size, "seq_len": small.seq_len,
             "batch_divisor": 1,
         }  # fmt: skip
-        _stage(wire, source, "step", functools.partial(_step, column, small.eval_batch_rows), "column")
+        _stage(wire, source, "step", functools.partial(_step, laptop, small.eval_batch_rows), "laptop")
     wire.send("end")
     sys.stdout.flush()
     os._exit(0)  # at once: nothing that train.py left behind is waited for

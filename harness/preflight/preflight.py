@@ -4,7 +4,7 @@
     shapes   the preset's real sizes, without memory and arithmetic: set-up, warm-up, real batches, submission, and the
              evaluator's forward (only where the preset's device is not a CPU)
     step     one small run with real numbers: the experiment itself where the preset's device is a CPU, else the
-             laptop's column of the same file, and only where `shapes` found nothing certain
+             laptop preset's values of the same file, and only where `shapes` found nothing certain
 
 The child (`harness.preflight.child`) runs an agent's code in the sandbox, without any data. What it says is a claim,
 and it can only harm itself: `ok` gives it the run that it would have had anyway. `harness.preflight.rules` says what

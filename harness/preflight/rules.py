@@ -9,7 +9,7 @@ first that fits an exception names it, and TABLE says what that kind means where
     late         from the second real batch: progress jumps to the end there, so what train.py prepares in between (an
                  average that starts at half of the budget) may be missing, and only what no state excuses counts
     doubtful     the same, after a number was made up where train.py asked for a tensor's value
-    column       the laptop's column of a train.py that is to run elsewhere: that column may be neglected, or gone
+    laptop       the laptop preset's values of a train.py that is to run elsewhere: they may be neglected, or gone
     own ...      a preset of this very device: the code, the sizes and the device are those of the run itself
 
 Why these kinds. A name that is bound nowhere in the file (nor imported, nor a builtin) fails wherever it is reached. A
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 __all__ = ["COLUMNS", "TABLE", "ContractError", "Scene", "UnsubmittedError", "judge", "kind_of"]
 
-COLUMNS = ("import", "early", "late", "doubtful", "column", "own import", "own early", "own late")
+COLUMNS = ("import", "early", "late", "doubtful", "laptop", "own import", "own early", "own late")
 
 
 class ContractError(Exception):
@@ -200,7 +200,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "machinery": ("own import", "own early"),
     "system": (),
     "exit": ("own import", "own early"),
-    "unknown name": ("import", "doubtful", "column", *_RUN),
+    "unknown name": ("import", "doubtful", "laptop", *_RUN),
     "missing module": COLUMNS,
     "missing name": COLUMNS,
     "device": ("own import", "own early"),
@@ -218,11 +218,11 @@ def kind_of(error: BaseException, source: str) -> str:
 
 
 def judge(error: BaseException, source: str, column: str) -> str:
-    """`crash` or `inconclusive`, by TABLE; in the laptop's column only outside every branch."""
+    """`crash` or `inconclusive`, by TABLE; with the laptop preset's values only outside every branch."""
     kind = kind_of(error, source)
     if column not in TABLE[kind]:
         return "inconclusive"
-    if column == "column" and not _certain(error, source):
+    if column == "laptop" and not _certain(error, source):
         return "inconclusive"
     return "crash"
 

@@ -1,19 +1,20 @@
 """The audit: where it looks, what it asks, and what it makes of the answers.
 
 A lie can only win where the reported loss is far below what a trusted reference lost on the same token (the incumbent,
-which the run is to beat). So half of the cuts are drawn in proportion to that gain, a token's chance being its share of
-all gains over val and holdout; the other half anywhere. Without a reference all are drawn anywhere.
+which the run is to beat). So a third of the cuts are drawn in proportion to that gain, a token's chance being its share
+of all gains over val and holdout. The others are drawn anywhere: they meet a model that is worse than the reference on
+some tokens and lies itself back to it there. Without a reference all are drawn anywhere.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.records.model import Audit
 
 __all__ = ["SAMPLE", "TOLERANCE_NATS", "allowed_mismatches", "compare", "draw", "questions", "surprise"]
 
@@ -31,8 +32,8 @@ MEAN_SLACK_NATS = 2e-5
 # passes 0.02 nats 2.8e-4 of the time; an estimate until it was measured on a GPU.
 HONEST_SHARE = {"cpu": 0.0, "cuda": 5e-4}
 ALARM = 1e-5  # the chance that honest noise passes more often than is allowed
-# A run that may be kept is asked as many cuts as val has rows; one that is too far behind to be, this share of them.
-SAMPLE = 0.25
+BY_GAIN = 1 / 3  # of the cuts
+SAMPLE = 0.125  # of the cuts that a run which may be kept is asked, for one that is too far behind to be
 
 
 def draw(
@@ -45,7 +46,7 @@ def draw(
         reference: float [N, T], what the reference lost; None for none.
     """
     rows, length = nll.shape
-    anywhere = count if reference is None else count // 2
+    anywhere = count if reference is None else count - round(BY_GAIN * count)
     picked = np.concatenate([rng.permutation(rows) for _ in range(-(-anywhere // rows))])[:anywhere]
     at = [picked * length + rng.integers(0, length, anywhere)]
     if reference is not None:
@@ -102,9 +103,7 @@ def allowed_mismatches(count: int, device: str) -> int:
     return k
 
 
-def compare(
-    nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0
-) -> dict[str, Any]:
+def compare(nll: npt.NDArray[np.float32], found: npt.NDArray[np.float64], tolerance: float, most: int = 0) -> Audit:
     """What B's logits say about A's numbers at the cuts.
 
     Args:
@@ -124,21 +123,21 @@ def compare(
     mismatches = int(np.count_nonzero(~(np.abs(difference) <= tolerance)))
     mean = float(difference.mean())
     allowed = MEAN_ERRORS * float(difference.std()) / math.sqrt(n) + MEAN_SLACK_NATS
-    figures = {
-        "cuts": n,
-        "tolerance_nats": tolerance,
-        "mismatches": mismatches,
-        "mismatches_allowed": most,
-        "largest_nats": float(np.abs(difference).max()),
-        "mean_nats": mean,
-        "mean_allowed_nats": allowed,
+    figures = Audit(
+        cuts=n,
+        tolerance_nats=tolerance,
+        mismatches=mismatches,
+        mismatches_allowed=most,
+        largest_nats=float(np.abs(difference).max()),
+        mean_nats=mean,
+        mean_allowed_nats=allowed,
         # The smallest share of falsified tokens that n cuts find with 99 % probability: 1 - 0.01^(1/n).
-        "detectable_share": 1.0 - 0.01 ** (1.0 / n),
-    }
+        detectable_share=1.0 - 0.01 ** (1.0 / n),
+    )
     if mismatches > most:
         raise TrialError(
             "invalid",
-            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures['largest_nats']:.1g} nats): "
+            f"the model contradicts itself at {mismatches} of {n} cuts (by up to {figures.largest_nats:.1g} nats): "
             f"it looks ahead, keeps state across rows, or its probabilities are none",
         )
     if abs(mean) > allowed:

@@ -9,31 +9,15 @@ parent's clock. The parent's clock bounds the whole anywhere (`Limits.evaluate_s
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.records.model import EvaluatorTime
 from hotloop.harness.sandbox.process import Child
 from hotloop.harness.settings import Limits
 
-__all__ = ["SLACK_S", "Bound", "Cost"]
+__all__ = ["SLACK_S", "Bound"]
 
 SLACK_S = 1.0  # what a whole evaluation may take beside: batches of a model that costs next to nothing
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What evaluator A computed, seconds (of the processor on a CPU): up to its first batch, and after it."""
-
-    first_s: float
-    rest_s: float
-
-    @classmethod
-    def recorded(cls, conditions: Mapping[str, Any]) -> Self | None:
-        """That of an experiment's `conditions`; None where it was not measured."""
-        first_s, rest_s = (conditions.get(f"evaluate_{part}_s") for part in ("first", "rest"))
-        return None if first_s is None or rest_s is None else cls(first_s, rest_s)
 
 
 class Bound:
@@ -46,7 +30,7 @@ class Bound:
     """
 
     def __init__(
-        self, device: str, limits: Limits, tokens: int, token_s: float | None, baseline: Cost | None = None
+        self, device: str, limits: Limits, tokens: int, token_s: float | None, baseline: EvaluatorTime | None = None
     ) -> None:
         self._on_cpu, self._limits = device == "cpu", limits
         self._first_most_s = limits.evaluate_first_s
@@ -96,10 +80,10 @@ class Bound:
                     f"{self._limits.evaluate_baseline:g} times what the baseline's scoring did",
                 )  # fmt: skip
 
-    def facts(self) -> dict[str, float]:
+    def times(self) -> EvaluatorTime:
         """Seconds, of the processor on a CPU: up to the first batch, and after it."""
         first_s = self._first_s or 0.0
-        return {"first_s": round(first_s, 3), "rest_s": round(self._spent_s - first_s, 3)}
+        return EvaluatorTime(round(first_s, 3), round(self._spent_s - first_s, 3))
 
     def _now(self) -> float:
         assert self._child is not None

@@ -41,7 +41,7 @@ def child_main(wire: Wire, memories: list[int]) -> None:
 
 
 def _evaluate(wire: Wire, memories: list[int]) -> None:
-    make_ready(["safetensors.torch", *wire.recv()["modules"]])
+    make_ready(wire.recv()["modules"])
     wire.send("ready")
     job = wire.recv()
     weights = bytes(wire.recv_bytes(job["weights_bytes"], SOURCE_S))

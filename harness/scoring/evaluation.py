@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from hotloop.harness.errors import TrialError
 from hotloop.harness.gpu.between_runs import fresh
+from hotloop.harness.records.model import Audit, EvaluatorTime, Ledger, Scores
 from hotloop.harness.sandbox import residency
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
@@ -37,7 +39,7 @@ from hotloop.harness.scoring.audit import (
     questions,
     surprise,
 )
-from hotloop.harness.scoring.bound import Bound, Cost
+from hotloop.harness.scoring.bound import Bound
 from hotloop.harness.scoring.process import LOG_BYTES, EvaluatorProcess, Rows, Take
 from hotloop.harness.settings import Preset, Spec
 from hotloop.harness.training.session import Event
@@ -88,7 +90,7 @@ class Scoring:
     on_event: Callable[[Event], None] = lambda _: None
     reference_bytes: npt.NDArray[np.int32] | None = None
     reference: npt.NDArray[np.floating] | None = None
-    baseline: Cost | None = None
+    baseline: EvaluatorTime | None = None
     keep_below: float | None = None
 
     @property
@@ -96,21 +98,23 @@ class Scoring:
         return Setup(self.sandbox, self.spec.device, self.preset.limits, self.threads)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
-    """Scores and the audit's figures; `ledger` has the seconds of `evaluate` and `audit`, `cost` what they computed.
+    """Scores, the audit's figures, the seconds of both, and of what both evaluators computed.
 
     `val_bpb_reference` is the same loss over the bytes that karpathy/autoresearch counts, which are more wherever a
     token is no whole characters; only it compares with scores published there.
+
+    Attributes:
+        nll: float32 [N, T], nats, of val and then of holdout.
     """
 
-    val_bpb: float = math.nan
-    val_bpb_reference: float = math.nan
-    holdout_bpb: float = math.nan
-    audit: dict[str, Any] = field(default_factory=dict)
-    ledger: dict[str, float] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
-    nll: npt.NDArray[np.float32] | None = None  # [N, T], nats, of val and then of holdout
+    scores: Scores
+    audit: Audit
+    ledger: Ledger
+    evaluate_time: EvaluatorTime
+    audit_time: EvaluatorTime
+    nll: npt.NDArray[np.float32]
 
 
 class Evaluator:
@@ -125,7 +129,6 @@ class Evaluator:
 
     def __init__(self, scoring: Scoring) -> None:
         self.scoring = scoring
-        self._result = Evaluation()
         self._said: list[bytes] = []
         self._open = contextlib.ExitStack()
         self._ready: list[EvaluatorProcess] = []
@@ -164,7 +167,7 @@ class Evaluator:
             (self.scoring.folder / "evaluate.txt").write_bytes(said)
 
     def _run(self, weights: bytearray, token_s: float | None) -> Evaluation:
-        s, result = self.scoring, self._result
+        s, ledger = self.scoring, Ledger()
         began = time.monotonic()
         scored = np.concatenate([s.val, s.holdout])
         nll = np.empty((len(scored), s.spec.seq_len), dtype=np.float32)
@@ -180,24 +183,25 @@ class Evaluator:
         if nll.min() < -1e-3:
             raise TrialError("invalid", "the model reported a negative loss")
         n = len(s.val)
-        result.nll = nll
-        result.val_bpb = bits_per_byte(nll[:n], s.val[:, 1:], s.token_bytes)
-        if s.reference_bytes is not None:
-            result.val_bpb_reference = bits_per_byte(nll[:n], s.val[:, 1:], s.reference_bytes)
-        result.holdout_bpb = bits_per_byte(nll[n:], s.holdout[:, 1:], s.token_bytes)
-        result.ledger["evaluate"] = time.monotonic() - began
+        true, as_reference = s.val[:, 1:], s.reference_bytes
+        scores = Scores(
+            val_bpb=bits_per_byte(nll[:n], true, s.token_bytes),
+            holdout_bpb=bits_per_byte(nll[n:], s.holdout[:, 1:], s.token_bytes),
+            val_bpb_reference=None if as_reference is None else bits_per_byte(nll[:n], true, as_reference),
+        )
+        evaluate_time, ledger.evaluate = bound.times(), time.monotonic() - began
         began = time.monotonic()
         if self._ready and residency.taken_since(since):
             self._ready.pop().close()
         bound = Bound(s.spec.device, s.preset.limits, nll.size, token_s, s.baseline)
-        result.audit = self._audit(bound, weights, nll, scored)
-        result.ledger["audit"] = time.monotonic() - began
-        return result
+        full = s.keep_below is None or scores.val_bpb <= s.keep_below
+        audit = self._audit(bound, weights, nll, scored, full)
+        ledger.audit = time.monotonic() - began
+        return Evaluation(scores, audit, ledger, evaluate_time, bound.times(), nll)
 
-    def _audit(self, bound: Bound, weights: bytearray, nll: npt.NDArray[np.float32], scored: Rows) -> dict[str, Any]:
+    def _audit(self, bound: Bound, weights: bytearray, nll: npt.NDArray[np.float32], scored: Rows, full: bool) -> Audit:
         s = self.scoring
-        full = s.keep_below is None or self._result.val_bpb <= s.keep_below
-        count = math.ceil(len(s.val) * (1.0 if full else SAMPLE))
+        count = math.ceil((s.preset.audit_cuts or len(s.val)) * (1.0 if full else SAMPLE))
         rng = np.random.default_rng()  # from the system's entropy: A could not know these
         reference = s.reference if s.reference is not None and s.reference.shape == nll.shape else None
         order, cuts = draw(nll, reference, count, rng)
@@ -213,7 +217,7 @@ class Evaluator:
             raise TrialError("nan", "the model's logits are not finite")
         device = s.spec.device
         figures = compare(nll[order, cuts], found, TOLERANCE_NATS[device], allowed_mismatches(len(rows), device))
-        return figures | {"reference": reference is not None, "full": full}
+        return msgspec.structs.replace(figures, reference=reference is not None, full=full)
 
     def _start(self) -> EvaluatorProcess:
         s = self.scoring
@@ -231,5 +235,4 @@ class Evaluator:
         finally:
             process.close()
             self._said.append(process.said)
-        self._result.cost |= {f"{phase}_{k}": v for k, v in bound.facts().items()}
         return process.since

@@ -33,6 +33,7 @@ __all__ = ["LOG_BYTES", "EvaluatorProcess", "Rows", "Take"]
 Rows = npt.NDArray[np.uint16]
 Take = Callable[[slice, npt.NDArray[np.float32]], None]
 
+MODULES = ("safetensors.torch", "hotloop.kernels")  # what an evaluator, and most train.py, import
 SLOTS = 3  # batches that it holds at a time: one in work, one launched behind it, one on its way
 LOOK_S = 0.5  # how often one that does not answer is looked at
 LOG_BYTES = 64 << 10  # of what it prints, kept once it has ended
@@ -72,7 +73,7 @@ class EvaluatorProcess:
         except BaseException:
             self._free()
             raise
-        self._speak(lambda: self._child.wire.send("prepare", modules=list(AHEAD[spec.device])))
+        self._speak(lambda: self._child.wire.send("prepare", modules=[*AHEAD[spec.device], *MODULES]))
 
     def wait(self) -> None:
         """Until it has made its imports. Raises TrialError."""

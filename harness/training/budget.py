@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Any
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.records.model import FixedBudget, ShapeCost
 from hotloop.harness.settings import BudgetRule
 
 __all__ = ["SNAP", "Budget", "Shape", "held_against"]
@@ -132,50 +132,36 @@ class Budget:
         first = next(iter(self.step_cpu_s))
         return self.tokens / first.tokens * self.step_cpu_s[first]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.rule.kind,
-            "amount": self.rule.amount,
-            "tokens": self.tokens,
-            "snapped": self.snapped,
-            "timed_steps": list(self.timed_steps),
-            "pace": self.pace,
-            "late": self.late,
-            "shapes": [
-                {
-                    "rows": s.rows,
-                    "seq_len": s.seq_len,
-                    "charge": c,
-                    "step_s": self.step_s.get(s, 0.0),
-                    "flops": self.flops.get(s, 0),
-                }
-                for s, c in self.charges.items()
-            ],
-        }
+    def recorded(self) -> FixedBudget:
+        """For the record."""
+        shapes = [
+            ShapeCost(s.rows, s.seq_len, c, self.step_s.get(s, 0.0), self.flops.get(s, 0))
+            for s, c in self.charges.items()
+        ]
+        return FixedBudget(
+            kind=self.rule.kind, amount=self.rule.amount, tokens=self.tokens, snapped=self.snapped,
+            timed_steps=list(self.timed_steps), pace=self.pace, late=self.late, shapes=shapes,
+        )  # fmt: skip
 
     @classmethod
-    def replay(cls, recorded: dict[str, Any]) -> Budget:
+    def replay(cls, recorded: FixedBudget) -> Budget:
         """The budget of a record, tokens and charges included."""
-        budget = cls(
-            BudgetRule(recorded["kind"], recorded["amount"]),
-            pace=recorded.get("pace", 1.0), late=recorded.get("late", 1.0),
+        return cls(
+            BudgetRule(recorded.kind, recorded.amount), pace=recorded.pace, late=recorded.late, tokens=recorded.tokens,
+            replayed_steps=recorded.timed_steps,
+            charges={Shape(s.rows, s.seq_len): s.charge for s in recorded.shapes},
         )  # fmt: skip
-        budget.tokens = recorded["tokens"]
-        budget.replayed_steps = recorded.get("timed_steps")  # records of earlier versions have none
-        budget.charges = {Shape(s["rows"], s["seq_len"]): s["charge"] for s in recorded["shapes"]}
-        return budget
 
 
-def held_against(recorded: dict[str, Any], training_s: float) -> tuple[float, float]:
+def held_against(recorded: FixedBudget, training_s: float) -> tuple[float, float]:
     """The `pace` and `late` of what follows a baseline.
 
     Args:
-        recorded: the baseline's `Budget.as_dict()`.
+        recorded: the baseline's budget.
         training_s: how long it trained, by the parent's clock.
     """
-    shapes = recorded.get("shapes") or [{}]
-    first, pace = shapes[0], float(recorded.get("pace", 1.0))
-    if recorded.get("kind") != "seconds" or not first.get("step_s"):
+    if recorded.kind != "seconds" or not recorded.shapes or not recorded.shapes[0].step_s:
         return 1.0, 1.0
-    promised_s = recorded["tokens"] / (first["rows"] * first["seq_len"]) * first["step_s"] * pace
-    return pace, max(1.0, training_s / promised_s)
+    first = recorded.shapes[0]
+    promised_s = recorded.tokens / (first.rows * first.seq_len) * first.step_s * recorded.pace
+    return recorded.pace, max(1.0, training_s / promised_s)

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hotloop.harness.records.record import canonical
+from hotloop.harness.records.chain import canonical
+from hotloop.harness.records.model import PackFacts
 from hotloop.harness.training.trainer import Setup
 
 __all__ = ["GENERATIONS", "PACK", "Pack", "Store", "collect", "decode", "encode", "lay_out"]
@@ -47,12 +48,12 @@ class Pack:
     about: dict[str, Any]
     files: dict[str, memoryview]
 
-    def as_dict(self) -> dict[str, Any]:
+    def recorded(self) -> PackFacts:
         """For the record."""
-        return {
-            "key": _key(self.about["facts"]), "generation": self.about["generation"], "files": len(self.files),
-            "bytes": len(self.data), "sha256": hashlib.sha256(self.data).hexdigest(),
-        }  # fmt: skip
+        return PackFacts(
+            key=_key(self.about["facts"]), generation=self.about["generation"], files=len(self.files),
+            bytes=len(self.data), sha256=hashlib.sha256(self.data).hexdigest(),
+        )  # fmt: skip
 
 
 def encode(files: dict[str, Any], **about: Any) -> bytes:
@@ -176,7 +177,7 @@ class Store:
         (folder / PACK).write_bytes(data)
         return decode(data, most), ""
 
-    def settle(self, folder: Path, left: dict[str, Any] | None, kept: bool) -> None:
+    def settle(self, folder: Path, left: PackFacts | None, kept: bool) -> None:
         """An experiment was decided: what it left takes the place of the last, or goes. May be done again.
 
         One that is kept and left nothing (it was the last link of a chain) takes the last away: the next pack is made
@@ -192,7 +193,7 @@ class Store:
         if kept and left:
             if path.exists():  # else this was done before
                 self.root.mkdir(parents=True, exist_ok=True)
-                os.replace(path, self.root / f"{left['key']}.pack")
+                os.replace(path, self.root / f"{left.key}.pack")
             return
         path.unlink(missing_ok=True)
         if kept:

@@ -16,6 +16,7 @@ from hotloop.harness.gpu import nvml
 from hotloop.harness.gpu.devices import chosen
 from hotloop.harness.gpu.neighbours import strangers
 from hotloop.harness.gpu.nvml import Gpu
+from hotloop.harness.records.model import ClockMhz, Conditions, Training
 from hotloop.harness.training.session import Event
 
 __all__ = ["SLOWED", "Watch", "clock_words", "clocks", "is_machines_fault", "strangers", "warnings"]
@@ -111,69 +112,56 @@ class Watch:
             if now:
                 self._seen.append((phase, now))
 
-    def facts(self) -> dict[str, Any]:
-        """What was seen, for the record; empty where nothing was.
-
-        Returns:
-            sm_mhz: medians in the calibration, the training, and its last looks; the least of the training.
-            reasons, temperature_c, others: of all looks.
-        """
+    def facts(self) -> Conditions:
+        """What was seen, for the record."""
         others, seen = sorted(tuple(self._strangers)), tuple(self._seen)  # the thread may still add to them
         if not seen:
-            return {"others": others} if others else {}
+            return Conditions(others=others)
         calibrate = [s["sm_mhz"] for phase, s in seen if phase == "calibrate"]
         train = [s["sm_mhz"] for phase, s in seen if phase == "train"] or calibrate
-        return {
-            "looks": len(seen),
-            "sm_mhz": {
-                "calibrate": statistics.median(calibrate or train[:1]),
-                "train": statistics.median(train),
-                "last": statistics.median(train[-3:]),
-                "least": min(train),
-            },
-            "reasons": sorted({r for _, s in seen for r in s["reasons"]}),
-            "temperature_c": max((t for _, s in seen if (t := s["temperature_c"]) is not None), default=None),
-            "others": others,
-        }
+        return Conditions(
+            looks=len(seen),
+            sm_mhz=ClockMhz(
+                calibrate=statistics.median(calibrate or train[:1]), train=statistics.median(train),
+                last=statistics.median(train[-3:]), least=min(train),
+            ),
+            reasons=sorted({r for _, s in seen for r in s["reasons"]}),
+            temperature_c=max((t for _, s in seen if (t := s["temperature_c"]) is not None), default=None),
+            others=others,
+        )  # fmt: skip
 
 
-def warnings(conditions: dict[str, Any], training_s: float) -> list[str]:
-    """What to tell the user of an experiment's conditions, one line each; none where all was well.
-
-    Args:
-        conditions: what `Watch.facts` returned, `feed_late_s`, `device_s` and `device_wall_s` (the training by two
-            clocks) where the trainer told, `corrected` (promised and taken seconds of a first try), and `tried_again`
-            (the first try's reason) if it was.
-        training_s: seconds of the training, against which the feed's are set.
-    """
+def warnings(conditions: Conditions, training: Training) -> list[str]:
+    """What to tell the user of an experiment's conditions, one line each; none where all was well."""
     told = []
-    if sm := conditions.get("sm_mhz"):
-        slow = min(sm["train"], sm["last"])
-        if slow < CLOCK_SHARE * sm["calibrate"]:
-            told.append(f"the GPU's clock fell from {sm['calibrate']:.0f} MHz in the calibration to {slow:.0f} MHz")
-    if held := [r for r in conditions.get("reasons", []) if r in SLOWED]:
-        hottest = conditions["temperature_c"]
+    if sm := conditions.sm_mhz:
+        slow = min(sm.train, sm.last)
+        if slow < CLOCK_SHARE * sm.calibrate:
+            told.append(f"the GPU's clock fell from {sm.calibrate:.0f} MHz in the calibration to {slow:.0f} MHz")
+    if held := [r for r in conditions.reasons if r in SLOWED]:
+        hottest = conditions.temperature_c
         told.append(
-            f"the GPU was slowed down: {', '.join(held)}" + (f" (at most {hottest} C)" if hottest is not None else "")
+            f"the GPU was slowed down: {', '.join(held)}"
+            + (f" (at most {hottest:.0f} C)" if hottest is not None else "")
         )
-    if others := conditions.get("others"):
+    if others := conditions.others:
         told.append(f"other processes computed on the GPU: {'; '.join(others[:3])}")
-    late_s = conditions.get("feed_late_s", 0.0)
-    if late_s > max(LATE_S, LATE_SHARE * training_s):
+    late_s = training.feed_late_s
+    if late_s > max(LATE_S, LATE_SHARE * training.wall_s):
         told.append(
-            f"the trainer waited {late_s:.1f} s of {training_s:.1f} s for its rows; is the disk or memory busy?"
+            f"the trainer waited {late_s:.1f} s of {training.wall_s:.1f} s for its rows; is the disk or memory busy?"
         )
-    device_s, wall_s = conditions.get("device_s"), conditions.get("device_wall_s", 0.0)
+    device_s, wall_s = training.device_s, training.device_wall_s
     if device_s is not None and abs(device_s - wall_s) > max(APART_S, APART_SHARE * wall_s):
         told.append(
             f"by the device's clock the training took {device_s:.1f} s, by the parent's {wall_s:.1f} s; one of them is "
             f"wrong, or the device was not what the time went into"
         )
-    if was := conditions.get("corrected"):
+    if was := conditions.corrected:
         told.append(
-            f"its calibration promised {was['promised_s']:.1f} s of training and it took {was['training_s']:.1f} s, so "
+            f"its calibration promised {was.promised_s:.1f} s of training and it took {was.training_s:.1f} s, so "
             f"it was run once more, with as many tokens as its budget holds at that speed"
         )
-    if again := conditions.get("tried_again"):
-        told.append(f"it was run twice; the first time it ended as a broken device does: {again}")
+    if conditions.tried_again:
+        told.append(f"it was run twice; the first time it ended as a broken device does: {conditions.tried_again}")
     return told

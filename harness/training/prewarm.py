@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.harness.errors import HotloopError
+from hotloop.harness.records.model import Start
 from hotloop.harness.sandbox.process import tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut
 from hotloop.harness.training.trainer import Setup, Trainer
@@ -154,7 +155,7 @@ class Prewarmer:
         finally:
             with self._lock:
                 self._starting = None
-        trainer.how = {"how": "warm", "prepared_s": round(time.monotonic() - began, 3)}
+        trainer.how = Start("warm", prepared_s=round(time.monotonic() - began, 3))
         return trainer, facts
 
 

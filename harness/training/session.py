@@ -12,15 +12,16 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from hotloop.harness.errors import TrialError
 from hotloop.harness.gpu.between_runs import fresh
+from hotloop.harness.records.model import Curve, Ledger, Start, Training
 from hotloop.harness.sandbox import residency
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
@@ -33,7 +34,7 @@ from hotloop.harness.training.feed import SLOTS, Ring, RowOrder, synthetic_rows
 from hotloop.harness.training.prewarm import Prewarmer
 from hotloop.harness.training.trainer import Setup, Trainer
 
-__all__ = ["Event", "Session", "SessionConfig", "Trained"]
+__all__ = ["Event", "Session", "SessionConfig"]
 
 COMPILE_STEPS = 2
 SHOW_S = 2.0  # how often a start that takes long shows that it goes on
@@ -51,28 +52,6 @@ class Event:
     tokens_per_s: float | None = None
     message: str = ""
     loaded_mb: float | None = None  # while it starts
-
-
-@dataclass
-class Trained:
-    """What a training left, and what the parent measured of it. Filled in as the run goes on."""
-
-    weights: bytearray = field(default_factory=bytearray)
-    steps: int = 0
-    tokens: int = 0
-    training_s: float = 0.0
-    training_cpu_s: float = 0.0
-    peak_mb: float = 0.0
-    feed_late_s: float = 0.0  # that the trainer waited for rows, at most
-    device_s: float | None = None  # from the first batch to the last step, as the trainer's device told
-    device_wall_s: float = 0.0  # the same by the parent's clock
-    depth: int | None = None
-    flops_per_token: float | None = None
-    implementations: dict[str, str] = field(default_factory=dict)
-    curve: list[list[float]] = field(default_factory=list)
-    ledger: dict[str, float] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
-    compiled: Pack | None = None  # what its compilers had made before it got real tokens
 
 
 @dataclass(kw_only=True)
@@ -109,7 +88,7 @@ class SessionConfig:
     repeatable: bool = True
     on_event: Callable[[Event], None] = lambda _: None
     clock: Callable[[], float] = time.monotonic
-    stop: Callable[[list[list[float]], int], str | None] | None = None
+    stop: Callable[[Curve, int], str | None] | None = None
     baseline_cpu_s: float | None = None
     prewarmer: Prewarmer | None = None
     compiled: Pack | None = None
@@ -123,14 +102,16 @@ class Session:
     def __init__(self, config: SessionConfig) -> None:
         self.config = config
         self.sandbox = config.sandbox or best()
-        self.result = Trained()
+        self.training, self.ledger = Training(), Ledger()
+        self.weights = bytearray()
+        self.compiled: Pack | None = None  # what its compilers had made before it got real tokens
         self._emit, self._clock, self._limits = config.on_event, config.clock, config.preset.limits
         self._spec, self.budget = config.spec, config.budget
         self._compiled = config.compiled.data if config.compiled else b""
         self._progress = 0.0
 
-    def run(self) -> Trained:
-        """Train once. `self.result` is filled as far as it came also where this raises.
+    def run(self) -> Self:
+        """Train once; returns itself. What was found is there as far as it came, also where this raises.
 
         Raises:
             TrialError: the experiment's fault, with its status.
@@ -149,9 +130,9 @@ class Session:
                 raise TrialError("invalid", f"the trainer sent {e}") from None
             finally:
                 self._child.kill()
-                self.result.peak_mb = self.result.peak_mb or self._child.peak_rss_mb
+                self.training.peak_mb = self.training.peak_mb or self._child.peak_rss_mb
                 del self._ring
-        return self.result
+        return self
 
     def _trainer(self) -> Trainer:
         """One that is ready, or a new one that is getting ready. Raises SandboxError."""
@@ -160,16 +141,16 @@ class Session:
         trainer, why = self.config.prewarmer.take(setup, log) if self.config.prewarmer else (None, "")
         if trainer is None:
             trainer = Trainer(setup, self.config.folder, log)
-            trainer.how |= {"because": why} if why else {}
-        self.result.start = trainer.how
+            trainer.how = Start(because=why)
+        self.training.start = trainer.how
         return trainer
 
     # The conversation, phase by phase.
 
     def _converse(self, began: float) -> None:
-        ledger = self.result.ledger
+        ledger = self.ledger
         self._emit(Event("start"))
-        if self.result.start["how"] == "cold":
+        if self.training.start.how == "cold":
             self._await("ready", began)
         residency.wait()  # what was made ready beside an evaluator begins when that one has left nothing
         if self._spec.device == "cpu":  # on a GPU no limit asks for it
@@ -180,10 +161,10 @@ class Session:
         self._child.wire.send_bytes(self.config.source)
         self._child.wire.send_bytes(self._compiled)
         self._await("started", began)
-        ledger["start"] = self._clock() - began
+        ledger.start = self._clock() - began
         self._emit(Event("import"))
         imported = self._expect("imported", self._clock() + self._limits.start_s, "to import train.py")
-        ledger["import"] = self._clock() - began - ledger["start"]
+        ledger.import_ = self._clock() - began - ledger.start
         self._note_implementations(imported)
         message = self._warm_up()
         if self.config.ask_compiled and message["kind"] == "next":
@@ -209,12 +190,12 @@ class Session:
     def _note_implementations(self, message: dict[str, Any]) -> None:
         """What the trainer says that computes; after the training, of attention, what did."""
         if isinstance(told := message.get("implementations"), dict):
-            self.result.implementations = {str(k)[:100]: str(v)[:600] for k, v in list(told.items())[:50]}
+            self.training.implementations = {str(k)[:100]: str(v)[:600] for k, v in list(told.items())[:50]}
 
     def _warm_up(self) -> dict[str, Any]:
         """Serve every `warmup`; returns the first message that is not part of one."""
-        ledger = self.result.ledger
-        ledger["compile"] = ledger["calibrate"] = 0.0
+        ledger = self.ledger
+        ledger.compile = ledger.calibrate = 0.0
         warm_until = self._clock() + self._limits.warmup_s
         mark = self._clock()
         self._emit(Event("compile"))
@@ -228,7 +209,7 @@ class Session:
                 self._expect("next", warm_until, "to make a warm-up step")
                 self._serve(rows[0], 0, 0, 0.0, "compile")
             message = self._expect("next", warm_until, "to make a warm-up step")
-            ledger["compile"] += self._clock() - mark
+            ledger.compile += self._clock() - mark
             mark = self._clock()
             if self.config.warm_s and not self.budget.step_s:
                 self._warm(rows[0], warm_until)
@@ -249,7 +230,7 @@ class Session:
                 steps.append(self._clock() - sent)
             self.budget.measured(shape, steps, flops, self._child.cpu_s() - cpu_s)
             self._child.wire.send("calibrated")
-            ledger["calibrate"] += self._clock() - mark
+            ledger.calibrate += self._clock() - mark
             mark = self._clock()
 
     def _to_time(self, steps: list[float]) -> bool:
@@ -272,12 +253,12 @@ class Session:
         self._child.wire.send("compiled?", most=most)
         size = self._count(self._expect("compiled", began + self._limits.submit_s, "to send its caches"), "bytes", most)
         try:
-            self.result.compiled = decode(bytes(self._child.wire.recv_bytes(size, self._limits.submit_s)), most)
+            self.compiled = decode(bytes(self._child.wire.recv_bytes(size, self._limits.submit_s)), most)
         except TimedOut:
             raise TrialError("timeout", "the compile cache did not arrive in time") from None
         except ValueError as e:
             raise TrialError("invalid", f"the trainer sent a compile cache that is none: {e}") from None
-        self.result.ledger["compile"] += self._clock() - began
+        self.ledger.compile += self._clock() - began
 
     def _feed(self, message: dict[str, Any]) -> dict[str, Any]:
         """Fix the budget, then serve real rows; returns the first message that does not ask for more."""
@@ -286,7 +267,7 @@ class Session:
         self.budget.fix()
         order = RowOrder(self.config.rows, self._spec.seed)
         expected_s = self.budget.expected_s
-        result, limits = self.result, self._limits
+        training, limits = self.training, self._limits
         began, cpu_s = self._clock(), self._child.cpu_s()
         first = began  # when the first batch was on its way
         # Twice the allowed time ends a run that would be `overtime` anyway.
@@ -297,9 +278,9 @@ class Session:
             while True:
                 if message["kind"] == "log":
                     self._log(message, began)
-                elif message["kind"] == "trained" and result.steps:
-                    result.device_s = self._number(message, "device_s")
-                    result.device_wall_s = self._clock() - first
+                elif message["kind"] == "trained" and training.steps:
+                    training.device_s = self._number(message, "device_s")
+                    training.device_wall_s = self._clock() - first
                 elif message["kind"] == "next":
                     asked = self._clock()
                     shape = self._shape(message)
@@ -310,18 +291,18 @@ class Session:
                     else:
                         rows = ready[1] if ready and ready[0] == shape else order.take(shape.rows, shape.seq_len)
                         self._progress = self.budget.charge(shape)
-                        self._serve(rows, result.steps % SLOTS, result.steps, self._progress, "train")
+                        self._serve(rows, training.steps % SLOTS, training.steps, self._progress, "train")
                         served = self._clock()
-                        first = first if result.steps else served
-                        result.feed_late_s += served - asked
-                        result.steps += 1
-                        result.tokens += shape.tokens
+                        first = first if training.steps else served
+                        training.feed_late_s += served - asked
+                        training.steps += 1
+                        training.tokens += shape.tokens
                         # Shapes of one length draw from one stream, so the next rows can be made ready now.
                         ready = (
                             (shape, order.take(shape.rows, shape.seq_len)) if len(self.budget.charges) == 1 else None
                         )
                         if self._child.wire.waiting():
-                            result.feed_late_s += self._clock() - served
+                            training.feed_late_s += self._clock() - served
                 else:
                     return message
                 deadline = min(stop, self._clock() + stall_s)
@@ -337,13 +318,13 @@ class Session:
                         ) from None  # fmt: skip
                     raise TrialError("timeout", f"no sign of life for {stall_s:.0f} s while training") from None
         finally:
-            result.training_s = result.ledger["train"] = self._clock() - began
-            result.training_cpu_s = self._child.cpu_s() - cpu_s
+            training.wall_s = self.ledger.train = self._clock() - began
+            training.cpu_s = self._child.cpu_s() - cpu_s
 
     def _take_weights(self, message: dict[str, Any]) -> None:
         if message["kind"] != "submit":
             raise TrialError("invalid", f"the trainer sent {message['kind']!r} where a submission was due")
-        if self.result.steps == 0:
+        if self.training.steps == 0:
             raise TrialError("invalid", "submitted without having taken a batch")
         self._note_implementations(message)
         size = self._count(message, "bytes", 1 << 62)
@@ -355,27 +336,27 @@ class Session:
         self._emit(Event("submit"))
         began = self._clock()
         try:
-            self.result.weights = self._child.wire.recv_bytes(size, self._limits.submit_s)
+            self.weights = self._child.wire.recv_bytes(size, self._limits.submit_s)
         except TimedOut:
             raise TrialError("timeout", f"the weights did not arrive within {self._limits.submit_s:.0f} s") from None
-        self.result.ledger["submit"] = self._clock() - began
-        self.result.training_s += self.result.ledger["submit"]
-        self.result.training_cpu_s += self._child.cpu_s() - cpu_s
+        self.ledger.submit = self._clock() - began
+        self.training.wall_s += self.ledger.submit
+        self.training.cpu_s += self._child.cpu_s() - cpu_s
         if message.get("depth") is not None:
-            self.result.depth = self._count(message, "depth", 1 << 20)
+            self.training.depth = self._count(message, "depth", 1 << 20)
         if message.get("flops_per_token") is not None:
-            self.result.flops_per_token = self._number(message, "flops_per_token")
+            self.training.flops_per_token = self._number(message, "flops_per_token")
         if message.get("peak_mb") is not None:
-            self.result.peak_mb = self._number(message, "peak_mb")
+            self.training.peak_mb = self._number(message, "peak_mb")
         self._check_time()
 
     def _check_time(self) -> None:
         """Raises TrialError `overtime`. On a CPU processor time counts: wall time depends on who else is there."""
         allowed_s = self._limits.overtime * self.budget.late * self.budget.expected_s
-        if self.result.training_s > allowed_s:
+        if self.training.wall_s > allowed_s:
             raise TrialError(
                 "overtime",
-                f"trained for {self.result.training_s:.1f} s ({self.result.feed_late_s:.1f} s of it waiting for rows); "
+                f"trained for {self.training.wall_s:.1f} s ({self.training.feed_late_s:.1f} s of it waiting for rows); "
                 f"the budget was {self.budget.expected_s:.1f} s and at most {allowed_s:.1f} s are accepted",
             )
         if self._spec.device != "cpu":
@@ -386,7 +367,7 @@ class Session:
                 f"processes of train.py worked for {hidden_s:.1f} s and ended without anybody having waited for them, "
                 f"so that their time was credited to nobody",
             )
-        used_s = self.result.training_cpu_s
+        used_s = self.training.cpu_s
         expected_s = self.budget.expected_cpu_s
         if used_s > self._limits.overtime_cpu * expected_s + CPU_SLACK_S:
             raise TrialError(
@@ -420,10 +401,10 @@ class Session:
         if message["kind"] == "error":
             status = message.get("status")
             if message.get("peak_mb") is not None:
-                self.result.peak_mb = self._number(message, "peak_mb")
+                self.training.peak_mb = self._number(message, "peak_mb")
             reason = one_line(str(message.get("reason", "")), 400)
-            if status == "oom" and self.result.peak_mb:
-                reason += f"; at most {self.result.peak_mb:,.0f} MB were in use"
+            if status == "oom" and self.training.peak_mb:
+                reason += f"; at most {self.training.peak_mb:,.0f} MB were in use"
             raise TrialError(status if status in ("crash", "oom", "nan") else "crash", reason or "no reason given")
         return message
 
@@ -455,12 +436,12 @@ class Session:
         loss = message.get("loss")
         if not isinstance(loss, float) or not math.isfinite(loss):
             raise TrialError("nan", f"the loss of step {str(message.get('step'))[:20]} is {str(loss)[:20]}")
-        curve = self.result.curve
-        curve.append([round(self._progress, 6), round(loss, 6)])
+        curve = self.training.curve
+        curve.append((round(self._progress, 6), round(loss, 6)))
         if len(curve) > 2 * CURVE_POINTS:
             del curve[1::2]
         elapsed = self._clock() - began
-        rate = self.result.tokens / elapsed if elapsed > 0 else None
+        rate = self.training.tokens / elapsed if elapsed > 0 else None
         self._emit(Event("train", self._progress, loss, rate))
         if self.config.stop and (reason := self.config.stop(curve, self.budget.tokens)):
             raise TrialError("raced", reason)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from hotloop.harness.machine import environment
+from hotloop.harness.records.model import Start
 from hotloop.harness.records.seal import verify_seal
 from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child, SharedMemory, child_environment
@@ -57,14 +58,14 @@ class Trainer:
         modules: what it imports beside torch before it is ready.
 
     Attributes:
-        how: for the record: `how` it was started (`cold`, `warm`), and with what.
+        how: it was started, for the record.
 
     Raises:
         SandboxError: it cannot be started.
     """
 
     def __init__(self, setup: Setup, folder: Path, log: Path, modules: Sequence[str] = ()) -> None:
-        self.how: dict[str, Any] = {"how": "cold"}
+        self.how = Start()
         self.own_folder: Path | None = None  # removed with it
         self._closed = False
         policy = Policy.of("hotloop.harness.training.child", folder, None, setup.device, setup.limits)

@@ -65,16 +65,18 @@ def _all(
 
 @dataclass
 class Found:
-    """Attributes:
-    name: of the operator.
-    outputs: the nodes whose values it gives, in order.
-    nodes: all that it takes the place of, outputs included.
-    inputs: what it takes, by name: terms, numbers, None. Where `x` is among them and the operator takes sums of its
-        squares, those of the operator that makes x are handed on.
-    put_in: the function in their place; it gives the outputs in order, then what `gives` names.
-    gives: "squares" of the first output; "x", with which the stream goes on.
-    wants_squares, wants_order: whether `put_in` takes `squares`, and the `order` of `tokens`.
-    counts: operators' names -> how many of what they compute this is.
+    """What an operator computes, found in a graph.
+
+    Attributes:
+        name: of the operator.
+        outputs: the nodes whose values it gives, in order.
+        nodes: all that it takes the place of, outputs included.
+        inputs: what it takes, by name: terms, numbers, None. Where `x` is among them and the operator takes sums of its
+            squares, those of the operator that makes x are handed on.
+        put_in: the function in their place; it gives the outputs in order, then what `gives` names.
+        gives: "squares" of the first output; "x", with which the stream goes on.
+        wants_squares, wants_order: whether `put_in` takes `squares`, and the `order` of `tokens`.
+        counts: operators' names -> how many of what they compute this is.
     """
 
     name: str

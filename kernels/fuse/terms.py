@@ -55,11 +55,13 @@ _KNOWN: dict[Any, str] = {
 
 @dataclass(eq=False, repr=False)
 class Term:
-    """Attributes:
-    op: what it computes; `node` for nothing known, `leaf` for an argument of a pattern.
-    args: terms and numbers.
-    node: of the graph, that has this value; None where no single one has.
-    nodes: of the graph, that belong to this term alone: `node`, and those that were seen through below it.
+    """A value of a graph, by what it computes of others.
+
+    Attributes:
+        op: what it computes; `node` for nothing known, `leaf` for an argument of a pattern.
+        args: terms and numbers.
+        node: of the graph, that has this value; None where no single one has.
+        nodes: of the graph, that belong to this term alone: `node`, and those that were seen through below it.
     """
 
     op: str

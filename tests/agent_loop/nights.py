@@ -6,20 +6,36 @@ import datetime
 import math
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import git
 
-from hotloop.harness.records import record
-from hotloop.harness.records.record import Chain, Outcome
+from hotloop.agent_loop.folder import NightFolder
+from hotloop.harness.records import chain as chain_module
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import (
+    Body,
+    Conditions,
+    DataFacts,
+    Environment,
+    GpuFacts,
+    Ledger,
+    NightBegun,
+    Origin,
+    SandboxFacts,
+    Start,
+    Status,
+    Turn,
+    TurnResult,
+)
+from hotloop.harness.settings import BudgetRule
+from tests.builders import make_decision, make_outcome, make_run
 
 START = datetime.datetime(2026, 11, 23, 22, 0, tzinfo=datetime.UTC)
-LEDGER = {
-    "start": 2.0, "import": 1.0, "compile": 14.0, "calibrate": 5.0, "train": 300.0, "submit": 1.0, "evaluate": 21.0,
-    "audit": 9.0,
-}  # fmt: skip
+LEDGER = Ledger(2.0, 1.0, 14.0, 5.0, 300.0, 1.0, 21.0, 9.0)
 TOTAL_S = 355.0  # two seconds of it in no phase
 
 
@@ -37,51 +53,57 @@ class Synthetic:
     """A night being written. `seconds` is the time since it began, at which the next entry is written."""
 
     def __init__(self, folder: Path, monkeypatch: Any, repo: git.Repo | None = None, device: str = "cuda") -> None:
-        monkeypatch.setattr(record, "datetime", SimpleNamespace(datetime=_At, UTC=datetime.UTC))
-        monkeypatch.setattr(record, "os", _Quick())
+        monkeypatch.setattr(chain_module, "datetime", SimpleNamespace(datetime=_At, UTC=datetime.UTC))
+        monkeypatch.setattr(chain_module, "os", _Quick())
         self.chain = Chain.open(folder / "records.jsonl")
         self.repo, self.device, self.seconds = repo, device, 0.0
         self.incumbent = "a" * 40 if repo is None else str(repo.head.commit.hexsha)
         self.number = 0
 
-    def append(self, kind: str, body: dict[str, Any]) -> None:
+    def append(self, body: Body) -> None:
         _At.moment = START + datetime.timedelta(seconds=self.seconds)
-        self.chain.append(kind, body)
+        self.chain.append(body)
+
+    @property
+    def state(self) -> NightFolder:
+        return NightFolder.reading(self.chain.path.parent)
 
     def settings(self, **changes: Any) -> None:
-        budget = ["seconds", 300.0] if self.device == "cuda" else ["flops", 1.8e12]
-        preset = "h100" if self.device == "cuda" else "laptop"
-        self.append(
-            "night",
-            {"preset": preset, "device": self.device, "seed": 1, "budget": budget, "sandbox": 3} | changes,
-        )
+        on_gpu = self.device == "cuda"
+        given = {
+            "preset": "h100" if on_gpu else "laptop", "device": self.device, "threads": 2, "data": "d", "seed": 1,
+            "budget": BudgetRule("seconds", 300.0) if on_gpu else BudgetRule("flops", 1.8e12), "sandbox": 3,
+        }  # fmt: skip
+        self.append(NightBegun(**given | changes))
+
+    def turn(self, agent: str, reason: str, **origin: Any) -> None:
+        self.append(Turn(origin=Origin(agent, **origin), result=TurnResult.FAILED, reason=reason))
 
     def run(
         self, kind: str, decision: str, val: float | None, description: str = "an edit", reason: str = "because", *,
         gain: float | None = None, holdout: float | None = None, seed: int = 1, commit: str | None = None,
-        floor: float = 0.01, slot: int = 0, idle_s: float = 0.0, curve: list[list[float]] | None = None,
-        outcome: bool = True, **extra: Any,
+        floor: float = 0.01, slot: int = 0, idle_s: float = 0.0, curve: Any = (), total_s: float = TOTAL_S,
+        ledger: Ledger = LEDGER, log_tail: Sequence[str] = (), how: str = "cold", warnings: Sequence[str] = (),
+        **origin: Any,
     ) -> int:  # fmt: skip
         """Write a run and its decision, ended `seconds` after the night began; returns its number."""
         number, self.number = self.number, self.number + 1
         commit = commit or (self.incumbent if kind in ("baseline", "repeat") else f"{number:040x}")
-        own = ("log_tail", "status", "ledger", "start", "total_s", "conditions")
-        reserved = {k: extra.pop(k) for k in own if k in extra}
-        if outcome:
-            gpu = {"name": "NVIDIA H100 80GB HBM3"} if self.device == "cuda" else None
-            self.append("experiment", Outcome(**{
-                "number": number, "tag": "t", "kind": kind, "commit": commit, "parent": self.incumbent,
-                "description": description, "seed": seed, "preset": "h100", "device": self.device,
-                "source_sha256": "", "status": "ok" if val is not None else decision, "reason": reason,
-                "val_bpb": val, "holdout_bpb": holdout, "tokens": 500_000_000, "tokens_per_s": 1.6e6,
-                "total_s": TOTAL_S, "peak_mb": 45_000.0, "mfu_percent": 39.8 if gpu else None,
-                "curve": curve or [], "ledger": LEDGER, "environment": {"cpu": "AMD EPYC", "gpu": gpu},
-                "sandbox": {"level": 3, "how": "bubblewrap, own uid"},
-            } | reserved).as_dict())  # fmt: skip
-        self.append("decision", {
-            "number": number, "kind": kind, "commit": commit, "description": description, "decision": decision,
-            "reason": reason, "gain": gain, "noise_bpb": floor, "syntax": "", "slot": slot, "idle_s": idle_s,
-        } | {"agent": "", "agent_s": 0.0, "cost_usd": 0.0} | extra)  # fmt: skip
+        run = make_run(
+            number, kind, commit=commit, parent=self.incumbent, description=description, seed=seed, **origin
+        )  # fmt: skip
+        gpu = GpuFacts("NVIDIA H100 80GB HBM3") if self.device == "cuda" else None
+        self.append(make_outcome(
+            run, val, holdout, preset="h100", device=self.device, status=Status.OK if val is not None else
+            Status(decision), reason=reason, tokens=500_000_000, wall_s=312.5, total_s=total_s, peak_mb=45_000.0,
+            mfu_percent=39.8 if gpu else None, curve=list(curve), ledger=ledger, log_tail=list(log_tail),
+            start=Start(how), conditions=Conditions(warnings=list(warnings)),
+            environment=Environment(cpu="AMD EPYC", gpu=gpu), data=DataFacts("climbmix", "crop", 1.0, 10**9),
+            sandbox=SandboxFacts(3, "bubblewrap, own uid"),
+        ))  # fmt: skip
+        self.append(make_decision(
+            run, decision, reason, gain=gain, noise_bpb=floor, slot=slot, idle_s=idle_s
+        ))  # fmt: skip
         if decision == "keep":
             self.incumbent = commit
         return number
@@ -114,9 +136,9 @@ def repository(folder: Path, text: str) -> git.Repo:
     return repo
 
 
-def loss_curve(end: float, points: int = 200) -> list[list[float]]:
+def loss_curve(end: float, points: int = 200) -> list[tuple[float, float]]:
     return [
-        [i / points, round(end + 6.0 * math.exp(-i / points * 9) + 0.3 * (1 - i / points), 6)] for i in range(points)
+        (i / points, round(end + 6.0 * math.exp(-i / points * 9) + 0.3 * (1 - i / points), 6)) for i in range(points)
     ]
 
 
@@ -154,7 +176,7 @@ def realistic(night: Synthetic, count: int = 60, slots: int = 1) -> None:
         slot = i % slots
         idle = rng.expovariate(1 / 12)
         description = rng.choice(_EDITS) + rng.choice(["", "", " (again)", " together with a longer warm-up, see #7"])
-        agent = {"agent": rng.choice(["claude", "codex"]), "agent_s": rng.uniform(30, 240), "slot": slot,
+        agent = {"agent": rng.choice(["claude", "codex"]), "seconds": rng.uniform(30, 240), "slot": slot,
                  "cost_usd": rng.uniform(0.02, 0.2), "idle_s": idle, "floor": floor}  # fmt: skip
         luck = rng.random()
         if luck < 0.12:
@@ -164,7 +186,7 @@ def realistic(night: Synthetic, count: int = 60, slots: int = 1) -> None:
                 ("oom", "CUDA out of memory. Tried to allocate 12.00 GiB"), ("nan", "the loss of step 212 is nan"),
             ])  # fmt: skip
             night.run("experiment", status, None, description, reason, total_s=41.0,
-                      ledger={"start": 2.0, "import": 1.0, "compile": 14.0, "train": 22.0},
+                      ledger=Ledger(2.0, 1.0, 14.0, train=22.0),
                       log_tail=["Traceback (most recent call last):", '  File "train.py", line 212, in train', reason],
                       **agent)  # fmt: skip
             continue
@@ -205,4 +227,4 @@ def realistic(night: Synthetic, count: int = 60, slots: int = 1) -> None:
         if decision == "keep":
             best, best_holdout = val, holdout
     for reason in ("no answer in 900 s", *["the agent left train.py as it was"] * 3):
-        night.append("turn", {"agent": "codex", "seconds": 61.0, "cost_usd": 0.03, "tokens": 900, "reason": reason})
+        night.turn("codex", reason, seconds=61.0, cost_usd=0.03, tokens=900)

@@ -20,26 +20,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rich.console import Console
 
-from hotloop.agent_loop import gitrepo, night
+from hotloop.agent_loop import folder, gitrepo
 from hotloop.agent_loop.agents.agent import Agent
 from hotloop.agent_loop.agents.builtin import BuiltinAgent, constants
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
 from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options
-from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.report.files import print_results
 from hotloop.harness.experiment import Event, Job, Settings
-from hotloop.harness.records.record import Chain, Lock, Outcome
+from hotloop.harness.records.chain import Chain, Lock
+from hotloop.harness.records.model import FixedBudget, Ledger, Outcome, Status
 from hotloop.harness.settings import PRESETS
+from tests.builders import make_outcome
 
-DATA: Any = SimpleNamespace(digest="d", path=Path("nowhere"), source="packages")
+DATA: Any = SimpleNamespace(digest="d", path=Path("nowhere"), source="packages", vocab_size=2048)
 SETTINGS = Settings(PRESETS["laptop"], "cpu", DATA, 1)
 
 
 def outcome_of(job: Job, **changes: Any) -> Outcome:
-    fields = {k: getattr(job, k) for k in ("number", "tag", "kind", "commit", "parent", "description", "seed")}
-    return Outcome(**fields, preset="laptop", device="cpu", source_sha256="", **changes)
+    """`tokens`: of the training, and of its budget."""
+    budget = FixedBudget(tokens=changes.get("tokens", 0))
+    return make_outcome(job.run, **{"budget": budget, "ledger": Ledger(start=1.0, train=20.0)} | changes)
 
 
 def run(job: Job, settings: Settings, on_event: Callable[[Event], None]) -> Outcome:
@@ -48,11 +51,10 @@ def run(job: Job, settings: Settings, on_event: Callable[[Event], None]) -> Outc
     on_event(Event("train", 0.5, 2.0, 1000.0))
     job.folder.mkdir(parents=True, exist_ok=True)
     if found["DEPTH"] == 5:
-        return outcome_of(job, status="crash", reason="five is not a depth", log_tail=["Traceback"])
-    bpb = 1.0 + abs(found["MATRIX_LR"] - 0.1) + 0.02 * abs(found["DEPTH"] - 6) + 0.001 * (job.seed - 1)
+        return outcome_of(job, status=Status.CRASH, reason="five is not a depth", log_tail=["Traceback"])
+    bpb = 1.0 + abs(found["MATRIX_LR"] - 0.1) + 0.02 * abs(found["DEPTH"] - 6) + 0.001 * (job.run.seed - 1)
     (job.folder / "weights.safetensors").write_bytes(b"w")
-    ledger = {"start": 1.0, "train": 20.0}
-    return outcome_of(job, status="ok", val_bpb=bpb, peak_mb=512.0, budget={"tokens": 4096}, ledger=ledger)
+    return outcome_of(job, val_bpb=bpb, peak_mb=512.0, tokens=4096)
 
 
 def drive(
@@ -64,10 +66,10 @@ def drive(
     slots: int = 1,
     quiet: bool = False,
     **options: Any,
-) -> Night:
+) -> NightFolder:
     lock = Lock(repo / "runs" / tag / "lock")
     try:
-        state = Night(repo / "runs" / tag)
+        state = NightFolder(repo / "runs" / tag)
         chosen = Options(**{"experiments": experiments, "noise_seeds": 2, "patience_s": 0.0, **options})
         console = Console(force_terminal=False, width=160, quiet=quiet)
         agents = agent if isinstance(agent, list) else [agent or BuiltinAgent(1)]
@@ -104,7 +106,7 @@ def _die_at(count: int) -> None:
         (gitrepo.NightRepo, "commit"),
         (gitrepo.NightRepo, "prepare"),
         (gitrepo.NightRepo, "set_branch"),
-        (night.Night, "set_flight"),
+        (folder.NightFolder, "set_flight"),
     ):
         wrap(owner, name)
 

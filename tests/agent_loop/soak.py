@@ -26,6 +26,7 @@ import hotloop.agent_loop.loop.driver
 from hotloop.agent_loop.agents.agent import AgentError, Turn
 from hotloop.agent_loop.agents.builtin import BuiltinAgent, constants
 from hotloop.harness.errors import DeviceError
+from hotloop.harness.records.model import Status
 
 _spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
 assert _spec is not None
@@ -69,16 +70,16 @@ def run(job: Any, settings: Any, on_event: Any) -> Any:
     if FAULTS and random.random() < 0.05:
         raise random.choice([DeviceError("lost"), OSError(28, "No space left on device")])
     job.folder.mkdir(parents=True, exist_ok=True)
-    if job.kind == "experiment" and digest[0] % 8 == 0:
+    if job.run.kind == "experiment" and digest[0] % 8 == 0:
         status = ("crash", "oom", "nan", "timeout", "overtime", "invalid")[digest[1] % 6]
-        return scripted.outcome_of(job, status=status, reason=f"{status} of {digest.hex()[:6]}", log_tail=["Traceback"])
+        return scripted.outcome_of(
+            job, status=Status(status), reason=f"{status} of {digest.hex()[:6]}", log_tail=["Traceback"]
+        )
     found = {k: float(c.value) for k, c in constants(job.source, "laptop").items()}
-    bpb = 1.0 + sum(abs(v - 0.3) % 1.0 for v in found.values()) / len(found) + job.seed * 1e-4
-    curve = [[i / 20, 5.0 - i / 10] for i in range(20)]
+    bpb = 1.0 + sum(abs(v - 0.3) % 1.0 for v in found.values()) / len(found) + job.run.seed * 1e-4
+    curve = [(i / 20, 5.0 - i / 10) for i in range(20)]
     (job.folder / "weights.safetensors").write_bytes(b"w" * 1000)
-    return scripted.outcome_of(
-        job, status="ok", val_bpb=bpb, holdout_bpb=bpb, budget={"tokens": 4096}, tokens=4096, curve=curve
-    )
+    return scripted.outcome_of(job, val_bpb=bpb, holdout_bpb=bpb, tokens=4096, curve=curve)
 
 
 def fill_the_disk_now_and_then() -> None:

@@ -22,20 +22,21 @@ from hotloop.agent_loop import source
 from hotloop.agent_loop.agents.agent import AgentError, Context, Turn, described, hypothesis
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
 from hotloop.agent_loop.decide import judge
+from hotloop.agent_loop.folder import Flight, NightFolder
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
 from hotloop.agent_loop.loop import watchdog
 from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View, sparkline
-from hotloop.agent_loop.night import Flight, Night
 from hotloop.agent_loop.report import files as report
 from hotloop.agent_loop.source import MAX_DEPTH, ProposalError, check_source, merge, size_of, syntax_hash
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.experiment import Event
 from hotloop.harness.preflight import lint
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.records.model import Outcome, Status
 from hotloop.harness.scoring.score import Noise
-from hotloop.harness.text import forgiving, one_line, printable, shorten
+from hotloop.harness.text import cut, forgiving, one_line, printable, shorten
 from tests.agent_loop.test_loop import SOURCE, repo, scripted  # noqa: F401 - a fixture
+from tests.builders import make_outcome, make_run
 
 anyhow = settings(deadline=None, max_examples=60)
 BASE = SOURCE.encode() if isinstance(SOURCE, str) else SOURCE
@@ -64,7 +65,7 @@ ODD = {
 }
 
 
-def drive_edits(repo: Path, edits: list[tuple[str, bytes]], count: int, **options: Any) -> Night:  # noqa: F811
+def drive_edits(repo: Path, edits: list[tuple[str, bytes]], count: int, **options: Any) -> NightFolder:  # noqa: F811
     """A night of an agent that appends these to train.py, one after the other; a score is in a comment."""
 
     class Script:
@@ -85,10 +86,10 @@ def scored(job: Any, settings: Any, on_event: Any) -> Outcome:
     on_event(Event("train", 0.5, 2.0, 1000.0))
     job.folder.mkdir(parents=True, exist_ok=True)
     if b"crash" in job.source.splitlines()[-1]:
-        return scripted.outcome_of(job, status="crash", reason=job.description, log_tail=[job.description])
+        return scripted.outcome_of(job, status=Status.CRASH, reason=job.run.description, log_tail=[job.run.description])
     (job.folder / "weights.safetensors").write_bytes(b"w")
-    bpb = 2.0 - 0.1 * job.number
-    return scripted.outcome_of(job, status="ok", val_bpb=bpb, holdout_bpb=bpb, peak_mb=1.0, budget={"tokens": 1})
+    bpb = 2.0 - 0.1 * job.run.number
+    return scripted.outcome_of(job, val_bpb=bpb, holdout_bpb=bpb, peak_mb=1.0, tokens=1)
 
 
 # Bytes.
@@ -162,8 +163,7 @@ def test_what_is_recorded_is_decided_although_it_cannot_be_measured(repo: Path) 
     """A record of another version of Python, say."""
     night = drive_edits(repo, [], 0)
     broken = {"b" * 40: b"X = 1\r\r\n\xb5", night.rows()[0].commit: BASE}
-    run = Outcome(**{**night.rows()[0].outcome.as_dict(), "number": 1, "kind": "experiment", "commit": "b" * 40,
-                     "parent": night.rows()[0].commit, "val_bpb": 1.0})  # type: ignore[union-attr]  # fmt: skip
+    run = make_outcome(make_run(1, commit="b" * 40, parent=night.rows()[0].commit), 1.0)
     made = judge(night, run, night.incumbent(), broken.__getitem__, Noise(0.01, 3), True)
     assert made.decision == "keep"
 
@@ -189,7 +189,7 @@ def test_whatever_a_turn_raises_is_its_agents_failure(repo: Path, monkeypatch: p
     monkeypatch.setattr("hotloop.agent_loop.agents.turn_order.FIRST_WAIT_S", 0.01)
     night = scripted.drive(repo, "t", 1)
     assert night.experiments == 1
-    assert [t["reason"] for t in night.turns()] == [
+    assert [t.reason for t in night.turns] == [
         "its turn raised RuntimeError: of a library [/b]", "its turn raised SystemExit: 3",
     ]  # fmt: skip
 
@@ -211,6 +211,12 @@ def test_any_text_becomes_one_that_can_be_printed(text: str, most: int | None) -
     assert all(row.isprintable() for row in printable(text).replace("\t", " ").split("\n"))
     if text.isprintable() and most is None:
         assert line == " ".join(text.split())
+
+
+def test_what_is_left_out_of_a_text_is_shown() -> None:
+    assert one_line("x" * 10**6, 20) == "x" * 17 + "..." and one_line(" a\n b ", 20) == "a b"
+    assert one_line("a" + " " * 99 + "b", 20) == "a..."
+    assert (cut("  x = 1", 7), cut("  x = 12", 7)) == ("  x = 1", "  x...")
 
 
 def test_what_could_drive_a_terminal_is_seen() -> None:
@@ -261,7 +267,9 @@ def test_notifications_are_lines_that_can_be_printed(repo: Path, tmp_path: Path)
 @given(st.lists(st.text(st.characters(), max_size=40) | st.sampled_from(WORDS), min_size=1, max_size=8))
 def test_results_tsv_has_a_row_a_line_and_each_description_whole(descriptions: list[str]) -> None:
     rows = [
-        SimpleNamespace(val_bpb=1.0, outcome=None, description=d, commit="abcdef1" + "0" * 33, decision="keep")
+        SimpleNamespace(
+            val_bpb=1.0, outcome=make_outcome(val_bpb=1.0), description=d, commit="abcdef1" + "0" * 33, decision="keep"
+        )
         for d in descriptions
     ]
     text = report.tsv_text(SimpleNamespace(tried=lambda: rows))  # type: ignore[arg-type]
@@ -316,6 +324,7 @@ def test_a_sparkline_is_as_long_as_its_series_or_its_width(values: list[float], 
 def test_a_short_sparkline_shows_all_of_its_series() -> None:
     assert sparkline([1.0, 2.0, 3.0], 16) == "▁▄█"
     assert sparkline([0.0, *[5.0] * 98, 10.0], 2) == "▁█"
+    assert sparkline([-1.7e308, 1.7e308, 1.7e308]) == "▁██"
 
 
 # Git.
@@ -389,7 +398,7 @@ def test_line_ends_of_the_users_git_change_nothing(repo: Path) -> None:  # noqa:
     in_git(repo, "config", "core.autocrlf", "true")
     night = drive_edits(repo, [("a line", b"X = 1\n")], 1)
     row = night.rows()[-1]
-    assert in_git(repo, "diff", "--numstat", row.outcome.parent, row.commit) == "2\t0\ttrain.py"  # type: ignore[union-attr]
+    assert in_git(repo, "diff", "--numstat", row.run.parent, row.commit) == "2\t0\ttrain.py"  # type: ignore[union-attr]
 
 
 def test_a_commit_that_is_gone_is_a_line_and_what_was_begun_is_left(repo: Path) -> None:  # noqa: F811
@@ -495,7 +504,7 @@ def test_a_night_whose_output_is_full_ends_well(repo: Path) -> None:  # noqa: F8
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert Night.reading(repo / "runs" / "t").experiments == 1
+    assert NightFolder.reading(repo / "runs" / "t").experiments == 1
 
 
 def test_a_long_log_keeps_its_end(tmp_path: Path) -> None:

@@ -14,18 +14,16 @@ import pytest
 
 from hotloop.agent_loop.decide import decide, decide_confirmed
 from hotloop.agent_loop.source import Size, size_of
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.records.model import Outcome, Status
 from hotloop.harness.scoring.score import Noise, Score
+from tests.builders import make_outcome
 
 NOISE = Noise(0.01, 3)
 SIZE = Size(100, 1000)
 
 
 def outcome(bpb: float | None, status: str = "ok") -> Outcome:
-    return Outcome(
-        number=1, tag="t", kind="experiment", commit="c", parent="p", description="d", seed=1, preset="laptop",
-        device="cpu", source_sha256="", status=status, reason="because" if status != "ok" else "", val_bpb=bpb,
-    )  # fmt: skip
+    return make_outcome(val_bpb=bpb, status=Status(status), reason="because" if status != "ok" else "")
 
 
 @pytest.mark.parametrize(

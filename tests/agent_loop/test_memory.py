@@ -15,8 +15,8 @@ import pytest
 import hotloop.agent_loop.commands.start
 from hotloop.agent_loop.agents.brief import MAX_TOKENS, most_tokens, write_brief
 from hotloop.agent_loop.commands.ablate import ablate, verdict
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-from hotloop.agent_loop.night import Night, Run
 from hotloop.agent_loop.race import (
     CHECKPOINTS,
     Lesson,
@@ -29,43 +29,42 @@ from hotloop.agent_loop.race import (
     thresholds,
 )
 from hotloop.harness.errors import UsageError
-from hotloop.harness.records.record import Chain, Outcome
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import Ledger, Outcome, Status
 from tests.agent_loop.test_loop import Rates, cli, refused, repo, scripted  # noqa: F401 - a fixture
+from tests.builders import LAPTOP, make_decision, make_outcome, make_run
 
 
-def long_night(folder: Path, count: int, words: str = "MATRIX_LR 0.04 -> 0.06") -> Night:
+def long_night(folder: Path, count: int, words: str = "MATRIX_LR 0.04 -> 0.06") -> NightFolder:
     """Records of a night whose words are as long as they may be."""
     folder.mkdir(parents=True)
     chain = Chain.open(folder / "records.jsonl")
+    chain.append(LAPTOP)
     rng = random.Random(1)
     best = 2.0
     for number in range(count):
-        kind = "experiment" if number else "baseline"
+        run = make_run(number, "experiment" if number else "baseline", description=f"{words} {number}")
         bpb = best - rng.uniform(-0.02, 0.004)
         failed = number and number % 5 == 0
-        outcome = Outcome(
-            number, "t", kind, f"{number:040x}", "0" * 40, f"{words} {number}", 1, "laptop", "cpu", "",
-            status="crash" if failed else "ok", reason=f"{words} {number}", log_tail=[words * 3] * 5,
-            val_bpb=None if failed else bpb, holdout_bpb=None if failed else 7.654321, tokens=10**6, steps=100,
-            curve=[[i / 50, 5.0 - i / 20] for i in range(50)], ledger={"train": 20.0, "evaluate": 3.0},
-        )  # fmt: skip
-        chain.append("experiment", outcome.as_dict())
+        chain.append(make_outcome(
+            run, None if failed else bpb, None if failed else 7.654321, reason=f"{words} {number}",
+            log_tail=[words * 3] * 5, tokens=10**6, steps=100, curve=[(i / 50, 5.0 - i / 20) for i in range(50)],
+            ledger=Ledger(train=20.0, evaluate=3.0),
+        ))  # fmt: skip
         decision = "crash" if failed else "keep" if bpb < best or not number else "discard"
-        chain.append("decision", {
-            "number": number, "kind": kind, "commit": outcome.commit, "description": outcome.description,
-            "decision": decision, "reason": f"{words} because",
-            "gain": None if failed else best - bpb, "noise_bpb": 0.01,
-            "syntax": f"{number:064x}",
-        })  # fmt: skip
+        gain = None if failed else best - bpb
+        chain.append(make_decision(
+            run, decision, f"{words} because", gain=gain, noise_bpb=0.01, syntax=f"{number:064x}"
+        ))  # fmt: skip
         best = bpb if decision == "keep" else best
-    return Night.reading(folder)
+    return NightFolder.reading(folder)
 
 
 @pytest.mark.parametrize("count", [1, 30, 1000])
 @pytest.mark.parametrize("words", ["MATRIX_LR 0.04 -> 0.06", "0.123456|789`\n# heading ü漢字 " * 20])
 def test_the_brief_stays_under_its_limit(tmp_path: Path, count: int, words: str) -> None:
     night = long_night(tmp_path / "t", count, words)
-    text = write_brief(night, "laptop", [Run(9999, "experiment", "c", "p", words, 1)], refused=words, least_gain=0.03)
+    text = write_brief(night, "laptop", [make_run(9999, description=words)], refused=words, least_gain=0.03)
     assert most_tokens(text) <= MAX_TOKENS
     assert f"Best val_bpb {night.incumbent_score()}" in text
     assert "Your last edit was refused" in text
@@ -89,12 +88,12 @@ def test_a_long_brief_is_cut_and_not_a_short_one(tmp_path: Path) -> None:
 # ---- racing
 
 
-def flat(level: float, points: int = 100) -> list[list[float]]:
-    return [[i / points, level] for i in range(points)]
+def flat(level: float, points: int = 100) -> list[tuple[float, float]]:
+    return [(i / points, level) for i in range(points)]
 
 
 def test_a_deficit_is_at_as_many_tokens_or_the_same_share_whichever_is_kinder() -> None:
-    best = [[i / 100, 5.0 - 2 * i / 100] for i in range(100)]
+    best = [(i / 100, 5.0 - 2 * i / 100) for i in range(100)]
     assert deficit(flat(4.5), 1000, best, 1000, 0.5) == pytest.approx(4.5 - 4.1, abs=0.02)
     # With twice the tokens, half of them are all of the incumbent's: there it is at 3.0, at half of its own at 4.0.
     assert deficit(flat(4.5), 2000, best, 1000, 0.5) == pytest.approx(4.5 - 4.1, abs=0.02)
@@ -125,8 +124,8 @@ def test_false_stops_are_counted_by_leaving_one_out() -> None:
     assert "not known" in str(Rate(0, 0))
 
 
-def raced_outcome(curve: list[list[float]], tokens: int = 1000) -> Outcome:
-    return Outcome(1, "t", "experiment", "c", "p", "d", 1, "laptop", "cpu", "", curve=curve, tokens=tokens)
+def raced_outcome(curve: list[tuple[float, float]]) -> Outcome:
+    return make_outcome(curve=curve, tokens=1000)
 
 
 def test_a_run_that_cannot_win_is_stopped_at_a_checkpoint_and_one_that_can_goes_on() -> None:
@@ -154,13 +153,13 @@ def test_one_run_in_eight_is_spared() -> None:
 def test_a_night_that_races_stops_the_hopeless_and_says_so(repo: Path) -> None:  # noqa: F811
     def run(job: Any, settings: Any, on_event: Any) -> Any:
         rate = float(job.source.decode().split("MATRIX_LR = ")[1].split()[0])
-        curve: list[list[float]] = []
+        curve: list[tuple[float, float]] = []
         for i in range(50):
-            curve.append([i / 50, 4.0 + abs(rate - 0.04) * 10 - i / 50])
+            curve.append((i / 50, 4.0 + abs(rate - 0.04) * 10 - i / 50))
             if job.stop and (reason := job.stop(curve, 1000)):
-                return scripted.outcome_of(job, status="raced", reason=reason, curve=curve, tokens=1000)
-        bpb = 1.0 + abs(rate - 0.04) + 0.001 * (job.seed - 1)
-        return scripted.outcome_of(job, status="ok", val_bpb=bpb, curve=curve, tokens=1000, budget={"tokens": 1000})
+                return scripted.outcome_of(job, status=Status.RACED, reason=reason, curve=curve, tokens=1000)
+        bpb = 1.0 + abs(rate - 0.04) + 0.001 * (job.run.seed - 1)
+        return scripted.outcome_of(job, val_bpb=bpb, curve=curve, tokens=1000)
 
     rates = [f"0.0{400 + i}" for i in range(1, 9)] + [f"0.{i}" for i in range(2, 8)]
     night = scripted.drive(repo, "t", 14, agent=Rates(*rates), runner=run, race=True, least_gain=0.01)
@@ -191,7 +190,7 @@ def test_each_kept_gain_is_taken_out_alone(repo: Path) -> None:  # noqa: F811
             return Turn(new)
 
     scripted.drive(repo, "t", 3, agent=Two(), least_gain=0.001, noise_seeds=0)
-    night = Night(repo / "runs" / "t")
+    night = NightFolder(repo / "runs" / "t")
     jobs = []
 
     def run(job: Any, settings: Any, on_event: Any) -> Any:
@@ -200,20 +199,20 @@ def test_each_kept_gain_is_taken_out_alone(repo: Path) -> None:  # noqa: F811
 
     night_repo = NightRepo(open_repo(repo), "t", night.folder)
     bodies = list(ablate(night, night_repo, scripted.SETTINGS, None, runner=run))
-    assert [(b["number"], b["verdict"]) for b in bodies] == [(1, "entangled"), (2, "confirmed"), (3, "confirmed")]
-    assert bodies[1]["worth"] == pytest.approx(0.01)
+    assert [(b.number, b.verdict) for b in bodies] == [(1, "entangled"), (2, "confirmed"), (3, "confirmed")]
+    assert bodies[1].worth == pytest.approx(0.01)
     assert b"MATRIX_LR = 0.09" in jobs[0].source and b"DEPTH=4)" in jobs[0].source
     assert len(jobs) == 1  # without the last one it is what was run before
-    assert not list(ablate(Night(repo / "runs" / "t"), night_repo, scripted.SETTINGS, None, runner=run))  # done
+    assert not list(ablate(NightFolder(repo / "runs" / "t"), night_repo, scripted.SETTINGS, None, runner=run))  # done
     other = dataclasses.replace(scripted.SETTINGS, repeatable=False)
     with pytest.raises(UsageError, match="was run without --fast-nondeterministic; give the same"):
-        list(ablate(Night(repo / "runs" / "t"), night_repo, other, None, runner=run))
+        list(ablate(NightFolder(repo / "runs" / "t"), night_repo, other, None, runner=run))
     assert [verdict(w, 0.01) for w in (0.02, 0.005, 0.0, -0.1)] == ["confirmed", "marginal", "retracted", "retracted"]
 
 
 def test_a_night_that_kept_nothing_has_nothing_to_leave_out(repo: Path) -> None:  # noqa: F811
     scripted.drive(repo, "t", 0)
-    night = Night(repo / "runs" / "t")
+    night = NightFolder(repo / "runs" / "t")
     with pytest.raises(UsageError, match="nothing to leave out"):
         list(ablate(night, NightRepo(open_repo(repo), "t", night.folder), scripted.SETTINGS, None))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from hotloop.agent_loop import cli
@@ -18,6 +19,7 @@ from hotloop.agent_loop.loop.watchdog import UNDER_WATCH
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.experiment import Job
 from hotloop.harness.gpu.nvml import Gpu
+from hotloop.harness.records.model import FixedBudget
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import Budget, Shape
@@ -34,12 +36,12 @@ def _hangup() -> Iterator[None]:
     signal.signal(signal.SIGHUP, was)
 
 
-def recorded(trains: float, sustained: bool) -> tuple[dict[str, Any], float]:
+def recorded(trains: float, sustained: bool) -> tuple[FixedBudget, float]:
     """The budget of a baseline whose training was slower than its calibration, and how long it trained."""
     budget = Budget(BudgetRule("seconds", 300.0), sustained=SHAPE.tokens / (trains * 0.1) if sustained else None)
     budget.measured(SHAPE, [0.1], 0)
     budget.fix()
-    return budget.as_dict(), budget.tokens / SHAPE.tokens * trains * 0.1
+    return budget.recorded(), budget.tokens / SHAPE.tokens * trains * 0.1
 
 
 @pytest.mark.parametrize(
@@ -56,16 +58,16 @@ def test_what_follows_a_gpus_baseline_is_held_against_it(
     def runner(job: Job, settings: Any, on_event: Any) -> Any:
         jobs.append(job)
         outcome = scripted.run(job, settings, on_event)
-        outcome.device, outcome.budget, outcome.training_s = device, budget, training_s
-        return outcome
+        outcome.training.wall_s = training_s
+        return msgspec.structs.replace(outcome, device=device, budget=budget)
 
     scripted.drive(repo, "t", 1, runner=runner, noise_seeds=1, quiet=True)
     baseline, *followers = jobs
-    assert (baseline.kind, baseline.pace, baseline.late, baseline.cold) == ("baseline", 1.0, 1.0, True)
-    assert [j.kind for j in followers] == ["repeat", "experiment"]
+    assert (baseline.run.kind, baseline.pace, baseline.late, baseline.cold) == ("baseline", 1.0, 1.0, True)
+    assert [j.run.kind for j in followers] == ["repeat", "experiment"]
     for job in followers:
         assert job.pace == pytest.approx(pace, rel=1e-3) and job.late == pytest.approx(late, rel=1e-3)
-        assert job.incumbent_tokens == budget["tokens"]
+        assert job.incumbent_tokens == budget.tokens
 
 
 def test_a_device_is_cold_after_a_pause_and_after_a_restart(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -95,7 +97,7 @@ def test_a_night_on_a_gpu_that_somebody_uses_does_not_begin(
     ours = Gpu(0, "GPU-aa")
     slots = [replace(scripted.SETTINGS, device="cuda", sandbox=Sandbox(0, gpu=ours))]
     command = SimpleNamespace(tag="t", folder=repo / "runs" / "t", slots=slots, try_sandboxes=lambda: None)
-    monkeypatch.setattr("hotloop.agent_loop.commands.start.start", lambda _: command)
+    monkeypatch.setattr("hotloop.agent_loop.commands.start.night_command", lambda _: command)
     asked: list[Gpu] = []
 
     def alone(gpu: Gpu) -> None:

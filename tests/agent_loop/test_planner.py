@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,53 +11,49 @@ import pytest
 from rich.console import Console
 
 from hotloop.agent_loop.agents.builtin import BuiltinAgent
+from hotloop.agent_loop.folder import Flight, NightFolder, Proposal
 from hotloop.agent_loop.loop.driver import Driver, Ran, Spoiled
 from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options, Planner
-from hotloop.agent_loop.night import Flight, Night, Proposal, Run
 from hotloop.harness.errors import DeviceError, UsageError
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.records.chain import Entry
+from hotloop.harness.records.model import Body, Conditions, EvaluatorTime, FixedBudget, Origin, Outcome, Run
+from tests.builders import make_decision, make_outcome, make_run
 
 BASE = "b"
 
 
 def outcome(number: int, kind: str, commit: str, seed: int, bpb: float, parent: str = "") -> Outcome:
-    return Outcome(
-        number=number, tag="t", kind=kind, commit=commit, parent=parent, description=commit, seed=seed,
-        preset="laptop", device="cpu", source_sha256="", status="ok", val_bpb=bpb,
-    )  # fmt: skip
+    return make_outcome(run(number, kind, commit, parent, seed), bpb)
 
 
-def night(*runs: tuple[str, str, int, str], cost_usd: float = 0.0) -> Night:
+def night(*runs: tuple[str, str, int, str], cost_usd: float = 0.0) -> NightFolder:
     """Of runs (kind, commit, seed, decision); `again` for a discard whose edit is to be tried again."""
-    entries: list[dict[str, Any]] = []
+    bodies: list[Body] = []
     parent = ""
     for number, (kind, commit, seed, decision) in enumerate(runs):
-        said: dict[str, Any] = {"decision": decision, "again": False}
-        if decision == "again":
-            said = {"decision": "discard", "again": True}
-        body = {
-            "number": number, "kind": kind, "commit": commit, "description": commit, "reason": "", "gain": None,
-            "cost_usd": cost_usd,
-        } | said  # fmt: skip
-        for what, value in (
-            ("experiment", outcome(number, kind, commit, seed, 1.0, parent).as_dict()), ("decision", body),
-        ):  # fmt: skip
-            entries.append({"kind": what, "body": value, "time": "", "hash": ""})
+        again, said = decision == "again", "discard" if decision == "again" else decision
+        made = make_run(number, kind, commit=commit, parent=parent, description=commit, seed=seed, cost_usd=cost_usd)
+        bodies += [make_outcome(made, 1.0), make_decision(made, said, again=again)]
         if decision == "keep":
             parent = commit
-    return Night(Path("nowhere"), SimpleNamespace(entries=entries))  # type: ignore[arg-type]
+    return recorded_night(bodies)
+
+
+def recorded_night(bodies: list[Body]) -> NightFolder:
+    entries = [Entry("", body, "") for body in bodies]
+    return NightFolder(Path("nowhere"), SimpleNamespace(entries=entries))  # type: ignore[arg-type]
 
 
 BEGUN = ("baseline", BASE, 1, "keep")
 NOISE = ("repeat", BASE, 2, "measured")
 BETTER = ("experiment", "c1", 1, "keep")
 MARGINAL = ("experiment", "c1", 1, "marginal")
-EDIT = Proposal(BASE, b"x = 1", "an edit", "claude")
+EDIT = Proposal(BASE, b"x = 1", "an edit", Origin("claude"))
 
 
 def run(number: int, kind: str, commit: str, parent: str = "", seed: int = 1, again_of: int | None = None) -> Run:
-    return Run(number, kind, commit, parent, commit, seed, again_of=again_of)
+    return make_run(number, kind, seed=seed, commit=commit, parent=parent, description=commit, again_of=again_of)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +127,32 @@ def test_no_edit_is_asked_for_that_would_never_run() -> None:
 
 
 def test_a_job_knows_its_incumbents_budget_and_its_baselines_pace() -> None:
-    begun = night(BEGUN, NOISE)
-    baseline = begun.outcomes()[0]
-    baseline.budget, baseline.training_cpu_s, baseline.device = {"tokens": 4096, "target_s": 300.0}, 80.0, "cuda"
-    baseline.training_s = 300.0
+    baseline = make_outcome(
+        run(0, "baseline", BASE), 1.0, device="cuda", budget=FixedBudget(tokens=4096), wall_s=300.0, cpu_s=80.0
+    )  # fmt: skip
+    begun = recorded_night([baseline, make_decision(baseline.run, "keep")])
     job = Planner(begun, Flight(), Options(), BASE).job(run(2, "experiment", "c1", BASE), b"x", cold=True)
     assert (job.tag, job.incumbent_tokens, job.baseline_cpu_s, job.cold) == ("nowhere", 4096, 80.0, True)
     assert job.folder == Path("nowhere/experiments/0002") and job.stop is None
+
+
+def test_a_job_is_audited_by_what_its_incumbent_lost_and_fully_where_it_may_be_kept() -> None:
+    baseline = make_outcome(run(0, "baseline", BASE), 1.0, conditions=Conditions(evaluate=EvaluatorTime(2.0, 3.0)))
+    better = make_outcome(run(2, "experiment", "c1", BASE), 1.0)
+    begun = recorded_night([
+        baseline, make_decision(baseline.run, "keep"), better, make_decision(better.run, "keep")
+    ])  # fmt: skip
+    planner = Planner(begun, Flight(), Options(least_gain=0.01), BASE)
+    job = planner.job(run(3, "experiment", "c2", "c1"), b"x", cold=True)
+    assert job.reference == Path("nowhere/experiments/0002/losses.npy")
+    assert job.baseline_time == EvaluatorTime(2.0, 3.0) and job.keep_below == pytest.approx(1.01)
+    for kind in ("repeat", "confirm"):  # what they say decides of others
+        assert planner.job(run(3, kind, "c1", BASE, 2), b"x", cold=True).keep_below is None
+    assert planner.job(run(3, "repeat", BASE, "", 3), b"x", cold=True).keep_below == -math.inf
+    growing = Planner(begun, Flight([run(3, "repeat", BASE, "", 3)]), Options(least_gain=0.01), BASE)
+    assert growing.job(run(4, "experiment", "c2", "c1"), b"x", cold=True).keep_below is None
+    first = Planner(night(), Flight(), Options(), BASE).job(run(0, "baseline", BASE), b"x", cold=True)
+    assert (first.reference, first.baseline_time, first.keep_below) == (None, None, None)
 
 
 # ---- the event loop, without a thread

@@ -28,7 +28,7 @@ from hotloop.agent_loop.loop.planner import Options
 from hotloop.agent_loop.loop.watchdog import CRASHED, watch
 from hotloop.harness.errors import DeviceError, HotloopError, UsageError
 from hotloop.harness.machine import Gpu
-from hotloop.harness.records.record import Lock
+from hotloop.harness.records.chain import Lock
 from hotloop.harness.sandbox.policy import Sandbox
 from tests.agent_loop.test_loop import night_of, repo, scripted, table  # noqa: F401 - a fixture
 
@@ -99,7 +99,7 @@ def test_a_proposal_that_does_not_fit_the_new_incumbent_is_made_again(repo: Path
     agent = Edits(("0.04", "0.07"), ("0.04", "0.05"), ("0.07", "0.09"))
     night = scripted.drive(repo, "t", 2, agent=agent, runner=slow, noise_seeds=0, least_gain=0.001)
     assert [r.description for r in night.rows()[1:]] == ["0.04 to 0.07", "0.07 to 0.09"]
-    assert [(t["result"], t["reason"]) for t in night.turns()] == [
+    assert [(t.result, t.reason) for t in night.turns] == [
         ("refused", "it does not fit on top of experiment 1")
     ]  # fmt: skip
 
@@ -113,11 +113,11 @@ def test_two_devices_have_one_incumbent_and_decide_in_order(repo: Path) -> None:
         with lock:
             running += 1
             most = max(most, running)
-        if job.number % 2:  # the later one ends first, where there is one
-            ended[job.number + 1].wait(1.0)
+        if job.run.number % 2:  # the later one ends first, where there is one
+            ended[job.run.number + 1].wait(1.0)
         with lock:
             running -= 1
-        ended[job.number].set()
+        ended[job.run.number].set()
         return scripted.run(job, settings, on_event)
 
     night = scripted.drive(repo, "t", 6, runner=uneven, slots=2)
@@ -138,7 +138,7 @@ def test_a_gain_over_an_older_incumbent_is_tried_again_on_top_of_the_new_one(rep
     both = threading.Barrier(2)
 
     def together(job: Any, settings: Any, on_event: Any) -> Any:
-        if job.kind == "experiment" and job.number < 3:
+        if job.run.kind == "experiment" and job.run.number < 3:
             both.wait(60)
         return scripted.run(job, settings, on_event)
 
@@ -170,7 +170,7 @@ def test_faults_of_the_machine_are_waited_out(repo: Path, monkeypatch: pytest.Mo
         return real(fd, data)
 
     def faulty(job: Any, settings: Any, on_event: Any) -> Any:
-        if faults and job.number > 1:
+        if faults and job.run.number > 1:
             raise faults.pop()
         return scripted.run(job, settings, on_event)
 
@@ -193,8 +193,8 @@ def test_a_gpu_that_stays_lost_ends_the_night_with_its_line_and_nothing_is_lost(
     tried: list[int] = []
 
     def lost(job: Any, settings: Any, on_event: Any) -> Any:
-        if job.number > 1:
-            tried.append(job.number)
+        if job.run.number > 1:
+            tried.append(job.run.number)
             raise DeviceError("the GPU's memory could not be cleared (cuInit failed); see: nvidia-smi")
         return scripted.run(job, settings, on_event)
 
@@ -227,7 +227,7 @@ def test_what_waiting_cannot_mend_ends_the_night_at_once(repo: Path) -> None:  #
 def test_paid_agents_are_not_asked_beyond_the_limit(repo: Path) -> None:  # noqa: F811
     agent = Edits(*[("0.04", f"0.0{i}") for i in range(1, 9) if i != 4])
     night = scripted.drive(repo, "t", 5, agent=[agent, BuiltinAgent(1)], max_cost_usd=1.0)
-    who = [r.agent for r in night.rows() if r.kind == "experiment"]
+    who = [r.origin.agent for r in night.rows() if r.kind == "experiment"]
     assert who.count("edits") in (2, 3)  # one may have been asked ahead, before the second was decided
     assert who[-1] == "builtin"
 
@@ -270,6 +270,24 @@ def test_an_agent_that_fails_is_paused_for_ever_longer_and_the_next_takes_over()
     assert (turn_order.pick(), turn_order.wait_s()) == (None, None)
     turn_order.incumbent_changed()
     assert turn_order.pick() is last  # which has new constants to try
+
+
+def test_an_agent_whose_runs_are_invalid_again_and_again_is_paused_for_ever_longer() -> None:
+    first, last, now = Edits(), BuiltinAgent(1), Now()
+    turn_order = TurnOrder([first, last], now)
+    turn_order.ran(first.name, "invalid")
+    assert turn_order.pick() is first  # a slip
+    for wait_s in (2 * FIRST_WAIT_S, 4 * FIRST_WAIT_S):
+        turn_order.worked(first)  # that it has an edit to run says nothing for it
+        turn_order.ran(first.name, "invalid")
+        assert turn_order.pick() is last and turn_order.wait_s() == 0.0
+        now.s += wait_s - 1
+        assert turn_order.pick() is last
+        now.s += 1
+        assert turn_order.pick() is first
+    turn_order.ran(first.name, "discard")
+    turn_order.ran(first.name, "invalid")
+    assert turn_order.pick() is first
 
 
 # ---- the watchdog
@@ -342,7 +360,7 @@ def test_a_night_under_watch_survives_the_end_of_its_driver(repo: Path) -> None:
 
 def test_ctrl_c_while_two_devices_run_leaves_nothing_behind(repo: Path) -> None:  # noqa: F811
     def interrupted(job: Any, settings: Any, on_event: Any) -> Any:
-        if job.number == 4:
+        if job.run.number == 4:
             raise KeyboardInterrupt
         time.sleep(0.2)
         return scripted.run(job, settings, on_event)

@@ -19,7 +19,10 @@ import pytest
 
 from hotloop.agent_loop.agents.brief import MAX_TOKENS, most_tokens, write_brief
 from hotloop.agent_loop.commands.verify import checks
-from hotloop.agent_loop.night import Night
+from hotloop.agent_loop.folder import NightFolder
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import Environment, SandboxFacts
+from tests.builders import make_decision, make_outcome, make_run
 
 SCRIPT = Path(__file__).with_name("soak.py")
 TRAIN = SCRIPT.parents[2] / "train.py"
@@ -46,7 +49,7 @@ def start(repo: Path, tag: str, experiments: int, faults: str, scratch: Path) ->
 
 
 def what_happened(repo: Path, tag: str) -> list[tuple[object, ...]]:
-    night = Night.reading(repo / "runs" / tag)
+    night = NightFolder.reading(repo / "runs" / tag)
     return [(r.number, r.kind, r.decision, r.reason, r.description, r.val_bpb) for r in night.rows()]
 
 
@@ -84,9 +87,9 @@ def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path, exp
         strike(storm, "t", rng)
     assert kills >= 3
     assert what_happened(storm, "t") == what_happened(calm, "t")
-    night = Night.reading(storm / "runs" / "t")
+    night = NightFolder.reading(storm / "runs" / "t")
     assert night.experiments == experiments
-    reasons = {t["reason"].split(":")[0].split("'")[0] for t in night.turns()}
+    reasons = {t.reason.split(":")[0].split("'")[0] for t in night.turns}
     assert len(reasons) >= 4, reasons  # agents did fail in many ways
     with git.Repo(storm) as repo:
         found = {name: good for name, good, _ in checks(storm / "runs" / "t", repo, None)}
@@ -95,7 +98,7 @@ def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path, exp
         assert len(repo.git.worktree("list").splitlines()) == 2
     _nothing_is_left(tmp_path, storm, night)
     cost = f"{facts['driver_s']:.3f} s an experiment, {facts['memory_mb']:.0f} MB, {facts['descriptors']} descriptors"
-    turns = len(night.turns())
+    turns = len(night.turns)
     print(f"\n{experiments} experiments, {kills} kills, {turns} turns that failed; driver {cost} (CPU figures)")
     assert facts["driver_s"] < 0.6  # of a processor, git's among them
     assert facts["descriptors"] < 20
@@ -104,7 +107,7 @@ def test_a_long_night_under_faults_is_the_night_without_them(tmp_path: Path, exp
     assert most_tokens(brief) <= MAX_TOKENS
 
 
-def _nothing_is_left(tmp_path: Path, repo: Path, night: Night) -> None:
+def _nothing_is_left(tmp_path: Path, repo: Path, night: NightFolder) -> None:
     alive = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -118,39 +121,25 @@ def _nothing_is_left(tmp_path: Path, repo: Path, night: Night) -> None:
     assert not list((repo / ".git").rglob("*.lock"))
 
 
-def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path) -> None:
+def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 of them: reading, checking and understanding them takes less than two seconds of processor time."""
-    import hotloop.harness.records.record
-    from hotloop.harness.records.record import GENESIS, Outcome, canonical
-
-    def outcome(number: int) -> Outcome:
-        curve = [[round(i / 150, 6), round(7.0 - i / 40 + number % 7 / 1e5, 6)] for i in range(150)]
-        return Outcome(
-            number, "t", "experiment" if number else "baseline", f"{number:040x}", "0" * 40,
-            f"MATRIX_LR 0.04 -> {number}", 1, "laptop", "cpu", "a" * 64, status="ok", val_bpb=2.0 - number * 1e-6,
-            holdout_bpb=2.0, curve=curve, tokens=10**6, environment={"packages": {k: "b" * 64 for k in "abcdef"}},
-            sandbox={"probes": {f"p{i}": True for i in range(16)}},
-        )  # fmt: skip
-
-    lines, prev = [], GENESIS
-    for number in range(10_000):
-        o = outcome(number)
-        decision = {
-            "number": number, "kind": o.kind, "commit": o.commit, "description": o.description, "gain": None,
-            "decision": "discard" if number % 100 else "keep", "reason": "because of the numbers", "noise_bpb": 0.01,
-            "syntax": f"{number:064x}",
-        }  # fmt: skip
-        for kind, body in (("experiment", o.as_dict()), ("decision", decision)):
-            entry = {"seq": len(lines), "time": "2026-01-01T00:00:00+00:00", "kind": kind, "body": body, "prev": prev}
-            entry["hash"] = prev = hotloop.harness.records.record._digest(entry)
-            lines.append(canonical(entry) + b"\n")
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
     folder = tmp_path / "t"
-    folder.mkdir()
-    (folder / "records.jsonl").write_bytes(b"".join(lines))
+    chain = Chain.open(folder / "records.jsonl")
+    for number in range(10_000):
+        curve = [(round(i / 150, 6), round(7.0 - i / 40 + number % 7 / 1e5, 6)) for i in range(150)]
+        run = make_run(number, "experiment" if number else "baseline", description=f"MATRIX_LR 0.04 -> {number}")
+        chain.append(make_outcome(
+            run, 2.0 - number * 1e-6, 2.0, curve=curve, tokens=10**6, wall_s=1.0,
+            environment=Environment(packages={k: "b" * 64 for k in "abcdef"}),
+            sandbox=SandboxFacts(probes={f"p{i}": True for i in range(16)}),
+        ))  # fmt: skip
+        decision = "discard" if number % 100 else "keep"
+        chain.append(make_decision(run, decision, "because of the numbers", noise_bpb=0.01, syntax=f"{number:064x}"))
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parents[2])!r}); from pathlib import Path\n"
-        "from hotloop.agent_loop.night import Night; import time, hotloop.agent_loop.loop.driver\n"
-        f"night = Night(Path({str(folder)!r})); assert night.next_number == 10_000\n"
+        "from hotloop.agent_loop.folder import NightFolder; import time, hotloop.agent_loop.loop.driver\n"
+        f"night = NightFolder(Path({str(folder)!r})); assert night.next_number == 10_000\n"
         "night.waiting(), night.to_try_again()\n"
         "print(time.process_time())"
     )
@@ -158,5 +147,5 @@ def test_a_night_of_many_records_goes_on_at_once(tmp_path: Path) -> None:
     seconds = float(done.stdout)
     print(f"\n{(folder / 'records.jsonl').stat().st_size >> 20} MiB of records: {seconds:.2f} s of the processor")
     assert seconds < 5.0
-    night = Night.reading(folder)
+    night = NightFolder.reading(folder)
     assert most_tokens(write_brief(night, "laptop")) <= MAX_TOKENS

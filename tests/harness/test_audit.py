@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hotloop.harness.errors import TrialError
-from hotloop.harness.scoring.audit import ALARM, TOLERANCE_NATS, allowed_mismatches, compare, draw
+from hotloop.harness.scoring.audit import ALARM, BY_GAIN, TOLERANCE_NATS, allowed_mismatches, compare, draw
 from hotloop.harness.settings import PRESETS
 
 LAPTOP = PRESETS["laptop"]
@@ -22,43 +22,61 @@ def losses(rows: int = 296, length: int = 256) -> tuple[np.ndarray, np.ndarray]:
     return reference, np.maximum(0.001, reference + rng.normal(0.0, 0.5, (rows, length))).astype(np.float32)
 
 
-LIES = {  # which tokens, by their rank of loss, and down to which share of it
-    "a few of the largest": (0.35, 0.0),
-    "many of the largest": (0.1, 0.8),
-    "a tenth of every loss": (1.0, 0.9),
-    "on one row in five": (0.2, 0.0),
-    "all of the holdout": (1.0, 0.0),
-}
+def told_by(order: np.ndarray, to: np.ndarray, honest: np.ndarray) -> np.ndarray:
+    """What a liar says who falsifies tokens in this order, down to `to`, until it has won a noise floor."""
+    won = np.cumsum(np.maximum(0.0, honest - to)[order]) / honest.size
+    count = int(np.searchsorted(won, FLOOR_NATS)) + 1
+    assert count <= len(order), "it wins no noise floor"
+    told = honest.copy()
+    told[order[:count]] = np.minimum(honest, to)[order[:count]]
+    return told
 
 
-@pytest.mark.parametrize("name", LIES)
+def lie(name: str, reference: np.ndarray, honest: np.ndarray) -> np.ndarray:
+    """Losses that win a noise floor; `reference` and `honest` flat."""
+    largest, gap = np.argsort(-honest), np.argsort(reference - honest)
+    match name:
+        case "nothing lost on a few of the largest":
+            return told_by(largest, 0 * honest, honest)
+        case "a fifth less on the largest":
+            return told_by(largest, 0.8 * honest, honest)
+        case "a tenth less anywhere":
+            return told_by(np.arange(honest.size), 0.9 * honest, honest)
+        case "on one row in five":
+            rows = np.arange(honest.size) // 256
+            return told_by(largest[rows[largest] % 5 == 0], 0 * honest, honest)
+        case "on the holdout alone":
+            return told_by(np.arange(LAPTOP.eval_rows * 256, honest.size), 0 * honest, honest)
+        case "back to the reference where it is worse":
+            return told_by(gap, reference, honest)
+        case "a little below the reference where it is worst":
+            return told_by(gap, np.maximum(0.0, reference - 0.5), honest)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nothing lost on a few of the largest", "a fifth less on the largest", "a tenth less anywhere",
+        "on one row in five", "on the holdout alone", "back to the reference where it is worse",
+        "a little below the reference where it is worst",
+    ],
+)  # fmt: skip
 def test_a_lie_that_wins_a_noise_floor_is_found(name: str) -> None:
-    """Missed at most once in a million: the chance that no cut of those drawn by gain is a falsified token."""
-    reference, honest = losses()
-    share, left = LIES[name]
-    order = np.argsort(-honest.ravel())
-    if name == "on one row in five":
-        order = np.flatnonzero(np.arange(honest.size) // honest.shape[1] % 5 == 0)
-    if name == "all of the holdout":
-        order = np.arange(LAPTOP.eval_rows * honest.shape[1], honest.size)
-    told = honest.copy().ravel()
-    lied: list[int] = []
-    for i in order[: max(1, int(share * honest.size))]:
-        told[i] *= left
-        lied.append(int(i))
-        if (honest.ravel()[lied] - told[lied]).sum() >= FLOOR_NATS * honest.size:
-            break
-    else:
-        assert name == "all of the holdout", "it wins no noise floor"
-    gains = np.maximum(0.0, reference.ravel() - told)
-    chance = gains[lied].sum() / gains.sum()
-    assert (1 - chance) ** (LAPTOP.eval_rows // 2) <= 1e-6
+    """Missed at most once in a million: the chance that no cut is at a token that is falsified beyond the tolerance."""
+    reference, honest = (x.ravel() for x in losses())
+    told = lie(name, reference, honest)
+    falsified = honest - told > TOLERANCE_NATS["cpu"]
+    gains = np.maximum(0.0, reference - told)
+    by_gain, anywhere = gains[falsified].sum() / gains.sum(), falsified.mean()
+    assert LAPTOP.audit_cuts is not None
+    n = round(BY_GAIN * LAPTOP.audit_cuts)
+    assert (1 - by_gain) ** n * (1 - anywhere) ** (LAPTOP.audit_cuts - n) <= 1e-6
     # And draw() draws by those chances.
-    rng, n = np.random.default_rng(1), 4000
-    rows, cuts = draw(told.reshape(honest.shape), reference, n, rng)
-    falsified = np.isin(rows * honest.shape[1] + cuts, lied)
-    expected = n / 2 * (chance + len(lied) / honest.size)
-    assert falsified.sum() == pytest.approx(expected, abs=6 * math.sqrt(n) / 2)
+    n = 6000
+    rows, cuts = draw(told.reshape(-1, 256), reference.reshape(-1, 256), n, np.random.default_rng(1))
+    expected = n * (BY_GAIN * by_gain + (1 - BY_GAIN) * anywhere)
+    assert falsified[rows * 256 + cuts].sum() == pytest.approx(expected, abs=6 * math.sqrt(n) / 2)
 
 
 def test_without_a_reference_cuts_are_anywhere_and_each_row_once() -> None:

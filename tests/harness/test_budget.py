@@ -87,7 +87,7 @@ def test_progress_never_passes_one_and_a_replay_gives_the_same_steps(
     budget.measured(A, [costs[0]], 0)
     budget.measured(B, [costs[1]], 0)
     budget.fix()
-    replay = Budget.replay(budget.as_dict())
+    replay = Budget.replay(budget.recorded())
     replay.measured(A, [costs[0] * 3], 0)  # another machine, another day
     replay.fix()
     for pick in picks:

@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from hotloop.harness.errors import TrialError
+from hotloop.harness.records.model import Conditions
 from hotloop.harness.settings import BudgetRule, Preset, Spec
 from hotloop.harness.training import run
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.conditions import warnings
-from hotloop.harness.training.session import Session, SessionConfig, Trained
+from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
+
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 # Some thirty steps, which SLOW makes slow in the training alone.
 PRESET = tiny_preset(budget=BudgetRule("flops", 4.0e7)).with_limits(overtime=1e4)
@@ -25,7 +29,7 @@ HALF = "import time\nreal = time.monotonic\ntime.monotonic = lambda: 0.5 * real(
 APART = "by the device's clock the training took"
 
 
-def train(folder: Path, preset: Preset | None = None, clock: Any = time.monotonic, **changes: str) -> Trained:
+def train(folder: Path, preset: Preset | None = None, clock: Any = time.monotonic, **changes: str) -> Session:
     preset = preset or PRESET
     spec = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
     rows = tiny_rows(256, 0)
@@ -35,32 +39,32 @@ def train(folder: Path, preset: Preset | None = None, clock: Any = time.monotoni
     )).run()  # fmt: skip
 
 
-def told(result: Trained) -> list[str]:
-    return warnings({"device_s": result.device_s, "device_wall_s": result.device_wall_s}, result.training_s)
+def told(result: Session) -> list[str]:
+    return warnings(Conditions(), result.training)
 
 
 def test_an_honest_devices_clock_agrees_with_the_parents(folder: Path) -> None:
     result = train(folder, STEP=SLOW)
-    assert result.device_s is not None
-    assert result.device_s > 0.1 * result.steps > 2.0
-    assert result.device_s == pytest.approx(result.device_wall_s, abs=0.3)
-    assert result.device_wall_s < result.training_s
+    assert result.training.device_s is not None
+    assert result.training.device_s > 0.1 * result.training.steps > 2.0
+    assert result.training.device_s == pytest.approx(result.training.device_wall_s, abs=0.3)
+    assert result.training.device_wall_s < result.training.wall_s
     assert told(result) == []
 
 
 def test_a_clock_at_half_speed_is_told_and_decides_nothing(folder: Path) -> None:
     honest = train(folder, STEP=SLOW)
     result = train(folder, STEP=SLOW, START=HALF)
-    assert result.device_s == pytest.approx(0.5 * result.device_wall_s, rel=0.2)
+    assert result.training.device_s == pytest.approx(0.5 * result.training.device_wall_s, rel=0.2)
     (words,) = told(result)
     assert words.startswith(APART)
     assert result.weights == honest.weights
-    assert result.training_s > 0.1 * result.steps
+    assert result.training.wall_s > 0.1 * result.training.steps
 
 
 def test_a_parent_whose_clock_is_wrong_is_told_too(folder: Path) -> None:
     result = train(folder, PRESET.with_limits(overtime=1e3, overtime_cpu=1e3), lambda: 3 * time.monotonic(), STEP=SLOW)
-    assert result.device_wall_s > 2 * (result.device_s or 0.0)
+    assert result.training.device_wall_s > 2 * (result.training.device_s or 0.0)
     assert told(result)
 
 
@@ -82,7 +86,7 @@ def test_one_per_cent_is_allowed_and_half_a_second_of_a_short_run(device_s: floa
 def test_where_the_trainer_does_not_tell_nothing_is_compared(folder: Path) -> None:
     assert warnings({"feed_late_s": 0.0}, 300.0) == []
     result = train(folder, SUBMIT="run._began = None")
-    assert result.device_s is None
+    assert result.training.device_s is None
     assert told(result) == []
 
 

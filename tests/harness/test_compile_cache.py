@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 from hotloop.harness.experiment import Job, Settings, run_experiment
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.records.model import Outcome
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.settings import Preset
 from hotloop.harness.training import compile_cache
 from hotloop.harness.training.compile_cache import GENERATIONS, PACK, Pack, Store, collect, decode, encode, lay_out
 from hotloop.harness.training.trainer import Setup
+from tests.builders import make_run
 from tests.harness.conftest import tiny_dataset, tiny_preset, tiny_rows, tiny_source
+
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 SPLITS = {"train": tiny_rows(256, 0), "val": tiny_rows(64, 1), "holdout": tiny_rows(16, 2)}
 MOST = 1 << 20
@@ -52,7 +56,7 @@ def settings(root: Path, preset: Preset | None = None) -> Settings:
 
 def run(root: Path, number: int = 0, source: bytes = SOURCE, preset: Preset | None = None) -> tuple[Outcome, Path]:
     folder = root / f"{number:04d}"
-    job = Job(source, number, "t", "experiment", "", "", "", 1, folder)
+    job = Job(make_run(number), source, "t", folder)
     return run_experiment(job, settings(root / "store", preset)), folder
 
 
@@ -73,8 +77,8 @@ def promoted(root: Path, generation: int = 1, **facts: Any) -> Path:
     made = decode(encode({"inductor/ab/k.so": b"code" * 100, "triton/x": b""}), MOST)
     left, _ = store.leave(made, setup(), given, root)
     assert left is not None
-    store.settle(root, left.as_dict(), kept=True)
-    return root / f"{left.as_dict()['key']}.pack"
+    store.settle(root, left.recorded(), kept=True)
+    return root / f"{left.recorded().key}.pack"
 
 
 def test_what_a_kept_experiment_compiled_is_given_to_the_next_and_to_no_evaluator(tmp_path: Path) -> None:
@@ -117,7 +121,7 @@ def test_a_trainer_changes_its_own_copy_and_cannot_reach_the_store(tmp_path: Pat
         f"    except OSError: pass"
     )
     outcome, folder = run(tmp_path, 0, tiny_source(START=attempts))
-    assert outcome.compiled["given"]["files"] == 2
+    assert outcome.compiled.given.files == 2
     assert "REACHED" not in (folder / "log.txt").read_text()
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
 
@@ -126,8 +130,8 @@ def test_a_chain_of_caches_made_from_caches_has_an_end(tmp_path: Path) -> None:
     """Else a few hidden bytes from each kept train.py would add up."""
     promoted(tmp_path / "store", GENERATIONS)
     outcome, folder = run(tmp_path)
-    assert outcome.compiled["given"]["generation"] == GENERATIONS
-    assert outcome.compiled["left"] is None
+    assert outcome.compiled.given.generation == GENERATIONS
+    assert outcome.compiled.left is None
     assert not (folder / PACK).exists()
     store = Store(tmp_path / "store")
     store.settle(folder, None, kept=True)
@@ -141,11 +145,11 @@ def test_a_decision_may_be_carried_out_twice(tmp_path: Path) -> None:
     left, _ = store.leave(decode(encode({"triton/x": b"1"}), MOST), setup(), None, tmp_path)
     assert left is not None
     for _ in range(2):
-        store.settle(tmp_path, left.as_dict(), kept=True)
+        store.settle(tmp_path, left.recorded(), kept=True)
         given, _ = store.load(setup())
         assert given is not None and given.files == {"triton/x": b"1"}
     for _ in range(2):
-        store.settle(tmp_path, left.as_dict(), kept=False)
+        store.settle(tmp_path, left.recorded(), kept=False)
     assert store.load(setup())[0] is not None  # what another one left stays
 
 
@@ -174,8 +178,8 @@ def test_a_run_says_that_its_cache_was_set_aside_and_compiles_again(tmp_path: Pa
     path.write_bytes(damaged(path.read_bytes(), "content"))
     outcome, folder = run(tmp_path)
     assert outcome.status == "ok"
-    assert outcome.compiled["given"] is None
-    assert "inductor/ab/k.so is damaged" in outcome.compiled["note"] or "triton" in outcome.compiled["note"]
+    assert outcome.compiled.given is None
+    assert "inductor/ab/k.so is damaged" in outcome.compiled.note or "triton" in outcome.compiled.note
     assert shown(folder / "log.txt")[0] == "CACHES []"
 
 
@@ -208,8 +212,8 @@ def test_what_is_too_large_is_neither_taken_nor_given(tmp_path: Path) -> None:
     for most in (200, 500):  # less than the files and their list; less than that and what the parent adds
         outcome, folder = run(tmp_path / "run", preset=tiny_preset().with_limits(compiled_bytes=most))
         assert outcome.status == "ok"
-        assert outcome.compiled["left"] is None
-        assert outcome.compiled["note"] == f"its compile cache is larger than {most} bytes and was not taken"
+        assert outcome.compiled.left is None
+        assert outcome.compiled.note == f"its compile cache is larger than {most} bytes and was not taken"
         assert not (folder / PACK).exists()
 
 
@@ -243,7 +247,7 @@ def test_a_trainer_that_sends_something_else_is_invalid(tmp_path: Path, answer: 
     lie = f"def collect(most): {answer}; import time; time.sleep(60)\n"
     lie = f"import types\nfrom hotloop.harness.training import compile_cache\nself = run\n{lie}"
     outcome, _ = run(tmp_path, source=tiny_source(START=lie + "compile_cache.collect = collect"))
-    assert (outcome.status, outcome.compiled["left"]) == ("invalid", None)
+    assert (outcome.status, outcome.compiled.left) == ("invalid", None)
     assert reason in outcome.reason
 
 

@@ -19,7 +19,8 @@ from hotloop.harness.experiment import Job, Settings, run_experiment, summary
 from hotloop.harness.gpu import devices, neighbours, nvml
 from hotloop.harness.gpu.devices import Signs
 from hotloop.harness.gpu.nvml import Gpu
-from hotloop.harness.records.record import Outcome
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import ClockMhz, Conditions, Ledger, Training
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import PRESETS, Spec
 from hotloop.harness.training import conditions
@@ -27,13 +28,19 @@ from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.conditions import Watch, clock_words, clocks, is_machines_fault, warnings
 from hotloop.harness.training.feed import RowOrder
 from hotloop.harness.training.session import Event, Session, SessionConfig
+from tests.builders import make_run
 from tests.harness.conftest import LENGTH, VOCAB, tiny_dataset, tiny_preset, tiny_rows, tiny_source
 from tests.harness.fake_nvml import DROPPED, H100, SMALL, FakeNvml
+
+pytestmark = pytest.mark.usefixtures("warm_children")
 
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditions, "PERIOD_S", 0.02)
+
+
+TRAINED = Training(wall_s=300.0)
 
 
 def settings(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
@@ -50,7 +57,7 @@ def settings(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> Se
 
 
 def job(tmp_path: Path, **changes: str) -> Job:
-    return Job(tiny_source(**changes), 0, "t", "single", "c" * 40, "", "tiny", 1, tmp_path / "run")
+    return Job(make_run(0, "single"), tiny_source(**changes), "t", tmp_path / "run")
 
 
 # ---- what the driver says
@@ -103,20 +110,20 @@ def test_clocks_that_drop_and_strangers_get_into_the_record(gpus: FakeNvml) -> N
     gpus.says(H100 | DROPPED | {"apps": [[1, "early"], [2, "early"]]})
     for phase in ("start", "import", "compile", "warm"):
         looks(watch, phase)  # none of it matters before the calibration
-    assert watch.facts() == {}
+    assert watch.facts() == Conditions()
     gpus.says()
     looks(watch, "calibrate")
-    assert warnings(watch.facts(), 300.0) == []
+    assert warnings(watch.facts(), TRAINED) == []
     looks(watch, "train")
     gpus.says(H100 | DROPPED | {"apps": [[1, "miner"], [2, "python"]]})
     looks(watch, "train", 6)
     looks(watch, "submit")
     assert list(dict.fromkeys(e.phase for e in events))[-1] == "submit"
     facts = watch.facts()
-    assert facts["looks"] == 12
-    assert facts["sm_mhz"] == {"calibrate": 1980, "train": 1410, "last": 1410, "least": 1410}
-    assert (facts["temperature_c"], facts["others"]) == (88, ["1 miner", "2 python"])
-    told = warnings(facts, 300.0)
+    assert facts.looks == 12
+    assert facts.sm_mhz == ClockMhz(calibrate=1980, train=1410, last=1410, least=1410)
+    assert (facts.temperature_c, facts.others) == (88, ["1 miner", "2 python"])
+    told = warnings(facts, TRAINED)
     assert told == [
         "the GPU's clock fell from 1980 MHz in the calibration to 1410 MHz",
         "the GPU was slowed down: temperature (software) (at most 88 C)",
@@ -136,7 +143,7 @@ def test_what_slows_a_card_is_warned_of_and_what_caps_it_is_not(gpus: FakeNvml, 
         gpus.says(H100 | {"reasons": bits, "temperature": temperature})
         watch._seen.clear()
         looks(watch, "train")
-        found = warnings(watch.facts(), 300.0)
+        found = warnings(watch.facts(), TRAINED)
         assert found == ([f"the GPU was slowed down: {told}{more}"] if told else [])
 
 
@@ -152,7 +159,7 @@ def test_a_gpu_that_is_lost_or_silent_meanwhile_leaves_what_was_seen(gpus: FakeN
     gpus.says(H100 | {"sm": None, "apps": [[1, "miner"], [2, "python"]]})  # strangers, and no clocks
     alone = Watch("cuda", Gpu(0, "GPU-aa"), lambda _: None)
     looks(alone, "train")
-    assert alone.facts() == {"others": ["1 miner", "2 python"]}
+    assert alone.facts() == Conditions(others=["1 miner", "2 python"])
 
 
 def test_a_look_that_a_change_of_phases_overtook_counts_for_neither(
@@ -167,7 +174,7 @@ def test_a_look_that_a_change_of_phases_overtook_counts_for_neither(
 
     monkeypatch.setattr(conditions, "clocks", slow)
     looks(watch, "train", 1)
-    assert watch.facts() == {}
+    assert watch.facts() == Conditions()
 
 
 def test_a_thread_looks_by_itself_while_a_run_is_on_a_gpu(gpus: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,16 +186,16 @@ def test_a_thread_looks_by_itself_while_a_run_is_on_a_gpu(gpus: FakeNvml, monkey
 
 def test_a_power_cap_and_a_small_drop_are_the_rule(gpus: FakeNvml) -> None:
     facts = {"sm_mhz": {"calibrate": 1980, "train": 1900, "last": 1890}, "reasons": ["power cap"], "others": []}
-    assert warnings(facts, 300.0) == []
+    assert warnings(facts, TRAINED) == []
     facts["sm_mhz"] = {"calibrate": 1980, "train": 1980, "last": 1870}
-    assert warnings(facts, 300.0) == ["the GPU's clock fell from 1980 MHz in the calibration to 1870 MHz"]
+    assert warnings(facts, TRAINED) == ["the GPU's clock fell from 1980 MHz in the calibration to 1870 MHz"]
 
 
 def test_on_a_cpu_nothing_is_asked() -> None:
     with Watch("cpu", None, lambda _: None) as watch:
         assert watch._thread is None
         watch(Event("train"))
-    assert watch.facts() == {}
+    assert watch.facts() == Conditions()
 
 
 # ---- presets by memory, and the doctor
@@ -377,7 +384,7 @@ def test_a_slow_feed_is_counted_and_warned_of(folder: Path, monkeypatch: pytest.
         made.run()
         return made
 
-    calm = train().result
+    calm = train()
     real, pauses = RowOrder.take, [1.0] * 5
 
     def slow(self: RowOrder, count: int, seq_len: int) -> Any:
@@ -385,14 +392,15 @@ def test_a_slow_feed_is_counted_and_warned_of(folder: Path, monkeypatch: pytest.
         return real(self, count, seq_len)
 
     monkeypatch.setattr(RowOrder, "take", slow)
-    late = train().result
+    late = train()
     assert late.weights == calm.weights
-    assert calm.feed_late_s < late.feed_late_s < late.training_s
-    assert late.feed_late_s > 2.0  # a tiny step is over before a second is, also on a busy machine
-    assert warnings({"feed_late_s": 4.0}, 300.0) == [
+    assert calm.training.feed_late_s < late.training.feed_late_s < late.training.wall_s
+    assert late.training.feed_late_s > 2.0  # a tiny step is over before a second is, also on a busy machine
+    assert warnings(Conditions(), Training(wall_s=300.0, feed_late_s=4.0)) == [
         "the trainer waited 4.0 s of 300.0 s for its rows; is the disk or memory busy?"
     ]
-    assert warnings({"feed_late_s": 2.9}, 300.0) == warnings({"feed_late_s": 0.4}, 1.0) == []
+    for wall_s, late_s in ((300.0, 2.9), (1.0, 0.4)):
+        assert warnings(Conditions(), Training(wall_s=wall_s, feed_late_s=late_s)) == []
 
 
 def test_a_warning_is_in_the_record_the_summary_and_every_view(
@@ -407,13 +415,11 @@ def test_a_warning_is_in_the_record_the_summary_and_every_view(
     monkeypatch.setattr(RowOrder, "take", slow)
     outcome = run_experiment(job(tmp_path), settings(tmp_path, "cpu", monkeypatch))
     assert outcome.status == "ok", outcome.reason
-    assert outcome.conditions["feed_late_s"] > 0.5
-    (words,) = (w for w in outcome.conditions["warnings"] if "for its rows" in w)
+    assert outcome.training.feed_late_s > 0.5
+    (words,) = (w for w in outcome.conditions.warnings if "for its rows" in w)
     assert f"warning:          {words}" in summary(outcome)
-    assert Outcome.from_dict(outcome.as_dict()).conditions == outcome.conditions
-    body = outcome.as_dict()
-    del body["conditions"]  # a record of before there were any
-    assert Outcome.from_dict(body).conditions == {}
+    assert Chain.open(tmp_path / "records.jsonl").append(outcome).body == outcome
+    assert Chain.read(tmp_path / "records.jsonl").outcome(0) == outcome
 
 
 # ---- faults of the machine
@@ -426,7 +432,7 @@ def test_out_of_memory_tells_the_peak(tmp_path: Path, monkeypatch: pytest.Monkey
         "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB.')"
     )
     outcome = run_experiment(job(tmp_path, STEP=gpu), settings(tmp_path, "cpu", monkeypatch))
-    assert (outcome.status, outcome.peak_mb) == ("oom", 71 * 1024)
+    assert (outcome.status, outcome.training.peak_mb) == ("oom", 71 * 1024)
     assert "Tried to allocate 20.00 GiB." in outcome.reason
     assert outcome.reason.endswith("at most 72,704 MB were in use")
     assert "peak_vram_mb:     72704.0" in summary(outcome)
@@ -469,20 +475,19 @@ def test_broken_hardware_gets_a_second_try_and_the_record_says_so(
     gpus: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = [TrialError("crash", "CUDA error: uncorrectable ECC error encountered")]
-    tries: list[Outcome] = []
+    tries: list[Any] = []
 
-    def once(job: Job, settings: Settings, outcome: Outcome, *rest: Any) -> None:
-        tries.append(outcome)
-        outcome.ledger["train"] = outcome.ledger.get("train", 0.0) + 1.0
+    def once(job: Job, settings: Settings, found: Any, *rest: Any) -> None:
+        tries.append(found)
+        found.ledger.train += 1.0
         if ends:
             raise ends.pop(0)
-        outcome.status = "ok"
 
     monkeypatch.setattr(experiment, "_try", once)
     monkeypatch.setattr(experiment, "fresh", lambda *a, **k: None)
     outcome = run_experiment(job(tmp_path), settings(tmp_path, "cuda", monkeypatch))
-    assert (outcome.status, len(tries), outcome.ledger) == ("ok", 2, {"train": 1.0})
-    assert any("run twice" in words and "ECC" in words for words in outcome.conditions["warnings"])
+    assert (outcome.status, len(tries), outcome.ledger) == ("ok", 2, Ledger(train=1.0))
+    assert any("run twice" in words and "ECC" in words for words in outcome.conditions.warnings)
 
     tries.clear()
     ends[:] = [TrialError("crash", "uncorrectable ECC")] * 3  # once more, and not again

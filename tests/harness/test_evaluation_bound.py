@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from hotloop.harness.errors import TrialError
-from hotloop.harness.scoring.bound import SLACK_S, Bound, Cost
+from hotloop.harness.records.model import EvaluatorTime
+from hotloop.harness.scoring.bound import SLACK_S, Bound
 from hotloop.harness.settings import Limits
 
 LIMITS = Limits(evaluate_first_s=5.0, evaluate_step=2.0, evaluate_baseline=3.0)
@@ -25,7 +26,7 @@ class Worker:
         return self.used_s
 
 
-def begun(token_s: float | None = TOKEN_S, baseline: Cost | None = None) -> tuple[Any, Bound]:
+def begun(token_s: float | None = TOKEN_S, baseline: EvaluatorTime | None = None) -> tuple[Any, Bound]:
     worker: Any = Worker()
     bound = Bound("cpu", LIMITS, 1000, token_s, baseline)
     bound.begin(worker, 100)
@@ -50,7 +51,7 @@ def test_the_first_batch_is_apart() -> None:
     assert not over(bound)
     worker.used_s += 0.2
     assert over(bound)
-    assert bound.facts()["first_s"] == 6.9
+    assert bound.times().first_s == 6.9
 
 
 def test_no_first_batch_is_overtime() -> None:
@@ -82,7 +83,7 @@ def test_without_a_training_only_the_first_batch_is_bounded() -> None:
 
 def test_the_baselines_evaluation_bounds_it_too() -> None:
     """Both before the first batch and after it, whatever training cost."""
-    baseline = Cost(first_s=0.5, rest_s=1.0)  # of 1,000 tokens
+    baseline = EvaluatorTime(first_s=0.5, rest_s=1.0)  # of 1,000 tokens
     worker, bound = begun(1000.0, baseline)
     worker.used_s += 3 * (0.5 + SLACK_S) + 3 * 100 * 1.0 / 1000 - 0.1
     assert not over(bound)
@@ -97,11 +98,6 @@ def test_the_baselines_evaluation_bounds_it_too() -> None:
 
 
 def test_a_dear_baseline_makes_nothing_looser() -> None:
-    worker, bound = begun(TOKEN_S, Cost(first_s=100.0, rest_s=1000.0))
+    worker, bound = begun(TOKEN_S, EvaluatorTime(first_s=100.0, rest_s=1000.0))
     worker.used_s += 7.1
     assert over(bound)
-
-
-def test_what_a_baseline_took_is_read_from_its_record() -> None:
-    assert Cost.recorded({"evaluate_first_s": 1.5, "evaluate_rest_s": 2.0, "audit_first_s": 9.0}) == Cost(1.5, 2.0)
-    assert Cost.recorded({"feed_late_s": 0.0}) is None

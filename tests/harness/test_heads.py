@@ -8,13 +8,14 @@ import pytest
 
 from hotloop.harness.errors import RecordError
 from hotloop.harness.records import heads
-from hotloop.harness.records.record import Chain
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import AgentsAsked
 
 
 def written(path: Path, numbers: range) -> Chain:
     chain = Chain.open(path)
     for i in numbers:
-        chain.append("decision", {"number": i})
+        chain.append(AgentsAsked([str(i)]))
     return chain
 
 

@@ -249,12 +249,12 @@ def raised(source: str) -> BaseException:
 @pytest.mark.parametrize(
     ("source", "column", "verdict"),
     [
-        ("def f():\n    return nmae\nf()", "column", "crash"),
+        ("def f():\n    return nmae\nf()", "laptop", "crash"),
         ("def f():\n    return nmae\nf()", "doubtful", "crash"),
-        ("def f(x):\n    if x:\n        return nmae\nf(1)", "column", "inconclusive"),
-        ("def f(x):\n    if not x:\n        return 1\n    return nmae\nf(1)", "column", "inconclusive"),
-        ("def f():\n    return LAPTOP\nif 1 + 1:\n    f()", "column", "inconclusive"),  # f is chosen
-        ("def f():\n    return (1 if f else 2) and LAPTOP\nf()", "column", "inconclusive"),
+        ("def f(x):\n    if x:\n        return nmae\nf(1)", "laptop", "inconclusive"),
+        ("def f(x):\n    if not x:\n        return 1\n    return nmae\nf(1)", "laptop", "inconclusive"),
+        ("def f():\n    return LAPTOP\nif 1 + 1:\n    f()", "laptop", "inconclusive"),  # f is chosen
+        ("def f():\n    return (1 if f else 2) and LAPTOP\nf()", "laptop", "inconclusive"),
         ("if 0:\n    late = 1\ndef f():\n    return late\nf()", "early", "crash"),
         ("if 0:\n    late = 1\ndef f():\n    return late\nf()", "late", "inconclusive"),
         ("globals()['a'] = 1\nnmae", "late", "inconclusive"),  # it may bind anything

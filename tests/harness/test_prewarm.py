@@ -17,16 +17,20 @@ import pytest
 
 from hotloop.harness.paths import project_root
 from hotloop.harness.processes import descendants
+from hotloop.harness.records.model import Start
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.settings import Spec
 from hotloop.harness.training import child, prewarm, trainer
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.prewarm import AHEAD, Prewarmer
-from hotloop.harness.training.session import Session, SessionConfig, Trained
+from hotloop.harness.training.session import Session, SessionConfig
 from hotloop.harness.training.trainer import Setup
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
+
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
 PRESET = tiny_preset()
@@ -37,7 +41,7 @@ def setup(sandbox: Sandbox | None = None, **limits: Any) -> Setup:
     return Setup(sandbox or best(), "cpu", replace(PRESET.limits, **limits), 1)
 
 
-def train(folder: Path, prewarmer: Prewarmer | None = None, source: bytes | None = None) -> Trained:
+def train(folder: Path, prewarmer: Prewarmer | None = None, source: bytes | None = None) -> Session:
     folder.mkdir(exist_ok=True)
     budget = Budget(PRESET.budget)
     return Session(SessionConfig(
@@ -58,7 +62,7 @@ def ready(tmp_path: Path) -> Iterator[Prewarmer]:
 
 
 @pytest.fixture(scope="module")
-def cold(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def cold(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return train(tmp_path_factory.mktemp("cold"))
 
 
@@ -73,27 +77,26 @@ def inside(pid: int) -> Path:
 
 
 def test_a_warm_start_gives_the_weights_of_a_cold_one_and_its_log(
-    ready: Prewarmer, cold: Trained, tmp_path: Path
+    ready: Prewarmer, cold: Session, tmp_path: Path
 ) -> None:
     result = train(tmp_path / "run", ready, tiny_source(START="print('said in train.py', flush=True)"))
-    assert result.start["how"] == "warm"
-    assert result.start["prepared_s"] > 0.1
-    assert cold.start == {"how": "cold"}
+    assert result.training.start.how == "warm"
+    assert result.training.start.prepared_s > 0.1
+    assert cold.training.start == Start("cold")
     assert result.weights == cold.weights
-    assert result.curve == cold.curve
-    assert result.ledger.keys() == cold.ledger.keys()
-    assert result.ledger["start"] < cold.ledger["start"]
+    assert result.training.curve == cold.training.curve
+    assert result.ledger.start < cold.ledger.start
     assert "said in train.py" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_what_is_still_importing_is_waited_for(cold: Trained, tmp_path: Path) -> None:
+def test_what_is_still_importing_is_waited_for(cold: Session, tmp_path: Path) -> None:
     prewarmer = Prewarmer(setup(), tmp_path / "warm")
     try:
         prewarmer.prepare()
         result = train(tmp_path / "run", prewarmer)
     finally:
         prewarmer.close()
-    assert result.start["how"] == "warm"
+    assert result.training.start.how == "warm"
     assert result.weights == cold.weights
 
 
@@ -101,7 +104,7 @@ def test_what_is_still_importing_is_waited_for(cold: Trained, tmp_path: Path) ->
     ("fate", "because"), [("ended", "it had ended"), ("killed", "it had ended"), ("stopped", "it did not answer")]
 )
 def test_one_that_is_dead_is_replaced_by_a_cold_start(
-    ready: Prewarmer, cold: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str, because: str
+    ready: Prewarmer, cold: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str, because: str
 ) -> None:
     waiting = next_one(ready)
     if fate == "ended":  # all of it, and it was noticed
@@ -111,23 +114,23 @@ def test_one_that_is_dead_is_replaced_by_a_cold_start(
         monkeypatch.setattr(prewarm, "ANSWER_S", 0.5)
         os.kill(max(descendants(waiting.child.pid)), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
     result = train(tmp_path / "run", ready)
-    assert result.start == {"how": "cold", "because": because}
+    assert result.training.start == Start("cold", because)
     assert result.weights == cold.weights
 
 
-def test_one_that_does_not_get_ready_is_replaced_by_a_cold_start(cold: Trained, tmp_path: Path) -> None:
+def test_one_that_does_not_get_ready_is_replaced_by_a_cold_start(cold: Session, tmp_path: Path) -> None:
     prewarmer = Prewarmer(setup(load_s=0.001), tmp_path / "warm")
     try:
         prewarmer.prepare()
         result = train(tmp_path / "run", prewarmer)
     finally:
         prewarmer.close()
-    assert result.start == {"how": "cold", "because": "it was not ready within 0.001 s"}
+    assert result.training.start == Start("cold", "it was not ready within 0.001 s")
     assert result.weights == cold.weights
 
 
 def test_one_whose_imports_fail_is_replaced_by_a_cold_start(
-    cold: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cold: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(AHEAD, "cpu", ("no_such_module",))
     prewarmer = Prewarmer(setup(), tmp_path / "warm")
@@ -136,7 +139,7 @@ def test_one_whose_imports_fail_is_replaced_by_a_cold_start(
         result = train(tmp_path / "run", prewarmer)
     finally:
         prewarmer.close()
-    assert result.start["because"].startswith("it ended before it was ready: ModuleNotFoundError")
+    assert result.training.start.because.startswith("it ended before it was ready: ModuleNotFoundError")
     assert result.weights == cold.weights
 
 

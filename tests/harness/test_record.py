@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hotloop.harness.errors import DiskFullError, RecordError
-from hotloop.harness.records.record import BALLAST_BYTES, Chain, Outcome
+from hotloop.harness.records.chain import BALLAST_BYTES, Chain
+from hotloop.harness.records.model import AgentsAsked, Decision, Origin, Status, Turn, TurnResult
+from tests.builders import make_decision, make_outcome, make_run
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**53), 2**53)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
+TEXT = st.text(st.characters(), max_size=20)  # half surrogates too
+NUMBER = st.floats(allow_nan=False, allow_infinity=False)
+TURNS = st.builds(
+    Turn,
+    origin=st.builds(Origin, TEXT, NUMBER, NUMBER, st.integers(0, 2**53), TEXT, st.none() | st.integers(0, 9)),
+    result=st.sampled_from(TurnResult), reason=TEXT, description=TEXT, status=st.none() | st.sampled_from(Decision),
+)  # fmt: skip
 
 
-@given(bodies=st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=5))
-def test_what_is_appended_is_read_back(tmp_path_factory: pytest.TempPathFactory, bodies: list[dict[str, Any]]) -> None:
+@given(turns=st.lists(TURNS, max_size=5))
+def test_what_is_appended_is_read_back(tmp_path_factory: pytest.TempPathFactory, turns: list[Turn]) -> None:
     path = tmp_path_factory.mktemp("chain") / "records.jsonl"
     chain = Chain.open(path)
-    for body in bodies:
-        chain.append("decision", body)
-    assert Chain.read(path).bodies("decision") == bodies
+    for turn in turns:
+        chain.append(turn)
+    assert Chain.read(path).bodies(Turn) == turns
+    assert Chain.read(path).entries == chain.entries
     assert Chain.read(path).head == chain.head
+
+
+def asked(*names: object) -> AgentsAsked:
+    """The least of an entry."""
+    return AgentsAsked([str(name) for name in names])
 
 
 @given(data=st.data())
@@ -44,7 +48,7 @@ def test_any_changed_byte_is_found(tmp_path_factory: pytest.TempPathFactory, dat
     path = tmp_path_factory.mktemp("chain") / "records.jsonl"
     chain = Chain.open(path)
     for i in range(3):
-        chain.append("decision", {"number": i, "reason": "a gain of 0.01"})
+        chain.append(asked(i, "a gain of 0.01"))
     raw = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(raw) - 1))
     raw[at] ^= data.draw(st.integers(1, 255))
@@ -62,7 +66,7 @@ def test_dropped_and_swapped_lines_are_found(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     chain = Chain.open(path)
     for i in range(4):
-        chain.append("decision", {"number": i})
+        chain.append(asked(i))
     lines = path.read_bytes().splitlines(keepends=True)
     for bad in (lines[1:], [lines[0], *lines[2:]], [lines[1], lines[0], *lines[2:]]):
         path.write_bytes(b"".join(bad))
@@ -76,7 +80,7 @@ def test_a_line_that_is_whole_but_continues_another_chain_is_found(tmp_path: Pat
     for where, reason in ((path, "as it was"), (other, "rewritten")):
         chain = Chain.open(where)
         for i in range(3):
-            chain.append("decision", {"number": i, "reason": reason})
+            chain.append(asked(i, reason))
     mine, theirs = (p.read_bytes().splitlines(keepends=True) for p in (path, other))
     for i in (1, 2):
         path.write_bytes(b"".join([*mine[:i], theirs[i], *mine[i + 1 :]]))
@@ -95,7 +99,7 @@ def test_an_entry_is_on_the_disk_before_append_returns(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", spy)
     for i in range(2):
-        chain.append("decision", {"number": i})
+        chain.append(asked(i))
         assert flushed[-1:] == [chain.path.read_bytes()]
     assert len(flushed) == 2
 
@@ -103,21 +107,21 @@ def test_an_entry_is_on_the_disk_before_append_returns(tmp_path: Path, monkeypat
 def test_a_torn_last_line_is_cut_and_the_chain_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     chain = Chain.open(path)
-    chain.append("decision", {"number": 0})
+    chain.append(asked(0))
     whole = path.read_bytes()
-    chain.append("decision", {"number": 1})
+    chain.append(asked(1))
     path.write_bytes(path.read_bytes()[:-7])
     again = Chain.open(path)
     assert again.cut_bytes > 0
     assert path.read_bytes() == whole
-    again.append("decision", {"number": 1})
-    assert [b["number"] for b in Chain.read(path).bodies("decision")] == [0, 1]
+    again.append(asked(1))
+    assert Chain.read(path).bodies(AgentsAsked) == [asked(0), asked(1)]
 
 
 def test_numbers_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
     chain = Chain.open(tmp_path / "records.jsonl")
     with pytest.raises(ValueError, match="JSON compliant"):
-        chain.append("decision", {"gain": float("nan")})
+        chain.append(make_decision(make_run(), "keep", gain=float("nan")))
     assert Chain.read(chain.path).entries == []
 
 
@@ -148,28 +152,25 @@ def fill(disk: Path) -> Path:
 
 def test_a_full_disk_loses_no_record(small_disk: Path) -> None:
     chain = Chain.open(small_disk / "records.jsonl")
-    chain.append("decision", {"number": 0})
+    chain.append(asked(0))
     filler = fill(small_disk)
-    with pytest.raises(DiskFullError, match="full; free some space") as e:  # the ballast takes this one
-        chain.append("experiment", {"number": 1, "log_tail": ["x" * 20000]})
-    assert getattr(e.value, "written", False)
-    assert [x["body"]["number"] for x in Chain.read(chain.path).entries] == [0, 1]
+    chain.append(asked(1, "x" * 20000))  # in the ballast's place
+    assert Chain.read(chain.path).bodies(AgentsAsked) == [asked(0), asked(1, "x" * 20000)]
     fill(small_disk)
     before = chain.path.read_bytes()
-    with pytest.raises(DiskFullError) as e:  # and with no ballast the file stays as it was
-        chain.append("experiment", {"number": 2, "log_tail": ["x" * 20000]})
-    assert not getattr(e.value, "written", False)
+    with pytest.raises(DiskFullError, match="full; free some space"):  # without a ballast the file stays as it was
+        chain.append(asked(2, "x" * 20000))
     assert chain.path.read_bytes() == before
     filler.unlink()
     again = Chain.open(chain.path)
-    again.append("experiment", {"number": 2})
+    again.append(asked(2))
     assert len(Chain.read(chain.path).entries) == 3
     assert (small_disk / "records.jsonl.ballast").stat().st_size == BALLAST_BYTES
 
 
 def test_a_write_that_fails_half_way_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = Chain.open(tmp_path / "records.jsonl")
-    chain.append("decision", {"number": 0})
+    chain.append(asked(0))
     before = chain.path.read_bytes()
     real = os.write
 
@@ -179,14 +180,21 @@ def test_a_write_that_fails_half_way_leaves_the_file_as_it_was(tmp_path: Path, m
 
     monkeypatch.setattr(os, "write", half)
     with pytest.raises(RecordError, match="Input/output error"):
-        chain.append("decision", {"number": 1})
+        chain.append(asked(1))
     monkeypatch.undo()
     assert chain.path.read_bytes() == before
 
 
-def test_an_outcome_survives_the_record() -> None:
-    outcome = Outcome(
-        number=3, tag="t", kind="experiment", commit="c", parent="p", description="d", seed=1, preset="laptop",
-        device="cpu", source_sha256="0", val_bpb=1.25, curve=[[0.0, 7.5]],
-    )  # fmt: skip
-    assert Outcome.from_dict(json.loads(json.dumps(outcome.as_dict()))) == outcome
+def test_what_a_decision_is_made_of_survives_the_record(tmp_path: Path) -> None:
+    """One thing has one shape: the outcome and the decision hold the very run, and that its edit's origin."""
+    run = make_run(3, agent="claude", seconds=61.5, cost_usd=0.25, tokens=900, why="it was low", again_of=1)
+    chain = Chain.open(tmp_path / "records.jsonl")
+    chain.append(make_outcome(run, 1.25, 1.5, curve=[(0.0, 7.5), (0.5, 3.25)], tokens=4096, wall_s=1.5))
+    chain.append(make_decision(run, "keep", gain=0.5, noise_bpb=0.01, syntax="s", slot=1, idle_s=2.0))
+    outcome, decided = (e.body for e in Chain.read(chain.path).entries)
+    assert [outcome, decided] == [e.body for e in chain.entries]
+    assert outcome.run == decided.run == run and decided.run.origin.tokens == 900
+
+
+def test_a_run_that_failed_is_decided_as_what_it_ended_as() -> None:
+    assert {str(d) for d in Decision if d.failed} == {str(s) for s in Status} - {"ok"}

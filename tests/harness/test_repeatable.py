@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from hotloop.harness import single
-from hotloop.harness.records.record import Chain, Outcome
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import Environment, Outcome
 from hotloop.harness.sandbox.process import child_environment
 from hotloop.harness.scoring.evaluation import Evaluator, Scoring
 from hotloop.harness.settings import Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, SessionConfig, Trained
+from hotloop.harness.training.session import Session, SessionConfig
+from tests.builders import make_outcome, make_run
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
+
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 SPEC, PRESET = Spec("laptop", "cpu", 1, VOCAB, LENGTH), tiny_preset()
 ASKED = (
@@ -26,7 +29,7 @@ ASKED = (
 )
 
 
-def train(folder: Path, source: bytes, repeatable: bool) -> Trained:
+def train(folder: Path, source: bytes, repeatable: bool) -> Session:
     return Session(SessionConfig(
         source=source, spec=SPEC, preset=PRESET, rows=tiny_rows(256, 0), budget=Budget(PRESET.budget), folder=folder,
         threads=1, repeatable=repeatable,
@@ -66,17 +69,9 @@ def test_only_what_asks_for_repetition_is_left_out() -> None:
 # ---- the replay of one compares scores
 
 
-def outcome(number: int, val_bpb: float, seed: int = 1, repeatable: bool = False, **changes: Any) -> Outcome:
-    made = Outcome(
-        number, "t", "single", "c" * 40, "", "", seed, "laptop", "cpu", "d" * 64, status="ok", val_bpb=val_bpb,
-        tokens=4096, environment={"repeatable": repeatable},
-    )  # fmt: skip
-    return dataclasses.replace(made, **changes)
-
-
-def test_records_of_before_there_was_a_choice_are_repeatable() -> None:
-    assert outcome(0, 2.0, environment={}).repeatable
-    assert not outcome(0, 2.0).repeatable
+def outcome(number: int, val_bpb: float, seed: int = 1, repeatable: bool = False, tokens: int = 4096) -> Outcome:
+    environment = Environment(repeatable=repeatable)
+    return make_outcome(make_run(number, "single", seed=seed), val_bpb, tokens=tokens, environment=environment)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +91,7 @@ def test_scores_are_held_against_the_noise_of_seeds(
     chain = Chain.open(tmp_path / "records.jsonl")
     was = outcome(0, 2.0)
     for one in (was, *others):
-        chain.append("experiment", one.as_dict())
+        chain.append(one)
     assert single._about_the_same(was, outcome(0, now), chain) == status
     said = capsys.readouterr().out
     assert said.startswith("the weights differ, as those of --fast-nondeterministic may\n")

@@ -63,8 +63,8 @@ def honest(n: int = 512, v: int = 97) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def test_an_honest_model_agrees_with_itself() -> None:
     nll, logits, true = honest()
     figures = compare(nll, surprise(logits, true), 2e-3)
-    assert figures["mismatches"] == 0
-    assert 0.008 < figures["detectable_share"] < 0.0091  # 1 - 0.01 ** (1 / 512)
+    assert figures.mismatches == 0
+    assert 0.008 < figures.detectable_share < 0.0091  # 1 - 0.01 ** (1 / 512)
 
 
 @pytest.mark.parametrize(
@@ -148,15 +148,15 @@ class Answering(Evaluator):
         assert len(rows) == len(self.nll)
         take(slice(0, len(rows)), self.nll)
 
-    def _audit(self, bound: Bound, weights: bytearray, nll: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
-        return {"cuts": len(nll)}
+    def _audit(self, bound: Bound, weights: bytearray, nll: np.ndarray, scored: np.ndarray, full: bool) -> Any:
+        return None
 
 
 @pytest.mark.parametrize(("value", "status"), [(-2e-3, "invalid"), (math.nan, "nan"), (math.inf, "nan")])
 @pytest.mark.parametrize("row", [0, 3])  # of val, of holdout
 def test_a_loss_that_cannot_be_is_no_score(value: float, status: str, row: int, tmp_path: Path) -> None:
     nll = np.full((4, 6), 0.5, np.float32)
-    assert Answering(nll.copy(), tmp_path).run(bytearray()).val_bpb == pytest.approx(0.5 / math.log(2))
+    assert Answering(nll.copy(), tmp_path).run(bytearray()).scores.val_bpb == pytest.approx(0.5 / math.log(2))
     nll[row, 2] = value
     with pytest.raises(TrialError) as e:
         Answering(nll, tmp_path).run(bytearray())

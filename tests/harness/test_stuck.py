@@ -18,9 +18,12 @@ from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child
 from hotloop.harness.settings import Spec
 from hotloop.harness.training.budget import Budget
-from hotloop.harness.training.session import Session, SessionConfig, Trained
+from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
+
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
 # Every signal that can be is blocked, a child shares the fate, and the interpreter's lock is held for good.
@@ -33,7 +36,7 @@ HANG = (
 )
 
 
-def train(folder: Path, sandbox: Sandbox, stall_s: float = 20.0, **changes: str) -> Trained:
+def train(folder: Path, sandbox: Sandbox, stall_s: float = 20.0, **changes: str) -> Session:
     preset = tiny_preset().with_limits(stall_s=stall_s)
     budget = Budget(preset.budget)
     return Session(SessionConfig(

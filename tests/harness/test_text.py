@@ -11,18 +11,23 @@ import pytest
 from rich.console import Console
 
 from hotloop.agent_loop.commands.verify import checks
-from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.report.files import print_results
 from hotloop.harness.data.building import prepare
 from hotloop.harness.data.dataset import Dataset
 from hotloop.harness.errors import DataError
 from hotloop.harness.experiment import Event, Job, Settings, data_warnings, run_experiment
-from hotloop.harness.records.record import OPEN_TEXT, Chain
+from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.model import OPEN_TEXT, DataFacts
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.sandbox.visible import readable_text
 from hotloop.harness.settings import BudgetRule
+from tests.builders import LAPTOP, make_decision, make_run
 from tests.harness.conftest import tiny_preset, tiny_source
+
+pytestmark = pytest.mark.usefixtures("warm_children")
+
 
 PRESET = tiny_preset(seq_len=64, vocab_size=320)
 
@@ -47,7 +52,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def job(folder: Path, tokens: int) -> Job:
-    return Job(tiny_source(), 0, "t", "baseline", "c", "", "", 1, folder, budget=BudgetRule("tokens", tokens))
+    return Job(make_run(0, "baseline"), tiny_source(), "t", folder, budget=BudgetRule("tokens", tokens))
 
 
 def test_a_run_without_a_sandbox_says_so_in_every_view(tmp_path: Path, dataset: Dataset) -> None:
@@ -57,30 +62,27 @@ def test_a_run_without_a_sandbox_says_so_in_every_view(tmp_path: Path, dataset: 
     outcome = run_experiment(job(tmp_path / "experiments" / "0000", 5 * epoch), settings, events.append)
     assert outcome.status == "ok", outcome.log_tail
     # The data, in the record.
-    assert outcome.data == {
-        "source": dataset.source, "packing": "carry", "share_in_rows": 1.0, "epoch_tokens": epoch,
-        "epochs": outcome.tokens / epoch,
-    }  # fmt: skip
-    assert outcome.tokens > 4 * epoch
+    assert outcome.data == DataFacts(dataset.source, "carry", 1.0, epoch)
+    assert outcome.training.tokens > 4 * epoch
     words = f"times through the {epoch:,} tokens of its rows"
-    assert any(words in w for w in outcome.conditions["warnings"])
+    assert any(words in w for w in outcome.conditions.warnings)
     said = next(i for i, e in enumerate(events) if words in e.message)
     assert all(e.loss is None for e in events[: said + 1])  # before anything was trained
     # Two scores: the reference counts more bytes for the same loss.
-    assert outcome.val_bpb is not None and outcome.val_bpb_reference is not None
+    assert outcome.scores is not None and outcome.scores.val_bpb_reference is not None
     val = dataset.rows("val")[:, 1:]
     ratio = dataset.reference_bytes[val].sum() / dataset.token_bytes[val].sum()
     assert ratio > 1.1
-    assert outcome.val_bpb == pytest.approx(outcome.val_bpb_reference * ratio, rel=1e-12)
+    assert outcome.val_bpb == pytest.approx(outcome.scores.val_bpb_reference * ratio, rel=1e-12)
     # Whoever could read the text is told everywhere.
     assert outcome.open_text.startswith(OPEN_TEXT)
     chain = Chain.open(tmp_path / "records.jsonl")
-    chain.append("night", {"preset": "laptop"})
-    chain.append("experiment", outcome.as_dict())
+    chain.append(LAPTOP)
+    chain.append(outcome)
     found = {name: (good, words) for name, good, words in checks(tmp_path, None, None)}
     assert found["text"] == (False, f"{outcome.open_text} (1 of 1 runs)")
-    night = Night.reading(tmp_path)
-    night.rows = lambda: [Row(0, "baseline", "c", "", "keep", "", outcome, None)]  # type: ignore[method-assign]
+    chain.append(make_decision(outcome.run, "keep"))
+    night = NightFolder.reading(tmp_path)
     console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     print_results(night, console)
     assert f"WARNING: {outcome.open_text}" in console.export_text()

@@ -141,7 +141,7 @@ def test_train_py_computes_the_same_with_every_kernel_on(tmp_path: Path) -> None
     script = (
         MODEL
         + """
-from hotloop.kernels.fuse import compiler
+from hotloop.kernels import compiler
 def backend(graph, inputs):
     compiler.put_in(graph)
     return graph
@@ -218,7 +218,7 @@ def test_the_residual_stream_stays_bfloat16_under_autocast(which: str) -> None:
 for table in (model.wte, *model.value_embeds.values()):
     table.bfloat16()
 model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
-from hotloop.kernels.fuse import compiler
+from hotloop.kernels import compiler
 said, seen = [], set()
 def backend(graph, inputs):
     said.append(compiler.put_in(graph))

@@ -21,7 +21,7 @@ def test_the_fingerprint_knows_selection_sources_and_tuned_files(tmp_path: Path)
     assert found[0] == cache_key.fingerprint(dict(chosen), folder)
     found.append(cache_key.fingerprint({"HOTLOOP_KERNELS": "mlp,linear"}, folder))
     (folder / "tuned").mkdir(exist_ok=True)
-    for name in ("tuned/some-gpu.json", "reference.py", "block/mlp.py", "fuse/compiler.py"):
+    for name in ("tuned/some-gpu.json", "reference.py", "block/mlp.py", "compiler.py"):
         with open(folder / name, "a") as f:
             f.write("\n")
         found.append(cache_key.fingerprint(chosen, folder))

@@ -86,7 +86,7 @@ SCRIPT = """
 import json, sys
 import torch
 from hotloop.harness.settings import Spec
-from hotloop.kernels.fuse import compiler
+from hotloop.kernels import compiler
 from tests import warm
 source = open("train.py").read()
 for name, changes in edits.items():
@@ -145,7 +145,7 @@ import sys
 import torch
 from torch import nn
 from torch.nn import functional as F
-from hotloop.kernels.fuse import compiler
+from hotloop.kernels import compiler
 
 class Layer(nn.Module):
     def __init__(self, width, heads, groups, size):

@@ -296,7 +296,7 @@ def test_the_share_of_the_text_in_rows_is_told_and_kept(tmp_path: Path) -> None:
     assert "of its tokens are in rows (carry)" in told
     assert "WARNING" not in told
     cropped, told = make(tmp_path / "x.jsonl", packing="crop", out=tmp_path / "cropped")
-    share = cropped.facts()["share_in_rows"]
+    share = cropped.facts().share_in_rows
     assert (
         share == cropped.manifest["splits"]["train"]["rows"] * 33 / cropped.manifest["splits"]["train"]["tokens"] < 0.5
     )

@@ -1,6 +1,6 @@
 """The record of a night: an append-only file of JSON lines, each with the hash of the one before.
 
-    {"seq": 3, "time": "...", "kind": "experiment", "body": {...}, "prev": "<hash>", "hash": "<hash>"}
+    {"seq": 3, "time": "...", "kind": "decision", "version": 2, "body": {...}, "prev": "<hash>", "hash": "<hash>"}
 
 `hash` is the SHA-256 of the line's canonical JSON without `hash` and `signature`, so no line can be changed, dropped or
 moved without breaking the chain. Where the user has a key (`harness.records.signing`) each entry names it as its
@@ -18,133 +18,51 @@ import errno
 import fcntl
 import gc
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from hotloop.harness.errors import DiskFullError, LockedError, RecordError
+import msgspec
+
+from hotloop.harness.errors import DiskFullError, LockedError, RecordError, UsageError
 from hotloop.harness.records import heads
+from hotloop.harness.records.earlier import Version1
+from hotloop.harness.records.model import KINDS, VERSION, Body, Kind, Outcome, hotloop_version
 from hotloop.harness.records.signing import Signer, load_signer, verified
+from hotloop.harness.text import one_line
 
-__all__ = ["FAILURES", "GENESIS", "OPEN_TEXT", "Chain", "Lock", "Outcome", "canonical", "version"]
+__all__ = ["GENESIS", "Chain", "Entry", "Lock", "canonical"]
 
 GENESIS = "0" * 64
-FAILURES = ("crash", "invalid", "overtime", "timeout", "oom", "nan", "raced")
 BALLAST_BYTES = 1 << 20
-OPEN_TEXT = "not safe against cheating"  # how the warning begins that train.py could read what it is scored on
+_NAMES = {body: kind for kind, body in KINDS.items()}
+_B = TypeVar("_B", bound=msgspec.Struct)
 
 
-@dataclass
-class Outcome:
-    """What the harness says of one experiment: the body of its `experiment` entry.
+class _Line(msgspec.Struct):
+    """An entry as it stands in the file."""
 
-    `status` is `ok` or one of FAILURES; `reason` and `log_tail` say why. Scores are None unless ok.
-    `ledger` holds the parent's seconds for start, import, compile, calibrate, train, submit, evaluate
-    and audit. `start` says `how` the trainer was started, `cold` or (made ready ahead of time) `warm`; the seconds
-    that the latter took meanwhile, `prepared_s`; and `because`, why not warm where that was wanted.
-    `compiled` says of the compile cache which pack was `given`, which was `left`, and a `note` on what was refused.
-    `conditions` says under which it ran (`harness.training.conditions`); `device_s` in it is the training by its
-    device's clock, which is the trainer's word, and `device_wall_s` the same by the parent's.
-    `val_bpb_reference` is val_bpb with the bytes that karpathy/autoresearch counts.
-    `data` says of the prepared folder its source, packing, the share of the train split's tokens that is in rows, and
-    how often the training went through the rows (`epochs`).
-    `holdout_bpb` is never shown to an agent.
-    """
-
-    number: int
-    tag: str
-    kind: str  # baseline | repeat | experiment | replay | single
-    commit: str
-    parent: str
-    description: str
-    seed: int
-    preset: str
-    device: str
-    source_sha256: str
-    status: str = "crash"
-    reason: str = ""
-    log_tail: list[str] = field(default_factory=list)
-    val_bpb: float | None = None
-    val_bpb_reference: float | None = None
-    holdout_bpb: float | None = None
-    budget: dict[str, Any] = field(default_factory=dict)
-    tokens: int = 0
-    steps: int = 0
-    tokens_per_s: float = 0.0
-    training_s: float = 0.0
-    training_cpu_s: float = 0.0
-    total_s: float = 0.0
-    peak_mb: float = 0.0
-    mfu_percent: float | None = None
-    num_params: int = 0
-    depth: int | None = None
-    weights_sha256: str = ""
-    curve: list[list[float]] = field(default_factory=list)  # [progress, loss] as the trainer said
-    ledger: dict[str, float] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
-    compiled: dict[str, Any] = field(default_factory=dict)
-    audit: dict[str, Any] = field(default_factory=dict)
-    conditions: dict[str, Any] = field(default_factory=dict)  # see harness.training.conditions
-    environment: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    seals: dict[str, str] = field(default_factory=dict)
-    sandbox: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def profile(self) -> str:
-        """The hash of the profile that it ran under; empty for none."""
-        return str((self.environment.get("profile") or {}).get("sha256", ""))
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether its training was asked for results that repeat to the bit, as all were before there was a choice."""
-        return bool(self.environment.get("repeatable", True))
-
-    @property
-    def fusions(self) -> str:
-        """What the kernels' compiler pass found, as the trainer said: "mlp 8 of 8, ..."; empty where nothing was
-        compiled.
-        """
-        told = self.environment.get("kernels", {})
-        return str(told.get("fusions", "")) if isinstance(told, dict) else ""
-
-    @property
-    def open_text(self) -> str:
-        """The warning that train.py could read the text that it was scored on; empty where it could not."""
-        return next((w for w in self.conditions.get("warnings", []) if w.startswith(OPEN_TEXT)), "")
-
-    @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> Outcome:
-        """Raises RecordError for a body that another version wrote, with fields that are unknown here."""
-        try:
-            return cls(**body)
-        except TypeError:
-            known = {f.name: f for f in fields(cls)}
-            unknown = ", ".join(sorted(set(body) - set(known)))
-            missing = ", ".join(n for n in known if n not in body and known[n].default is MISSING
-                                and known[n].default_factory is MISSING)  # fmt: skip
-            what = f"has fields that this version does not know ({unknown})" if unknown else f"has no {missing}"
-            versions = (body.get("environment") or {}).get("versions") or {}
-            raise RecordError(
-                f"the record of experiment {body.get('number', '?')} {what}: it was written by hotloop "
-                f"{versions.get('hotloop', 'of another version')}, and this is {version()}; use the version that wrote "
-                f"it, or a newer one"
-            ) from None
+    seq: int
+    time: str
+    kind: str
+    body: dict[str, Any]
+    prev: str
+    hash: str
+    version: int = 1
+    signer: str | None = None
+    signature: str | None = None
 
 
-def version() -> str:
-    """Of hotloop, as it is installed; empty where it is not."""
-    try:
-        return importlib.metadata.version("hotloop")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+class Entry(msgspec.Struct, frozen=True):
+    """One entry: what was recorded, when (UTC, ISO 8601), its hash, and who signed it."""
+
+    time: str
+    body: Body
+    hash: str
+    version: int = VERSION
+    signer: str | None = None
 
 
 def canonical(value: Any) -> bytes:
@@ -156,15 +74,15 @@ def _digest(entry: dict[str, Any]) -> str:
     return hashlib.sha256(canonical({k: v for k, v in entry.items() if k not in ("hash", "signature")})).hexdigest()
 
 
-def _digest_of_line(line: bytes, entry: dict[str, Any]) -> str:
+def _digest_of_line(raw: bytes, line: _Line) -> str:
     """The same of a line as `append` wrote it, without writing its JSON anew: most of the time of a long night's start.
 
     A hash cannot stand in the text that it is the hash of, so the first place where it is found is its own.
     """
-    for key in ("hash", "signature"):
-        if key in entry:
-            line = line.replace(f',"{key}":"{entry[key]}"'.encode(), b"", 1)
-    return hashlib.sha256(line).hexdigest()
+    for key, value in (("hash", line.hash), ("signature", line.signature)):
+        if value is not None:
+            raw = raw.replace(f',"{key}":"{value}"'.encode(), b"", 1)
+    return hashlib.sha256(raw).hexdigest()
 
 
 @contextlib.contextmanager
@@ -180,10 +98,35 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _json(raw: bytes) -> Any:
+    """Raises ValueError, RecursionError."""
+    try:
+        return msgspec.json.decode(raw)
+    except msgspec.DecodeError:
+        return json.loads(raw)  # half a surrogate, which only this takes
+
+
+def _body(line: _Line, version1: Version1) -> Body:
+    """Raises ValueError, KeyError or TypeError for what this version does not know."""
+    if line.version == 1:
+        return version1.read(line.kind, line.body)
+    if line.version != VERSION:
+        raise ValueError(f"version {line.version} of the records")
+    body: Body = msgspec.convert(line.body, KINDS[line.kind])
+    return body
+
+
+def _writer(body: dict[str, Any]) -> str:
+    try:
+        return one_line(str(body["environment"]["versions"]["hotloop"]), 40)
+    except (KeyError, TypeError):
+        return "of another version"
+
+
 class Chain:
     """An open record file. `entries` is what it holds; `append` adds one and returns it."""
 
-    def __init__(self, path: Path, entries: list[dict[str, Any]], size: int, cut: int) -> None:
+    def __init__(self, path: Path, entries: list[Entry], size: int, cut: int) -> None:
         self.path = path
         self.signer: Signer | None = None
         self.entries = entries
@@ -205,24 +148,32 @@ class Chain:
         return cls(path, entries, whole, len(raw) - whole)
 
     @staticmethod
-    def _entries(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
-        prev = GENESIS
-        for i, line in enumerate(lines):
+    def _entries(path: Path, lines: list[bytes]) -> list[Entry]:
+        entries: list[Entry] = []
+        prev, version1 = GENESIS, Version1()
+        for i, raw in enumerate(lines):
             try:
-                entry = json.loads(line)
-                good = entry["seq"] == i and entry["prev"] == prev and entry["hash"] == _digest_of_line(line, entry)
-            except (ValueError, KeyError, TypeError):
+                line = msgspec.convert(_json(raw), _Line)
+                good = (line.seq, line.prev, line.hash) == (i, prev, _digest_of_line(raw, line))
+            except (ValueError, RecursionError):
                 good = False
             if not good:
                 raise RecordError(
                     f"{path}: line {i + 1} does not continue the chain; it was changed after it was "
                     f"written. Restore the file from a copy, or start a new run tag"
                 )
-            entries.append(entry)
-            if "signer" in entry and not verified(entry["signer"], str(entry.get("signature")), entry["hash"]):
+            if line.signer is not None and not verified(line.signer, str(line.signature), line.hash):
                 raise RecordError(f"{path}: the signature of line {i + 1} is wrong; it was not written by its signer")
-            prev = entry["hash"]
+            try:
+                body = _body(line, version1)
+            except (ValueError, KeyError, TypeError) as e:
+                raise RecordError(
+                    f"{path}: line {i + 1}, of the kind {one_line(line.kind, 40)}, was written by hotloop "
+                    f"{_writer(line.body)}, and this is {hotloop_version()}, which cannot read it "
+                    f"({one_line(str(e), 200)}); use the version that wrote it, or a newer one"
+                ) from None
+            entries.append(Entry(line.time, body, line.hash, line.version, line.signer))
+            prev = line.hash
         return entries
 
     @classmethod
@@ -240,7 +191,7 @@ class Chain:
                 f"{heads.place(path)}"
             )
         chain.signer = load_signer()
-        have = {e.get("signer") for e in chain.entries}
+        have = {e.signer for e in chain.entries}
         if have and have != {chain.signer.public if chain.signer else None}:
             whose = ", ".join(str(s)[:16] for s in have if s) or "nobody"
             raise RecordError(
@@ -259,24 +210,33 @@ class Chain:
 
     @property
     def head(self) -> str:
-        return str(self.entries[-1]["hash"]) if self.entries else GENESIS
+        return self.entries[-1].hash if self.entries else GENESIS
 
-    def bodies(self, kind: str) -> list[dict[str, Any]]:
-        return [e["body"] for e in self.entries if e["kind"] == kind]
+    def bodies(self, of: type[_B]) -> list[_B]:
+        """What was recorded of one type, in order."""
+        return [e.body for e in self.entries if isinstance(e.body, of)]
 
-    def append(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Write one entry and flush it to the disk.
+    def outcome(self, number: int) -> Outcome:
+        """Of an experiment by its number. Raises UsageError, with the numbers that there are."""
+        outcomes = {o.run.number: o for o in reversed(self.bodies(Outcome)) if o.run.kind != Kind.REPLAY}
+        if number in outcomes:
+            return outcomes[number]
+        known = f"it has {min(outcomes)} to {max(outcomes)}" if outcomes else "it has none"
+        raise UsageError(f"{self.path.parent} has no experiment {number}; {known}")
+
+    def append(self, body: Body) -> Entry:
+        """Write one entry and flush it to the disk; on a full disk in the place of the ballast.
 
         Raises:
-            DiskFullError: no space was left. With ballast the entry has been written all the same
-                (`error.written` is True); without, the file is as it was before the call.
+            DiskFullError: no space was left, ballast included; the file is as it was before the call.
             RecordError: the file cannot be written.
         """
         entry: dict[str, Any] = {
             "seq": len(self.entries),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "kind": kind,
-            "body": body,
+            "kind": _NAMES[type(body)],
+            "version": VERSION,
+            "body": msgspec.to_builtins(body),
             "prev": self.head,
         }
         if self.signer:
@@ -294,16 +254,10 @@ class Chain:
                 self._write(line)
             except OSError as again:
                 raise self._write_error(again) from None
-            self._appended(entry)
-            error = self._write_error(e)
-            error.written = True  # type: ignore[attr-defined]
-            raise error from None
-        self._appended(entry)
-        return entry
-
-    def _appended(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
-        heads.remember(self.path, len(self.entries), entry["hash"])
+        made = Entry(entry["time"], body, entry["hash"], VERSION, entry.get("signer"))
+        self.entries.append(made)
+        heads.remember(self.path, len(self.entries), made.hash)
+        return made
 
     def shortened(self) -> str:
         """Why this is not the end of what was written here; empty where it is, or where nothing is known of it."""
@@ -313,7 +267,7 @@ class Chain:
         entries, head = told
         if self.cut_bytes and entries == len(self.entries) + 1:
             return ""  # the torn line was the last one
-        if entries <= len(self.entries) and (entries == 0 or self.entries[entries - 1]["hash"] == head):
+        if entries <= len(self.entries) and (entries == 0 or self.entries[entries - 1].hash == head):
             return ""
         return f"{entries} entries had been written and it has {len(self.entries)}, or others: it was cut or put back"
 
