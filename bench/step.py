@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hotloop.bench.overrides import with_constants
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.machine import gpu_memory_gib
 from hotloop.harness.proof import device as dev
@@ -25,7 +26,6 @@ from hotloop.harness.proof.floor import FLOOR, floor_s
 from hotloop.harness.settings import batch_divisor
 from hotloop.harness.single import read_train_source
 from hotloop.harness.text import one_line
-from hotloop.harness.tuning.overrides import with_constants
 from hotloop.harness.tuning.step import step_of, time_step
 
 __all__ = [

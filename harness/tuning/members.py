@@ -15,7 +15,6 @@ from hotloop.kernels.dispatch import OPERATORS
 __all__ = ["ATTENTION", "STEP", "THREADS", "candidates", "selection_of", "setting_of"]
 
 ATTENTION, STEP, THREADS = "attention", "step", "threads"
-CONSTANT = "train.py"  # a part whose implementation is NAME=VALUE
 
 
 def candidates(asked: Iterable[str], device: str, threads: int) -> list[Member]:
@@ -44,7 +43,7 @@ def setting_of(members: Members, found: Mapping[str, Any] | None = None, threads
         found: `configs` that were tuned, where there are any.
         threads: where the set does not say.
     """
-    chosen = {m.part: m.implementation for m in members if m.part != CONSTANT}
+    chosen = selection_of(members)
     attention = chosen.pop(ATTENTION, "")
     threads = int(chosen.pop(THREADS, threads))
     named = [f"{part}={i}" for part, i in sorted(chosen.items())]
@@ -53,8 +52,7 @@ def setting_of(members: Members, found: Mapping[str, Any] | None = None, threads
         "HOTLOOP_ATTENTION": "" if attention == "triton" else attention,
         PASSED: json.dumps({"configs": (found or {}).get("configs", {}), "measured": {}}),
     }
-    constants = tuple(sorted(m.implementation for m in members if m.part == CONSTANT))
-    return Setting(words(members), environment, constants, threads=threads)
+    return Setting(words(members), environment, threads=threads)
 
 
 def selection_of(members: Members) -> dict[str, str]:

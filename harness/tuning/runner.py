@@ -25,7 +25,6 @@ from hotloop.harness.sandbox.policy import Policy, Sandbox
 from hotloop.harness.sandbox.process import Child, tail
 from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut, Wire
 from hotloop.harness.settings import Preset
-from hotloop.harness.tuning.overrides import with_constants
 from hotloop.harness.tuning.selection import Answer, Unfit
 
 __all__ = ["Setting", "StepRunner", "child_main"]
@@ -41,14 +40,12 @@ class Setting:
 
     Attributes:
         environment: variables that choose an implementation.
-        constants: of train.py, as `NAME=VALUE`.
         repeatable: as the trainer asks for it.
         threads: of the CPU; 0 for as many as a trainer has by default.
     """
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
-    constants: tuple[str, ...] = ()
     repeatable: bool = True
     threads: int = 0
 
@@ -67,7 +64,6 @@ class StepRunner:
 
     Raises:
         Unfit: the step fails, or hangs.
-        UsageError: see `with_constants`.
     """
 
     def __init__(
@@ -77,7 +73,6 @@ class StepRunner:
         self._turn_s, self._ready_s = turn_s, ready_s
         self._folder = tempfile.TemporaryDirectory(prefix="hotloop-step-")
         self._log = Path(self._folder.name) / "log.txt"
-        source = with_constants(source, setting.constants, preset.name)
         policy = Policy.of("hotloop.harness.tuning.runner", Path(self._folder.name), source, device, preset.limits)
         threads = setting.threads or threads_default()
         try:
