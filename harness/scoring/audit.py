@@ -23,8 +23,8 @@ Rows = npt.NDArray[np.uint16]
 # How far A and B may differ on one token. Their batches have the same shape, so on a CPU an honest model repeats
 # itself to rounding; in bf16 on a GPU 0.02 nats is the bound of the design notes, still to be measured there.
 TOLERANCE_NATS = {"cpu": 2e-3, "cuda": 2e-2}
-# Beyond this an honest model did not repeat itself as it does on a CPU (2e-6 at most in 200 audits): once in some 70
-# processes all losses were off by 1e-5, for a reason that is not known.
+# Beyond this an honest model did not repeat itself as it does on a CPU (2e-6 at most in 200 audits): in one process all
+# losses were off by 1e-5, for a reason that is not known.
 STEADY_NATS = {"cpu": 1e-5, "cuda": math.inf}
 # The mean difference of honest runs is zero within its own standard error; this many of those errors are
 # allowed, and a little more than the rounding of fp32 sums.

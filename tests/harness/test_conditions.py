@@ -189,7 +189,7 @@ def test_a_thread_looks_by_itself_while_a_run_is_on_a_gpu(gpus: FakeNvml, monkey
 def test_a_power_cap_and_a_small_drop_are_the_rule(gpus: FakeNvml) -> None:
     facts = Conditions(sm_mhz=ClockMhz(1980, 1900, 1890, 1880), reasons=["power cap"])
     assert warnings(facts, TRAINED) == []
-    facts["sm_mhz"] = {"calibrate": 1980, "train": 1980, "last": 1870}
+    facts = Conditions(sm_mhz=ClockMhz(1980, 1980, 1870, 1870))
     assert warnings(facts, TRAINED) == ["the GPU's clock fell from 1980 MHz in the calibration to 1870 MHz"]
 
 

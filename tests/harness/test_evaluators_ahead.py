@@ -51,7 +51,7 @@ class Watched(Evaluator):
         return super()._start()
 
     def _look(self, event: Event) -> None:
-        if event.phase == "evaluate" and self._ready:
+        if event.phase == "evaluate" and event.progress and self._ready:
             assert self._ready[0]._ready
             self.b_said.append(os.fstat(self._ready[0]._log).st_size)
 
