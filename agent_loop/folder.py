@@ -89,8 +89,8 @@ class NightFolder(Night):
         """Write the night's settings, or hold a resumed night to them.
 
         Raises:
-            UsageError: resumed with other settings, so that scores would not compare; or begun by a version that wrote
-                records of version 1.
+            UsageError: resumed with other settings, so that scores would not compare; or begun when records were of
+                version 1.
         """
         if self.settings is None:
             self.append(wanted)

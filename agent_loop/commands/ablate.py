@@ -55,6 +55,8 @@ def ablate(
         raise UsageError(f"{night.folder.name} kept nothing beside its baseline, so there is nothing to leave out")
     if (have.data, have.preset) != (settings.dataset.digest, settings.preset.name):
         raise UsageError(f"{night.folder.name} was scored on other data or with another preset; give the same --data")
+    if have.profile != (settings.profile.sha256 if settings.profile else ""):
+        raise UsageError(f"{night.folder.name} ran under another profile of this machine; scores would not compare")
     if have.repeatable != settings.repeatable:
         wanted = "without" if have.repeatable else "with"
         raise UsageError(f"{night.folder.name} was run {wanted} --fast-nondeterministic; give the same")

@@ -70,6 +70,7 @@ class Recorder:
             seed=self.options.seed,
             sandbox=settings.sandbox.level,
             repeatable=settings.repeatable,
+            profile=settings.profile.sha256 if settings.profile else "",
         ))  # fmt: skip
         self.night.set_agents(agents)
 

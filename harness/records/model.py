@@ -371,6 +371,14 @@ class GpuFacts(Record, frozen=True):
     uuid: str = ""
 
 
+class ProfileFacts(Record, frozen=True):
+    """The machine's choice of implementations that was run (`harness.profile`), and the hash of each package in it."""
+
+    sha256: str
+    selection: dict[str, str] = {}
+    packages: dict[str, str] = {}
+
+
 class Environment(Record, frozen=True):
     """The machine and the versions. `packages`: of each, the hash of pip's list of its files."""
 
@@ -383,6 +391,7 @@ class Environment(Record, frozen=True):
     packages: dict[str, str] = {}
     batch_divisor: int = 1
     repeatable: bool = True  # whether trainings were asked for results that repeat to the bit
+    profile: ProfileFacts | None = None
 
 
 class DataFacts(Record, frozen=True):
@@ -457,6 +466,11 @@ class Outcome(Record, frozen=True, kw_only=True):
         return self.training.implementations.get("fusions", "")
 
     @property
+    def profile(self) -> str:
+        """The hash of the profile that it ran under; empty for none."""
+        return self.environment.profile.sha256 if self.environment.profile else ""
+
+    @property
     def open_text(self) -> str:
         """The warning that train.py could read the text that it was scored on; empty where it could not."""
         return next((w for w in self.conditions.warnings if w.startswith(OPEN_TEXT)), "")
@@ -469,6 +483,7 @@ class NightBegun(Record, frozen=True, kw_only=True):
         data: the digest of the prepared folder.
         seed: of all runs but repeats and confirmations.
         sandbox: its level.
+        profile: the hash of the machine's, under which all of it runs; empty for none.
     """
 
     preset: str
@@ -479,6 +494,7 @@ class NightBegun(Record, frozen=True, kw_only=True):
     seed: int
     sandbox: int
     repeatable: bool = True
+    profile: str = ""
 
 
 class AgentsAsked(Record, frozen=True):
