@@ -40,7 +40,7 @@ $(VENV)/.installed-test: requirements/test.txt $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python tools/programs.py
-	$(BIN)/python -m pytest -q -n $(JOBS) $(if $(CI),--durations=20)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(if $(CI),--durations=20)
 
 quick: lint types
 	@$(BIN)/python tools/touched.py | xargs -r $(BIN)/python -m pytest -q -x -n $(JOBS) --seconds 60
@@ -57,7 +57,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py bench/bench_night.py --benchmark-only -o addopts=--import-mode=importlib
+	$(BIN)/python -m pytest -q bench/bench_packing.py bench/bench_harness.py --benchmark-only -o addopts=--import-mode=importlib
 
 gate: $(VENV)/.installed
 	$(BIN)/hotloop bench gate --all

@@ -265,7 +265,7 @@ def _install(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands import install_flash3 as flash3
 
     version = flash3.install(flash3.read_lock(args.lock), args.source)
-    print(f"installed: {flash3.DISTRIBUTION} {version}, each file as the lock has it; hotloop tune tries it")
+    print(f"installed {flash3.DISTRIBUTION} {version}: every file matches the lock; to try it: hotloop tune")
     return 0
 
 
@@ -335,7 +335,7 @@ def _ablate(args: argparse.Namespace) -> int:
         for left_out in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
             print(f"#{left_out.number:<4} {left_out.verdict:<10} {one_line(left_out.reason)}", flush=True)
     draw(str(folder), str(Path.cwd()))
-    print(f"all: {folder / 'report.html'}")
+    print(f"the whole report: {folder / 'report.html'}")
     return 0
 
 

@@ -89,15 +89,15 @@ class NightFolder(Night):
         """Write the night's settings, or hold a resumed night to them.
 
         Raises:
-            UsageError: resumed with other settings, so that scores would not compare; or begun by hotloop 0.1.
+            UsageError: resumed with other settings, so that scores would not compare; or begun when records were of version 1.
         """
         if self.settings is None:
             self.append(wanted)
             return
         if self.chain.entries[0].version == 1:
             raise UsageError(
-                f"run tag {self.folder.name} was begun by hotloop 0.1, whose records this version shows and verifies "
-                f"and does not go on with; give another --tag"
+                f"run tag {self.folder.name} was begun by an earlier hotloop, whose records (version 1) this one shows "
+                f"and verifies and does not go on with; give another --tag"
             )
         for key in wanted.__struct_fields__:
             was, now = getattr(self.settings, key), getattr(wanted, key)

@@ -188,7 +188,7 @@ PRESETS = {
         noise_seeds=2,
         audit_cuts=320,
         limits=Limits(
-            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=3.5, evaluate_step=0.65, spare_bytes=512 << 10
+            overtime=10.0, submission_bytes=2 << 30, evaluate_first_s=2.5, evaluate_step=0.5, spare_bytes=512 << 10
         ),
     ),
 }

@@ -8,7 +8,7 @@ so an edit that loses a fusion costs speed and nothing else; how much was found 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -41,16 +41,13 @@ def _backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
     return torch._inductor.compile(module, inputs)
 
 
-def search(graph: Graph) -> tuple[list[Found], dict[str, int]]:
-    """All that is there, selected or not, and of each operator how many places there are that could be one."""
+def search(graph: Graph, patterns: Sequence[Any] = PATTERNS) -> tuple[list[Found], dict[str, int]]:
+    """All that is there of these, and of each how many places there are that could be one."""
     places: dict[str, int] = {}
     found: list[Found] = []
-    for module in PATTERNS:
-        here, count = module.find(graph)
-        for one in here:
-            graph.taken |= one.nodes
+    for pattern in patterns:
+        here, places[pattern.NAME] = pattern.find(graph)
         found += here
-        places[module.NAME] = count
     return found, places
 
 
@@ -64,20 +61,25 @@ def put_in(module: fx.GraphModule) -> str:
     """Put the selected operators into a graph of Dynamo's, and say what was found."""
     graph = Graph(module.graph)
     found, places = search(graph)
-    chosen = [one for one in found if _chosen(one, module)]
+    here = {name for one in found for name in one.counts}
+    if places[weight_gradient.NAME]:  # any product can be one, alone or within another operator
+        here.add(weight_gradient.NAME)
+    selected = [pattern for pattern in PATTERNS if pattern.NAME in here and _selected(pattern, graph.device)]
+    chosen = found
+    if len(selected) < len(PATTERNS):  # what a larger pattern has taken, a smaller one may take in its place
+        graph = Graph(module.graph)
+        chosen, _ = search(graph, selected)
     _replace(graph, chosen)
     module.graph.lint()
     module.recompile()
-    names = sorted({name for one in chosen for name in one.counts[:1]})
-    said = f"{found_in(found, places)}; put in: {', '.join(names) or 'none'}"
+    said = f"{found_in(found, places)}; put in: {', '.join(sorted({one.name for one in chosen})) or 'none'}"
     dispatch.told["fusions"] = said
     return said
 
 
-def _chosen(one: Found, module: fx.GraphModule) -> bool:
-    (device, *_) = {node.meta["example_value"].device.type for node in one.outputs}
-    always = one.name == "embedding" and device == "cuda"  # in plain PyTorch too: torch's own sums in any order
-    return dispatch.choose(one.name, device) or always
+def _selected(pattern: Any, device: str) -> bool:
+    # Tables in plain PyTorch too: a GPU adds their gradients in any order otherwise.
+    return dispatch.choose(pattern.NAME, device) or (pattern is embedding and device == "cuda")
 
 
 def _replace(graph: Graph, chosen: list[Found]) -> None:
@@ -129,7 +131,10 @@ def _replace(graph: Graph, chosen: list[Found]) -> None:
 
 
 def _call(graph: fx.Graph, function: Callable[..., Any], given: dict[str, Any]) -> fx.Node:
-    _mark(function)
+    # AOTAutograd's cache takes no graph with functions that it does not know; what these do is in its key already
+    # (`kernels.cache_key`).
+    known = torch._inductor.config.unsafe_marked_cacheable_functions
+    known.setdefault(f"{function.__module__}.{function.__name__}", "")
     return graph.call_function(function, kwargs=given)
 
 
@@ -140,20 +145,8 @@ def _emit(graph: fx.Graph, value: Any, now: dict[fx.Node, fx.Node]) -> Any:
     if value.node is not None:
         return now.get(value.node, value.node)
     whole, start, stop = value.args  # rows
-    return graph.call_function(_rows, (now.get(whole.node, whole.node), start, stop))
+    return _call(graph, _rows, {"weight": now.get(whole.node, whole.node), "start": start, "stop": stop})
 
 
 def _rows(weight: Tensor, start: int, stop: int) -> Tensor:
     return weight[start:stop]
-
-
-def _mark(*functions: Callable[..., Any]) -> None:
-    """AOTAutograd's cache takes no graph with functions that it does not know; what these do is in its key already
-    (`kernels.cache_key`).
-    """
-    known = torch._inductor.config.unsafe_marked_cacheable_functions
-    for function in functions:
-        known.setdefault(f"{function.__module__}.{function.__name__}", "")
-
-
-_mark(_rows)

@@ -76,7 +76,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line a reason, whatever was asked for on the command line."""
+    """What was skipped, one line a reason, whatever was asked for on the command line; in CI, what each part took."""
+    took: Counter[str] = Counter()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration")):
+        took["/".join(report.nodeid.split("::")[0].split("/")[:2])] += report.duration
+    if os.environ.get("CI"):
+        terminalreporter.section("seconds of each part, its workers together")
+        for part, seconds in took.most_common():
+            terminalreporter.write_line(f"{seconds:8.0f}  {part}")
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", [])

@@ -140,6 +140,7 @@ class Scripted:
         return Turn(name)
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_the_night_goes_on_whatever_train_py_does(tmp_path: Path, data: Path) -> None:
     """One hostile file after the other, for real; then an honest one, which is kept on merit."""
     (tmp_path / "train.py").write_text(TINY)

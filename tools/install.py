@@ -1,7 +1,8 @@
 """Install hotloop into the environment of the Python that runs this: `python tools/install.py [--test]`.
 
 Which torch: on a machine with an NVIDIA GPU the build that fits its driver's version; on any other the CPU build, which
-is a tenth of the size. A matching pair of torch and triton that fits and is already installed is left alone.
+is a tenth of the size, or where no index has that the usual one. A matching pair of torch and triton that fits and is
+already installed is left alone.
 """
 
 from __future__ import annotations
@@ -59,10 +60,13 @@ def install_torch(driver: str) -> str:
             return f"{e}; or install for the CPU: --cpu"
     else:
         torch, triton = next(iter(TESTED.items()))
-        # First from the indexes that are configured, then from PyTorch's own.
+        # First from the indexes that are configured, then from PyTorch's own, which not every network can reach.
         wanted = [Install(f"torch=={torch}+cpu", triton, index) for index in ("", INDEX + "cpu")]
+        wanted.append(Install(f"torch=={torch}", triton, ""))
     trouble = "torch could not be installed; see pip's words above"
     for one in wanted:
+        if not driver and one == wanted[-1]:
+            print("hotloop: no index gave the CPU build; the usual one works on a CPU too, but is ten times the size")
         index = ["--extra-index-url", one.index] if one.index else []
         if pip(*index, one.torch, f"triton=={one.triton}"):
             trouble = torch_trouble(driver)  # an index may give a build for CPUs where one for a GPU was asked for

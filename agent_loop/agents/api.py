@@ -8,7 +8,6 @@ a whole file in its text. The copy becomes the worktree's train.py when the mode
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections import Counter
@@ -80,7 +79,7 @@ class ApiAgent:
         extra: further entries of each request, such as a temperature.
 
     Raises:
-        UsageError: no model, an address that is none, a number that makes no sense.
+        UsageError: no model, an address that is none, a key that is none.
     """
 
     name = "api"
@@ -93,10 +92,6 @@ class ApiAgent:
     ) -> None:  # fmt: skip
         if not model:
             raise UsageError("--agent api needs a model; see which the service has: curl URL/models")
-        if not timeout_s > 0:
-            raise UsageError(f"--agent-timeout must be positive, not {timeout_s}")
-        if not all(math.isfinite(n) and n >= 0 for n in (*prices, max_cost_usd)):
-            raise UsageError("prices and the cost limit of a turn must be positive numbers of USD")
         if not key.isascii() or not key.isprintable():
             raise UsageError("the API's key holds characters that no key has; was it copied whole?")
         self.service = Service(url, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,8 @@ def _prices() -> tuple[float, float]:
     given = os.environ.get("HOTLOOP_API_PRICES", "0,0")
     try:
         read, written = map(float, given.split(","))
+        if not (0 <= read < math.inf and 0 <= written < math.inf):
+            raise ValueError
     except ValueError:
         raise UsageError(
             f"HOTLOOP_API_PRICES={given!r} is not two numbers, USD for a million tokens in and out, such as 0.5,1.5"

@@ -61,6 +61,7 @@ def show_command(args: argparse.Namespace) -> int:
     because = f": {training.start.because}" if training.start.because else ""
     repeats = "" if o.environment.repeatable else "; --fast-nondeterministic: it need not repeat"
     curve = [loss for _, loss in training.curve]
+    audit = msgspec.structs.asdict(o.audit) if o.audit else {}
     folder = night.experiment_folder(row.number)
     facts = [
         ("experiment", f"{row.number} of {args.tag} ({row.kind}){f', by {origin.agent}' if origin.agent else ''}"),
@@ -81,7 +82,7 @@ def show_command(args: argparse.Namespace) -> int:
         ("sandbox", f"L{o.sandbox.level}, seed {row.run.seed}, {o.device}{repeats}"),
         ("loss", f"{sparkline(curve, 40)} {curve[0]:.3f} to {curve[-1]:.3f}" if curve else ""),
         *(("warning", words) for words in o.conditions.warnings),
-        ("audit", ", ".join(f"{k} {v:.4g}" for k, v in msgspec.structs.asdict(o.audit).items()) if o.audit else ""),
+        ("audit", ", ".join(f"{k} {v:.4g}" for k, v in audit.items() if v is not None)),
         ("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}" if folder.exists() else ""),
     ]
     for name, text in facts:

@@ -48,7 +48,10 @@ __all__ = ["NightCommand", "hidden_from_agents", "night_command", "sandbox_check
 
 @dataclass
 class NightCommand:
-    """A night that can begin. `notify` is the user's command, empty for none; `prewarm`: see its module."""
+    """`hotloop loop` with its flags checked: a night that can begin.
+
+    `notify` is the user's command, empty for none; `prewarm`: see its module.
+    """
 
     tag: str
     folder: Path
@@ -75,7 +78,7 @@ class NightCommand:
                 view.header(self._header())
                 for line in self._warnings():
                     view.warn(line)
-                notifier = Notifier(self.notify, self.tag, view.note) if self.notify else None
+                notifier = Notifier(self.notify, self.tag, view.note)
                 reporter = Reporter(self.folder, Path(self.repo.working_tree_dir or "."))
                 night_repo = NightRepo(self.repo, self.tag, self.folder)
                 driver = Driver(

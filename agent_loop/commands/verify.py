@@ -259,7 +259,7 @@ def verify_command(args: argparse.Namespace) -> int:
     for name, good, text in checks(folder, repo, key, args.packages):
         bad += not good
         print(f"{'ok ' if good else 'BAD'}  {name:<12} {one_line(text)}")
-    print(f"night {args.tag}: " + ("all holds" if not bad else f"{bad} of these do not hold"))
+    print(f"night {args.tag}: " + ("verified" if not bad else f"{bad} of these checks failed"))
     return 1 if bad else 0
 
 
@@ -293,7 +293,8 @@ def audit_command(args: argparse.Namespace) -> int:
     with Evaluator(scoring_of(source, was.run.seed, settings, to, reference=reference)) as evaluator:
         found = evaluator.run(weights, token_seconds(was.training, was.device))
     for key, value in msgspec.structs.asdict(found.audit).items():
-        print(f"{key + ':':<20}{value:.6g}" if isinstance(value, float) else f"{key + ':':<20}{value}")
+        if value is not None:
+            print(f"{key + ':':<20}{value:.6g}" if isinstance(value, float) else f"{key + ':':<20}{value}")
     print(f"val_bpb:            {found.scores.val_bpb:.9f}\nrecorded:           {was.val_bpb:.9f}")
     same = found.scores.val_bpb == was.val_bpb
     print("identical" if same else "DIFFERENT: the machine, the versions or the thread count are not the same")

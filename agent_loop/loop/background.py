@@ -77,6 +77,7 @@ class Notifier:
     """Runs the user's command with the message as its last argument, and HOTLOOP_EVENT, HOTLOOP_TAG in its environment.
 
     Args:
+        command: empty for none.
         complain: told of a command that fails; the night goes on.
 
     Raises:

@@ -117,7 +117,7 @@ class Driver:
         reporter: Reporter | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.night, self.repo, self.options, self.view, self.runner = night, repo, options, view, runner
-        self.notifier, self.reporter, self.clock = notifier, reporter, clock
+        self.notifier, self.reporter, self.clock = notifier or Notifier("", "", view.note), reporter, clock
         self.turn_order = TurnOrder(agents, clock)
         self.slots = [Slot(i, s, clock()) for i, s in enumerate(slots)]
         self.recorder = Recorder(night, repo, slots[0], options, view.note, reporter)
@@ -176,10 +176,8 @@ class Driver:
             return 0.0
         self._trouble = Trouble()
         busy = any(s.run for s in self.slots)
-        if not busy and self.planner.over(
-            self._late()
-        ):  # also where an agent is still thinking of what would never run
-            return None
+        if not busy and self.planner.over(self._late()):
+            return None  # what an agent may still be thinking of would never run
         if busy or self._turn is not None:
             return BEAT_S
         if self.turn_order.wait_s() is None and not self.planner.next_is_known:
@@ -200,9 +198,8 @@ class Driver:
                 self.recorder.set_branch()
                 self.repo.prepare(best.commit)
         if self.reporter and (problem := self.reporter.finish()):
-            self.view.note(f"no report was drawn ({problem}); later: hotloop report")
-        if self.notifier:
-            self.notifier.finish()
+            self.view.note(f"the report could not be drawn ({problem}); to try again: hotloop report")
+        self.notifier.finish()
 
     # Runs.
 
@@ -371,14 +368,12 @@ class Driver:
             (self.night.folder / HEARTBEAT).touch()
         if self.reporter:
             self.reporter.look()
-        if self.notifier:
-            self.notifier.look()
+        self.notifier.look()
         idle = [(self.clock() - s.free_since) if s.run is None else 0.0 for s in self.slots]
         self.view.state(self.night, len(self.recorder.flight.proposals), idle)
 
     def _tell(self, event: str, text: str) -> None:
-        if self.notifier:
-            self.notifier.tell(event, one_line(text))
+        self.notifier.tell(event, one_line(text))
 
     def _thread(self, target: Callable[..., None], *args: object) -> threading.Thread:
         thread = threading.Thread(target=target, args=args, name=f"hotloop-{target.__name__}", daemon=True)

@@ -154,9 +154,8 @@ class Planner:
         )
 
     def _keep_below(self, run: Run) -> float | None:
-        """The score above which a run cannot be kept; None where any may be, or what it says decides of others."""
-        rows = self.night.rows()
-        if run.kind == Kind.REPEAT and run.commit == rows[0].commit:  # the user's own file
+        """The score above which a run cannot be kept; None where any may be."""
+        if run.kind == Kind.REPEAT:
             return -math.inf
         if run.kind != Kind.EXPERIMENT or any(r.kind == Kind.REPEAT for r in self.flight.runs):  # the floor may grow
             return None

@@ -251,7 +251,7 @@ class Recorder:
         try:
             write_tsv(self.night)
         except OSError as e:
-            self.note(f"{e.filename or self.night.folder}: {e.strerror or e}; later: hotloop report")
+            self.note(f"{e.filename or self.night.folder}: {e.strerror or e}; to try again: hotloop report")
         if self.reporter:
             self.reporter.want()
 

@@ -82,14 +82,12 @@ def _once(argv: Sequence[str], folder: Path, stuck_s: float, look_s: float) -> i
 
 def _beat(folder: Path) -> int:
     """When the heartbeat was last touched: any other number than before is a sign of life."""
-    try:
+    with contextlib.suppress(OSError):
         return (folder / HEARTBEAT).stat().st_mtime_ns
-    except OSError:
-        return 0
+    return 0
 
 
 def _size(folder: Path) -> int:
-    try:
+    with contextlib.suppress(OSError):
         return (folder / "records.jsonl").stat().st_size
-    except OSError:
-        return 0
+    return 0

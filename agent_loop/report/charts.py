@@ -121,37 +121,39 @@ def drift(tally: Tally, width: int) -> Html | None:
 
 def timeline(tally: Tally, width: int) -> Html | None:
     """A line for each device, a bar for each run: high for kept, low for the rest, framed for failed. None without."""
-    bars = tally.bars
-    if not bars or not tally.began:
+    bars, began = tally.bars, tally.began
+    if began is None:
         return None
     span = tally.span_s or 1.0
     frame = Frame(width, 20 + SLOT_HEIGHT * tally.slots + 34, 0, span, 0, 1, left=24 if tally.slots > 1 else 6, right=6)
     parts: list[object] = []
-    for value, name in _clock(tally.began, span, max(2, int(width / 60))):
+    for value, name in _clock(began, span, max(2, int(width / 60))):
         x = frame.x(value)
         half = text_width(name) / 2
         parts.append(h("path", d=f"M{x:.1f} 14V{frame.height - 30:g}", class_="grid"))
         parts.append(h("text", name, x=round(min(max(x, half), width - half), 1), y=frame.height - 18, class_="mid"))
     parts.append(h("text", "UTC", x=width / 2, y=frame.height - 3, class_="mid name"))
     for slot in range(tally.slots):
-        mine = [b for b in bars if b.slot == slot]
+        # Each with its begin and end on the chart.
+        mine = [
+            (bar, frame.x(max(0.0, (bar.began - began).total_seconds())), frame.x((bar.ended - began).total_seconds()))
+            for bar in bars if bar.slot == slot
+        ]  # fmt: skip
         top = 16 + slot * SLOT_HEIGHT
         if tally.slots > 1:
             parts.append(h("text", str(slot), x=4, y=top + 19, class_="name"))
         if not mine:
             continue
-        left, right = frame.x(min(b.begin_s for b in mine)), frame.x(max(b.end_s for b in mine))
+        left, right = min(x for _, x, _ in mine), max(end for *_, end in mine)
         parts.append(h("rect", x=round(left, 1), y=top, width=round(right - left, 1), height=BAR_HEIGHT, class_="idle"))
-        for bar in mine:
+        for bar, x, end in mine:
             kind = "failed" if bar.decision.failed else bar.decision
             tall = {"keep": BAR_HEIGHT, "marginal": 22, "failed": 10}.get(kind, 16)
-            took = bar.end_s - bar.begin_s
-            wide = frame.x(bar.end_s) - frame.x(bar.begin_s) - (0.6 if took / span > 0.005 else 0)
+            took = bar.outcome.total_s
+            wide = end - x - (0.6 if took / span > 0.005 else 0)
             parts.append(
-                h("rect", h("title", f"{one_line(bar.name, 60)}: {bar.decision}, {took:.0f} s"),
-                  x=round(frame.x(bar.begin_s), 1), y=top + BAR_HEIGHT - tall, height=tall,
-                  width=round(max(0.8, wide), 1),
-                  class_=f"run {kind}")
+                h("rect", h("title", f"{one_line(bar.name, 60)}: {bar.decision}, {took:.0f} s"), x=round(x, 1),
+                  y=top + BAR_HEIGHT - tall, height=tall, width=round(max(0.8, wide), 1), class_=f"run {kind}")
             )  # fmt: skip
     desc = f"{len(bars)} runs on {tally.slots} device(s), {tally.idle_s:.0f} seconds idle."
     return svg(f"timeline{width}", width, frame.height, "Runs of each device over time", desc, *parts)

@@ -92,7 +92,7 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
     mfu = f", MFU {best.mfu_percent:.1f} %" if best and best.mfu_percent is not None else ""
     return [
         ("Experiments", f"{len(tally.experiments)}, {len(tally.kept)} kept"),
-        ("Time", f"{duration(tally.span_s)}{several}" if tally.runs else ""),
+        ("Time", f"{duration(tally.span_s)}{several}" if tally.bars else ""),
         ("Per device-hour", f"{ran / device_h:.1f} experiments" if device_h and ran else ""),
         ("Device idle", f"{tally.idle_s / tally.device_s:.1%}".replace("%", " %") if tally.device_s else ""),
         ("Cost", f"${tally.night.cost_usd:,.2f}" if tally.night.cost_usd else "not told by the agents"),
@@ -201,7 +201,7 @@ def drift_sentence(tally: Tally) -> str:
 
 def ledger(tally: Tally) -> Html | None:
     """Device seconds by phase, and the agents' own."""
-    if not tally.runs:
+    if not tally.bars:
         return None
     rows = []
     for phase, seconds in tally.ledger.items():
@@ -209,9 +209,9 @@ def ledger(tally: Tally) -> Html | None:
         kind = {"train": None, "idle": "waits"}.get(phase, "device")
         bar = h("svg", h("rect", width=round(max(120 * share, 0.5 if seconds else 0), 1), height=10, class_=kind),
                 viewBox="0 0 120 10", aria_hidden="true")  # fmt: skip
-        cells = [duration(seconds), f"{share:.1%}".replace("%", " %"), duration(seconds / tally.runs)]
+        cells = [duration(seconds), f"{share:.1%}".replace("%", " %"), duration(seconds / len(tally.bars))]
         rows.append(h("tr", h("td", phase), *(h("td", c, class_="n") for c in cells), h("td", bar, class_="share")))
-    whole = [duration(tally.device_s), "100 %", duration(tally.device_s / tally.runs), ""]
+    whole = [duration(tally.device_s), "100 %", duration(tally.device_s / len(tally.bars)), ""]
     foot = h("tr", h("td", "all"), *(h("td", w, class_="n") for w in whole))
     names = [("phase", None), ("device time", "n"), ("share", "n"), ("mean run", "n"), ("", None)]
     head = h("tr", *(h("th", n, class_=c) for n, c in names))

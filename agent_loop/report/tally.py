@@ -36,13 +36,17 @@ class Gain:
 
 @dataclass(frozen=True)
 class Bar:
-    """A run on a device, in seconds since the night's first run began."""
+    """A run on a device, until `ended`, UTC."""
 
     slot: int
-    begin_s: float
-    end_s: float
+    ended: datetime.datetime
     decision: Decision
     name: str
+    outcome: Outcome
+
+    @property
+    def began(self) -> datetime.datetime:
+        return self.ended - datetime.timedelta(seconds=self.outcome.total_s)
 
 
 Point = tuple[Row, float]  # a run and its val_bpb
@@ -67,17 +71,6 @@ class Progress:
     low: float
     high: float
     end: float
-
-
-@dataclass(frozen=True)
-class _OnDevice:
-    """A run, on a device until `ended`, UTC."""
-
-    slot: int
-    ended: datetime.datetime
-    decision: Decision
-    name: str
-    outcome: Outcome
 
 
 class Tally:
@@ -175,44 +168,35 @@ class Tally:
     # Devices and seconds.
 
     @cached_property
-    def _runs(self) -> list[_OnDevice]:
+    def bars(self) -> list[Bar]:
         """Every run that was on a device."""
-        runs = [
-            _OnDevice(r.decided.slot, _time(r.ended), r.decision, f"#{r.number} {r.description}", r.outcome)
+        bars = [
+            Bar(r.decided.slot, _time(r.ended), r.decision, f"#{r.number} {r.description}", r.outcome)
             for r in self.rows
         ]
         for ended, left_out in self.night.left_out:
             if left_out.outcome:
                 name = f"without #{left_out.number}"
-                runs.append(_OnDevice(0, _time(ended), Decision.MEASURED, name, left_out.outcome))
-        return runs
-
-    @cached_property
-    def began(self) -> datetime.datetime | None:
-        """When the first run began, UTC."""
-        return min((r.ended - datetime.timedelta(seconds=r.outcome.total_s) for r in self._runs), default=None)
-
-    @cached_property
-    def bars(self) -> list[Bar]:
-        bars = []
-        for run in self._runs:
-            if self.began:
-                end_s = (run.ended - self.began).total_seconds()
-                bars.append(Bar(run.slot, max(0.0, end_s - run.outcome.total_s), end_s, run.decision, run.name))
+                bars.append(Bar(0, _time(ended), Decision.MEASURED, name, left_out.outcome))
         return bars
 
     @property
+    def began(self) -> datetime.datetime | None:
+        """When the first run began, UTC."""
+        return min((bar.began for bar in self.bars), default=None)
+
+    @property
     def slots(self) -> int:
-        return 1 + max((r.slot for r in self._runs), default=0)
+        return 1 + max((bar.slot for bar in self.bars), default=0)
 
     @property
     def span_s(self) -> float:
         """From the first run's begin to the last one's end."""
-        return max((b.end_s for b in self.bars), default=0.0)
+        return (max(bar.ended for bar in self.bars) - self.began).total_seconds() if self.began else 0.0
 
     @property
     def busy_s(self) -> float:
-        return sum((r.outcome.total_s for r in self._runs), 0.0)
+        return sum((bar.outcome.total_s for bar in self.bars), 0.0)
 
     @property
     def idle_s(self) -> float:
@@ -235,17 +219,13 @@ class Tally:
     @property
     def ledger(self) -> dict[str, float]:
         """Device seconds by phase; they add up to `device_s`."""
-        total = dict(sum((r.outcome.ledger for r in self._runs), Ledger()).items())
+        total = dict(sum((bar.outcome.ledger for bar in self.bars), Ledger()).items())
         return total | {"other": max(0.0, self.busy_s - sum(total.values())), "idle": self.idle_s}
 
     def starts(self, how: str) -> list[float]:
         """Seconds until train.py ran, of runs whose trainer was started `warm` or `cold`."""
         ledgers = [r.outcome.ledger for r in self.rows if r.outcome.training.start.how == how]
         return [ledger.start + ledger.import_ for ledger in ledgers if ledger.import_]
-
-    @property
-    def runs(self) -> int:
-        return len(self._runs)
 
     # What failed, where it ran.
 

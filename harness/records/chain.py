@@ -12,15 +12,12 @@ still be recorded.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
 import fcntl
-import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -70,12 +67,8 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def _digest(entry: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical({k: v for k, v in entry.items() if k not in ("hash", "signature")})).hexdigest()
-
-
 def _digest_of_line(raw: bytes, line: _Line) -> str:
-    """The same of a line as `append` wrote it, without writing its JSON anew: most of the time of a long night's start.
+    """The hash of a line as `append` wrote it, without writing its JSON anew.
 
     A hash cannot stand in the text that it is the hash of, so the first place where it is found is its own.
     """
@@ -83,19 +76,6 @@ def _digest_of_line(raw: bytes, line: _Line) -> str:
         if value is not None:
             raw = raw.replace(f',"{key}":"{value}"'.encode(), b"", 1)
     return hashlib.sha256(raw).hexdigest()
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Millions of new objects, none of them garbage: the collector would take longer than the parsing."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # nor at any later time
-        if was:
-            gc.enable()
 
 
 def _json(raw: bytes) -> Any:
@@ -143,9 +123,7 @@ class Chain:
         except OSError as e:
             raise RecordError(f"{path} cannot be read: {e.strerror or e}") from None
         whole = raw.rfind(b"\n") + 1
-        with _no_garbage_collection():
-            entries = cls._entries(path, raw[:whole].splitlines())
-        return cls(path, entries, whole, len(raw) - whole)
+        return cls(path, cls._entries(path, raw[:whole].splitlines()), whole, len(raw) - whole)
 
     @staticmethod
     def _entries(path: Path, lines: list[bytes]) -> list[Entry]:
@@ -241,7 +219,7 @@ class Chain:
         }
         if self.signer:
             entry["signer"] = self.signer.public
-        entry["hash"] = _digest(entry)
+        entry["hash"] = hashlib.sha256(canonical(entry)).hexdigest()
         if self.signer:
             entry["signature"] = self.signer.sign(entry["hash"])
         line = canonical(entry) + b"\n"

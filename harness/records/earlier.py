@@ -22,8 +22,6 @@ _TRAINING = {
 _CLOCKS = ("feed_late_s", "device_s", "device_wall_s")  # stood among the conditions
 _ORIGIN = {"agent": "agent", "agent_s": "seconds", "seconds": "seconds", "cost_usd": "cost_usd", "tokens": "tokens",
            "why": "why", "again_of": "again_of"}  # fmt: skip
-_DERIVED = ("tokens_per_s", "val_bpb", "val_bpb_reference", "holdout_bpb", "environment", "data", "compiled", "audit",
-            "conditions", "number", "kind", "commit", "parent", "description", "seed")  # fmt: skip
 
 
 class Version1:
@@ -82,8 +80,7 @@ def _outcome(body: dict[str, Any]) -> dict[str, Any]:
         if f"{phase}_first_s" in conditions:
             conditions[phase] = {k: conditions.pop(f"{phase}_{k}") for k in ("first_s", "rest_s")}
     scores = {k: body.get(k) for k in ("val_bpb", "holdout_bpb", "val_bpb_reference")}
-    unknown = body.keys() - {*_SAME, *_TRAINING, *_DERIVED}
-    return {k: body[k] for k in (*_SAME, *unknown) if k in body} | {
+    return {k: body[k] for k in _SAME if k in body} | {
         "run": _run(body),
         "scores": None if scores["val_bpb"] is None else scores,
         "audit": body.get("audit") or None,

@@ -265,7 +265,8 @@ class Scores(Record, frozen=True):
 class Audit(Record, frozen=True):
     """What evaluator B said of A's numbers, in nats; see `harness.scoring.audit`.
 
-    `reference`: it looked where the incumbent was beaten; `full`: not the smaller one of a run that cannot be kept.
+    `reference`: it looked where the incumbent was beaten; `full`: not the smaller one of a run that cannot be kept;
+    `odd_bpb`: what was scored first, where B did not repeat that as one process does another; then both were run again.
     """
 
     cuts: int
@@ -278,6 +279,7 @@ class Audit(Record, frozen=True):
     detectable_share: float
     reference: bool = False
     full: bool = True
+    odd_bpb: float | None = None
 
 
 class ClockMhz(Record, frozen=True):

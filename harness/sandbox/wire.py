@@ -42,6 +42,7 @@ class Wire:
     def __init__(self, sock: socket.socket, send_s: float | None = None) -> None:
         self._sock = sock
         self._send_s = send_s
+        self._kept = bytearray()  # of a message that had not arrived whole when its time was up
 
     def send(self, kind: str, **fields: Any) -> None:
         """Raises Closed, or TimedOut where nobody reads."""
@@ -55,11 +56,14 @@ class Wire:
     def recv(self, timeout_s: float | None = None) -> dict[str, Any]:
         """The next message. Raises Closed, Malformed or TimedOut (None waits for ever)."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        (length,) = _HEADER.unpack(self._read(_HEADER.size, deadline))
+        self._keep(_HEADER.size, deadline)
+        (length,) = _HEADER.unpack_from(self._kept)
         if length > MAX_FRAME_BYTES:
             raise Malformed(f"a message of {length} bytes; at most {MAX_FRAME_BYTES} are read")
+        self._keep(_HEADER.size + length, deadline)
+        body, self._kept = bytes(self._kept[_HEADER.size :]), bytearray()
         try:
-            message = json.loads(bytes(self._read(length, deadline)))
+            message = json.loads(body)
         except (ValueError, RecursionError):
             raise Malformed("a message that is not JSON") from None
         if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
@@ -86,24 +90,31 @@ class Wire:
         except OSError as e:
             raise Closed(str(e)) from None
 
+    def _keep(self, count: int, deadline: float | None) -> None:
+        """Until so many bytes are kept."""
+        while (missing := count - len(self._kept)) > 0:
+            data = memoryview(bytearray(missing))
+            self._kept += data[: self._read_into(data, deadline)]
+
     def _read(self, count: int, deadline: float | None) -> bytearray:
         data = bytearray(count)
         view = memoryview(data)
         while view:
-            if deadline is not None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimedOut
-                self._sock.settimeout(left)
-            else:
-                self._sock.settimeout(None)
-            try:
-                got = self._sock.recv_into(view, min(len(view), 1 << 20))
-            except TimeoutError:
-                raise TimedOut from None
-            except OSError as e:
-                raise Closed(str(e)) from None
-            if got == 0:
-                raise Closed("end of stream")
-            view = view[got:]
+            view = view[self._read_into(view, deadline) :]
         return data
+
+    def _read_into(self, view: memoryview, deadline: float | None) -> int:
+        """What has arrived, at least a byte; returns the count. Raises Closed or TimedOut."""
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimedOut
+        try:
+            self._sock.settimeout(left)
+            got = self._sock.recv_into(view, min(len(view), 1 << 20))
+        except TimeoutError:
+            raise TimedOut from None
+        except OSError as e:
+            raise Closed(str(e)) from None
+        if got == 0:
+            raise Closed("end of stream")
+        return got

@@ -1,7 +1,7 @@
 """The audit: where it looks, what it asks, and what it makes of the answers.
 
 A lie can only win where the reported loss is far below what a trusted reference lost on the same token (the incumbent,
-which the run is to beat). So a third of the cuts are drawn in proportion to that gain, a token's chance being its share
+which the run is to beat). So a fifth of the cuts are drawn in proportion to that gain, a token's chance being its share
 of all gains over val and holdout. The others are drawn anywhere: they meet a model that is worse than the reference on
 some tokens and lies itself back to it there. Without a reference all are drawn anywhere.
 """
@@ -16,13 +16,16 @@ import numpy.typing as npt
 from hotloop.harness.errors import TrialError
 from hotloop.harness.records.model import Audit
 
-__all__ = ["SAMPLE", "TOLERANCE_NATS", "allowed_mismatches", "compare", "draw", "questions", "surprise"]
+__all__ = ["SAMPLE", "STEADY_NATS", "TOLERANCE_NATS", "allowed_mismatches", "compare", "draw", "questions", "surprise"]
 
 Rows = npt.NDArray[np.uint16]
 
 # How far A and B may differ on one token. Their batches have the same shape, so on a CPU an honest model repeats
 # itself to rounding; in bf16 on a GPU 0.02 nats is the bound of the design notes, still to be measured there.
 TOLERANCE_NATS = {"cpu": 2e-3, "cuda": 2e-2}
+# Beyond this an honest model did not repeat itself as it does on a CPU (2e-6 at most in 200 audits): in one process all
+# losses were off by 1e-5, for a reason that is not known.
+STEADY_NATS = {"cpu": 1e-5, "cuda": math.inf}
 # The mean difference of honest runs is zero within its own standard error; this many of those errors are
 # allowed, and a little more than the rounding of fp32 sums.
 MEAN_ERRORS = 6.0
@@ -32,7 +35,7 @@ MEAN_SLACK_NATS = 2e-5
 # passes 0.02 nats 2.8e-4 of the time; an estimate until it was measured on a GPU.
 HONEST_SHARE = {"cpu": 0.0, "cuda": 5e-4}
 ALARM = 1e-5  # the chance that honest noise passes more often than is allowed
-BY_GAIN = 1 / 3  # of the cuts
+BY_GAIN = 0.2  # of the cuts: what leaves the least to the best lie that is known (tests/harness/test_audit.py)
 SAMPLE = 0.125  # of the cuts that a run which may be kept is asked, for one that is too far behind to be
 
 

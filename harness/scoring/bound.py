@@ -17,7 +17,7 @@ from hotloop.harness.settings import Limits
 
 __all__ = ["SLACK_S", "Bound"]
 
-SLACK_S = 1.0  # what a whole evaluation may take beside: batches of a model that costs next to nothing
+SLACK_S = 0.5  # what a whole evaluation may take beside: batches of a model that costs next to nothing
 
 
 class Bound:
@@ -45,7 +45,7 @@ class Bound:
         self._tokens, self._spent_s = 0, 0.0
 
     def begin(self, child: Child, tokens: int) -> None:
-        """Before the evaluator runs any code of train.py; so many tokens will lie ready for its first batches."""
+        """Before the evaluator runs any code of train.py; it may work on so many tokens before its first answer."""
         self._child, self._tokens = child, tokens
         if self._on_cpu:
             child.count_cpu()

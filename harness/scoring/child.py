@@ -22,7 +22,7 @@ import traceback
 from collections import deque
 from typing import Any
 
-from hotloop.harness.sandbox.wire import Wire
+from hotloop.harness.sandbox.wire import Closed, Wire
 from hotloop.harness.training.child import SOURCE_S, failure, load_train_module, make_ready, prepare_torch
 
 __all__ = ["child_main", "logits_of", "spare_bytes"]
@@ -32,6 +32,8 @@ def child_main(wire: Wire, memories: list[int]) -> None:
     try:
         _evaluate(wire, memories)
         wire.recv()  # the parent kills us; it never answers
+    except Closed:
+        os._exit(0)  # it is not needed any more
     except BaseException as e:
         traceback.print_exc()
         sys.stderr.flush()

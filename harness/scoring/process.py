@@ -163,7 +163,7 @@ class EvaluatorProcess:
             residency.settle_times()  # while it wakes the device
         self._expect("set", until)
         residency.wait()  # no line of train.py runs before the one before it has left nothing
-        bound.begin(child, min(len(rows), SLOTS * batch) * length)
+        bound.begin(child, min(len(rows), 2 * batch) * length)
         child.wire.send("begin")
         self._expect("loaded", until, bound)
 

@@ -61,13 +61,8 @@ def launch_config(dtype: torch.dtype, dim: int, width: int) -> dict[str, int]:
 
 
 def default_config(dim: int, modern: bool = True) -> dict[str, int]:
-    """By descriptors where the accumulator is the tensor core's (Hopper and later), there 128 x 256 for long sums, else
-    128 x 128. PROGRAMS for each multiprocessor, each walking over tiles, or 0 for one a tile.
-    """
-    return {
-        "ROWS": 128, "COLUMNS": 256 if modern and dim > product.SHORT else 128, "DEPTH": 64 if modern else 32,
-        "GROUP": 16, "TMA": int(modern), "PROGRAMS": 0, "num_warps": 8, "num_stages": 3,
-    }  # fmt: skip
+    """PROGRAMS for each multiprocessor, each walking over tiles, or 0 for one a tile."""
+    return product.default_config(dim, modern) | {"PROGRAMS": 0}
 
 
 def persistent(config: dict[str, int]) -> dict[str, int]:
@@ -77,16 +72,7 @@ def persistent(config: dict[str, int]) -> dict[str, int]:
 
 def search_space(dim: int) -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
-    plain = [
-        {
-            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "PROGRAMS": 0,
-            "num_warps": warps, "num_stages": stages,
-        }
-        for rows, columns, warps in product.tiles(dim)
-        for depth, stages in ((64, 3), (64, 4), (32, 4))
-        for group in (8, 16)
-        for tma in (1, 0)
-    ]  # fmt: skip
+    plain = [config | {"PROGRAMS": 0} for config in product.search_space(product.tiles(dim), (8, 16))]
     return [*plain, *(persistent(config) for config in plain if config["TMA"])]
 
 
@@ -165,23 +151,12 @@ def compile_cases() -> list[CompileCase]:
         shipped = product.shipped("mlp", default_config)
         shipped += [(persistent(config), given) for config, given in shipped if given == BY_DESCRIPTORS]
         for config, capabilities in shipped:
-            constants = {"BACKWARD": backward, "NORM": norm} | config
-            options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
-            signature = dict.fromkeys(("a", "w", "y_ptr", "out_ptr"), "*bf16")
-            signature |= dict.fromkeys(("squares_ptr", "share_ptr"), "*fp32") | {"eps": "fp32"}
-            signature |= {"M": "i32", "N": "i32", "D": "i32", "PARTS": "i32"}
             rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
-            if config["TMA"]:
-                signature["a"] = f"tensordesc<bf16[{rows},{depth}]>"
-                signature["w"] = (
-                    f"tensordesc<bf16[{depth},{columns}]>" if backward else f"tensordesc<bf16[{columns},{depth}]>"
-                )
+            types = {"*bf16": "y_ptr out_ptr", "*fp32": "squares_ptr share_ptr", "i32": "M N D PARTS", "fp32": "eps"}
+            tiles = {"a": (rows, depth), "w": (depth, columns) if backward else (columns, depth)}
             name = f"{key} {product.tile_name(config)}{' persistent' if config['PROGRAMS'] else ''}"
-            name += f" warps={options['num_warps']} stages={options['num_stages']}"
-            case = CompileCase(
-                name, _mlp_product_kernel, signature, constants, options, capabilities, tensor_cores=True
-            )
-            cases.append(case)
+            way = {"BACKWARD": backward, "NORM": norm}
+            cases.append(product.case(name, _mlp_product_kernel, config, capabilities, types, tiles, way))
     return cases
 
 

@@ -62,27 +62,15 @@ def default_config(head_dim: int, width: int, modern: bool = True) -> dict[str, 
     """By descriptors on Hopper and later, there two heads a tile for long sums; else as many, up to two, as 128 columns
     hold.
     """
-    columns = 256 if modern and width > product.SHORT else 128
-    heads = 2 if 2 * head_dim <= columns else 1
-    return {
-        "ROWS": 128, "HEADS": heads, "DEPTH": 64 if modern else 32, "GROUP": 16, "TMA": int(modern),
-        "num_warps": 8, "num_stages": 3,
-    }  # fmt: skip
+    config = product.default_config(width, modern)
+    return config | {"HEADS": 2 if 2 * head_dim <= config.pop("COLUMNS") else 1}
 
 
 def search_space(head_dim: int, width: int) -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
-    return [
-        {
-            "ROWS": rows, "HEADS": heads, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
-            "num_stages": stages,
-        }
-        for rows, columns, warps in product.tiles(width)
-        for heads in {1, 2} & {columns // head_dim}
-        for depth, stages in ((64, 3), (64, 4), (32, 4), (128, 2))
-        for group in (8, 16)
-        for tma in (1, 0)
-    ]  # fmt: skip
+    found = product.search_space(product.tiles(width), (8, 16), ((64, 3), (64, 4), (32, 4), (128, 2)))
+    sized = [config | {"HEADS": config.pop("COLUMNS") // head_dim} for config in found]
+    return [config for config in sized if config["HEADS"] in (1, 2)]
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------
@@ -148,27 +136,20 @@ if HAVE_TRITON:
 
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements and heads of 64 and 128, with and without value embeddings: default and tuned."""
+    types = {
+        "*bf16": "cos_ptr sin_ptr ve_ptr gate_ptr q_ptr k_ptr v_ptr", "*fp32": "squares_ptr r_ptr", "fp32": "eps",
+        "i32": "M D T PARTS",
+    }  # fmt: skip
     cases = []
     for head_dim in (64, 128):
         default = functools.partial(default_config, head_dim)
-        shipped = product.shipped("qkv", default, functools.partial(config_key, head_dim))
-        for config, capabilities in shipped:
+        for config, capabilities in product.shipped(NAME, default, functools.partial(config_key, head_dim)):
+            rows, columns, depth = config["ROWS"], config["HEADS"] * head_dim, config["DEPTH"]
+            tiles = {"x": (rows, depth), "w": (columns, depth)}
             for ve in (True, False):
-                constants = {"H": 4, "G": 4, "K": head_dim, "VE": ve} | config
-                options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
-                depth, columns = config["DEPTH"], config["HEADS"] * head_dim
-                names = ("x", "w", "cos_ptr", "sin_ptr", "ve_ptr", "gate_ptr", "q_ptr", "k_ptr", "v_ptr")
-                signature = dict.fromkeys(names, "*bf16")
-                if config["TMA"]:
-                    signature["x"] = f"tensordesc<bf16[{config['ROWS']},{depth}]>"
-                    signature["w"] = f"tensordesc<bf16[{columns},{depth}]>"
-                signature |= {"squares_ptr": "*fp32", "r_ptr": "*fp32", "eps": "fp32"}
-                signature |= dict.fromkeys(("M", "D", "T", "PARTS"), "i32")
-                tile = f"{config['ROWS']}x{columns}x{depth}{' tma' if config['TMA'] else ''}"
-                words = f"K={head_dim}{' ve' if ve else ''} {tile}"
-                key = f"{words} warps={config['num_warps']} stages={config['num_stages']}"
-                case = CompileCase(key, _qkv_kernel, signature, constants, options, capabilities, tensor_cores=True)
-                cases.append(case)
+                words = f"K={head_dim}{' ve' if ve else ''} {product.tile_name(config | {'COLUMNS': columns})}"
+                way = {"H": 4, "G": 4, "K": head_dim, "VE": ve}
+                cases.append(product.case(words, _qkv_kernel, config, capabilities, types, tiles, way))
     return cases
 
 

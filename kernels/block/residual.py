@@ -85,22 +85,13 @@ if HAVE_TRITON:
 
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements, with and without a mix: default and tuned."""
+    types = {"*bf16": "x_ptr x0_ptr out_ptr", "*fp32": "lam_ptr mu_ptr squares_ptr", "i32": "M N D"}
     cases = []
-    for config, capabilities in product.shipped("residual", default_config):
+    for config, capabilities in product.shipped(NAME, default_config):
+        tiles = {"a": (config["ROWS"], config["DEPTH"]), "w": (config["COLUMNS"], config["DEPTH"])}
         for mix in (False, True):
-            constants = {"MIX": mix} | config
-            options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
-            signature = dict.fromkeys(("a", "w", "x_ptr", "x0_ptr", "out_ptr"), "*bf16")
-            signature |= dict.fromkeys(("lam_ptr", "mu_ptr", "squares_ptr"), "*fp32")
-            signature |= {"M": "i32", "N": "i32", "D": "i32"}
-            if config["TMA"]:
-                for name, extent in (("a", config["ROWS"]), ("w", config["COLUMNS"])):
-                    signature[name] = f"tensordesc<bf16[{extent},{config['DEPTH']}]>"
-            key = f"{'mixed' if mix else 'plain'} {product.tile_name(config)} warps={options['num_warps']}"
-            key += f" stages={options['num_stages']}"
-            cases.append(
-                CompileCase(key, _residual_kernel, signature, constants, options, capabilities, tensor_cores=True)
-            )
+            words = f"{'mixed' if mix else 'plain'} {product.tile_name(config)}"
+            cases.append(product.case(words, _residual_kernel, config, capabilities, types, tiles, {"MIX": mix}))
     return cases
 
 
@@ -206,6 +197,7 @@ def find(graph: Graph) -> tuple[list[Found], int]:
             values = {name: term.value for name, term in given.items()}
             x, out = values["x"], node.meta["example_value"]
             fits = mixes(x, out, *(values.get(name) for name in ("x0", "lam", "mu"))) and values["weight"].ndim == 2
+            fits = fits and values["a"].shape[:-1] == x.shape[:-1]  # nothing is broadcast
             if fits and graph.fits(nodes, [node], given, x.dtype):
                 found.append(Found(NAME, [node], nodes, given, residual, gives="squares", counts=(NAME,)))
                 graph.taken |= nodes

@@ -63,27 +63,12 @@ def launch_config(dtype: torch.dtype, width: int, dim: int) -> dict[str, int]:
     return product.launch_config("stream_gradient", product.config_key(width), default, dtype, width, dim)
 
 
-def default_config(width: int, modern: bool = True) -> dict[str, int]:
-    """By descriptors where the accumulator is the tensor core's (Hopper and later), there 128 x 256 for long sums, else
-    128 x 128.
-    """
-    return {
-        "ROWS": 128, "COLUMNS": 256 if modern and width > product.SHORT else 128, "DEPTH": 64 if modern else 32,
-        "GROUP": 16, "TMA": int(modern), "num_warps": 8, "num_stages": 3,
-    }  # fmt: skip
+default_config = product.default_config
 
 
 def search_space(width: int) -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
-    return [
-        {
-            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 16, "TMA": tma, "num_warps": warps,
-            "num_stages": stages,
-        }
-        for rows, columns, warps in product.tiles(width)
-        for depth, stages in ((64, 3), (64, 4), (32, 4))
-        for tma in (1, 0)
-    ]  # fmt: skip
+    return product.search_space(product.tiles(width))
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------
@@ -173,27 +158,17 @@ if HAVE_TRITON:
 
 def compile_cases() -> list[CompileCase]:
     """For 16-bit elements: plain, mixed, and with gates; default and tuned."""
+    types = {
+        "*bf16": "g_ptr x_ptr x0_ptr dgate_ptr w_gate_ptr dx_ptr dx0_ptr", "i32": "M N D PARTS SHARES CHANNELS",
+        "*fp32": "lam_ptr mu_ptr squares_ptr share_ptr partial_ptr", "fp32": "eps",
+    }  # fmt: skip
     cases = []
     for config, capabilities in product.shipped("stream_gradient", default_config):
+        tiles = {"dpre": (config["ROWS"], config["DEPTH"]), "w": (config["DEPTH"], config["COLUMNS"])}
         for mix, gates in ((False, 0), (True, 0), (False, 4)):
-            constants = {"MIX": mix, "GATES": gates} | config
-            options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
-            names = ("dpre", "w", "g_ptr", "x_ptr", "x0_ptr", "dgate_ptr", "w_gate_ptr", "dx_ptr", "dx0_ptr")
-            signature = dict.fromkeys(names, "*bf16")
-            signature |= dict.fromkeys(("lam_ptr", "mu_ptr", "squares_ptr", "share_ptr", "partial_ptr"), "*fp32")
-            signature |= dict.fromkeys(("M", "N", "D", "PARTS", "SHARES", "CHANNELS"), "i32")
-            signature["eps"] = "fp32"
-            rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
-            if config["TMA"]:
-                signature["dpre"] = f"tensordesc<bf16[{rows},{depth}]>"
-                signature["w"] = f"tensordesc<bf16[{depth},{columns}]>"
-            words = f"{'mixed' if mix else 'plain'}{' gates' if gates else ''}"
-            key = f"{words} {product.tile_name(config)} warps={options['num_warps']} stages={options['num_stages']}"
-            cases.append(
-                CompileCase(
-                    key, _stream_gradient_kernel, signature, constants, options, capabilities, tensor_cores=True
-                )
-            )
+            words = f"{'mixed' if mix else 'plain'}{' gates' if gates else ''} {product.tile_name(config)}"
+            way = {"MIX": mix, "GATES": gates}
+            cases.append(product.case(words, _stream_gradient_kernel, config, capabilities, types, tiles, way))
     return cases
 
 
@@ -250,4 +225,5 @@ def _flops(dpre: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 def mixes(x: Tensor, out: Tensor, x0: Tensor | None, lam: Tensor | None, mu: Tensor | None) -> bool:
     """Whether `out` can be lam (x + branch) + mu x0: tensors of one shape and type, and scalars on their device."""
     alike = (t is None or (t.shape == out.shape and t.dtype == out.dtype) for t in (x, x0))
-    return all(alike) and all(t is None or (not t.ndim and t.is_floating_point()) for t in (lam, mu))
+    scalars = (t is None or (not t.ndim and t.is_floating_point() and t.device == out.device) for t in (lam, mu))
+    return all(alike) and all(scalars)

@@ -98,6 +98,7 @@ class Graph:
         self.terms = Terms(graph)
         self.at = {node: i for i, node in enumerate(self.nodes)}
         self.taken: set[fx.Node] = set()
+        self.device = next((v.device.type for node in self.nodes for v in _tensors(node)), "cpu")
         self._state: dict[fx.Node, tuple[Any, ...]] = {}
         self._written: set[int] = set()
         grad: Any = torch.is_grad_enabled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hotloop.kernels import tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS, serves_descriptors
-from hotloop.kernels.dispatch import HAVE_TRITON
+from hotloop.kernels.dispatch import HAVE_TRITON, CompileCase
 
 if HAVE_TRITON:
     import triton
@@ -73,7 +73,19 @@ if HAVE_TRITON:
         return total
 
 
-__all__ = ["SHORT", "config_key", "grid", "launch_config", "operand", "shipped", "tile_name", "tiles"]
+__all__ = [
+    "SHORT",
+    "case",
+    "config_key",
+    "default_config",
+    "grid",
+    "launch_config",
+    "operand",
+    "search_space",
+    "shipped",
+    "tile_name",
+    "tiles",
+]
 
 # A tile of 128 x 256 has a multiprocessor for itself. A sum of so few terms ends soon, and the tensor cores then idle
 # beside its epilogue: 128 x 128 takes half the registers, so another program's sum runs meanwhile.
@@ -83,6 +95,62 @@ SHORT = 1024
 def config_key(depth: int) -> str:
     """What products of 16-bit elements are tuned by: whether they sum over few terms."""
     return f"16 bit {'short' if depth <= SHORT else 'long'}"
+
+
+def default_config(depth: int, modern: bool = True) -> dict[str, int]:
+    """Of a sum over `depth` terms, where nothing was tuned: by descriptors where the accumulator is the tensor core's
+    (Hopper and later), there 128 x 256 for long sums, else 128 x 128.
+    """
+    return {
+        "ROWS": 128, "COLUMNS": 256 if modern and depth > SHORT else 128, "DEPTH": 64 if modern else 32, "GROUP": 16,
+        "TMA": int(modern), "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def search_space(
+    shapes: Iterable[tuple[int, int, int]],
+    groups: tuple[int, ...] = (16,),
+    depths: tuple[tuple[int, int], ...] = ((64, 3), (64, 4), (32, 4)),
+) -> list[dict[str, int]]:
+    """Configurations worth timing on Hopper.
+
+    Args:
+        shapes: (rows, columns, warps).
+        groups: of GROUP.
+        depths: (DEPTH, stages).
+    """
+    return [
+        {
+            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
+            "num_stages": stages,
+        }
+        for rows, columns, warps in shapes
+        for depth, stages in depths
+        for group in groups
+        for tma in (1, 0)
+    ]  # fmt: skip
+
+
+def case(
+    words: str, function: Any, config: dict[str, int], capabilities: tuple[int, ...], types: dict[str, str],
+    tiles: dict[str, tuple[int, int]], constants: dict[str, Any] | None = None,
+) -> CompileCase:  # fmt: skip
+    """A shipped configuration for the compile gate.
+
+    Args:
+        words: its name, but for warps and stages.
+        types: Triton type -> the arguments of that type, with blanks between.
+        tiles: the operands, which come by descriptor where the configuration says so -> their tiles.
+        constants: beside the configuration's.
+    """
+    options = {name: config[name] for name in ("num_warps", "num_stages")}
+    signature = {name: kind for kind, names in types.items() for name in names.split()}
+    signature |= dict.fromkeys(tiles, "*bf16")
+    if config["TMA"]:
+        signature |= {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in tiles.items()}
+    fixed = (constants or {}) | {name: value for name, value in config.items() if name not in options}
+    key = f"{words} warps={config['num_warps']} stages={config['num_stages']}"
+    return CompileCase(key, function, signature, fixed, options, capabilities, tensor_cores=True)
 
 
 def shipped(

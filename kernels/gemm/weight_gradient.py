@@ -60,28 +60,14 @@ def config_key(n: int, d: int) -> str:
 
 def default_config(modern: bool = True) -> dict[str, int]:
     """128 x 256 by descriptors where the accumulator is the tensor core's (sm_90, sm_100), else 128 x 128."""
-    columns, depth = (256, 64) if modern else (128, 32)
-    return {
-        "VENDOR": 0, "ROWS": 128, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8, "TMA": int(modern), "num_warps": 8,
-        "num_stages": 3,
-    }  # fmt: skip
+    return product.default_config(2 * product.SHORT, modern) | {"VENDOR": 0, "GROUP": 8}
 
 
 def search_space() -> list[dict[str, int]]:
     """Configurations worth timing on Hopper, the vendor library's product among them."""
-    return [
-        {"VENDOR": 1, "TMA": 0},
-        *(
-            {
-                "VENDOR": 0, "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma,
-                "num_warps": warps, "num_stages": stages,
-            }
-            for rows, columns, warps in ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4))
-            for depth, stages in ((64, 3), (64, 4), (128, 2))
-            for group in (4, 8)
-            for tma in (1, 0)
-        ),
-    ]  # fmt: skip
+    shapes = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 256, 4))
+    ours = product.search_space(shapes, (4, 8), ((64, 3), (64, 4), (128, 2)))
+    return [{"VENDOR": 1, "TMA": 0}, *(config | {"VENDOR": 0} for config in ours)]
 
 
 def parts(m: int, n: int, d: int, rows: int, columns: int, depth: int) -> int:
@@ -138,18 +124,10 @@ def compile_cases() -> list[CompileCase]:
         if given["VENDOR"]:
             continue
         config = {k: v for k, v in given.items() if k != "VENDOR"}
-        options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
-        rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
+        tiles = {"dy": (config["DEPTH"], config["ROWS"]), "x": (config["DEPTH"], config["COLUMNS"])}
         for out in ("fp32", "bf16"):
-            signature = {"dy": "*bf16", "x": "*bf16", "out_ptr": f"*{out}"}
-            signature |= dict.fromkeys(("M", "N", "D", "SPAN"), "i32")
-            if config["TMA"]:
-                signature["dy"], signature["x"] = (f"tensordesc<bf16[{depth},{n}]>" for n in (rows, columns))
-            name = f"{rows}x{columns}x{depth}{' tma' if config['TMA'] else ''} to {out}"
-            name += f" warps={options['num_warps']} stages={options['num_stages']}"
-            cases.append(
-                CompileCase(name, _weight_gradient_kernel, signature, config, options, capabilities, tensor_cores=True)
-            )
+            words, types = f"{product.tile_name(config)} to {out}", {f"*{out}": "out_ptr", "i32": "M N D SPAN"}
+            cases.append(product.case(words, _weight_gradient_kernel, config, capabilities, types, tiles))
     signature = {"part_ptr": "*fp32", "out_ptr": "*bf16", "PARTS": "i32", "SIZE": "i32"}
     return [*cases, CompileCase("sum of parts", _sum_parts_kernel, signature, {"BLOCK": BLOCK}, {"num_warps": 4})]
 

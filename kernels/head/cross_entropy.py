@@ -64,25 +64,13 @@ def launch_config(dtype: torch.dtype, width: int) -> dict[str, int]:
 
 
 def default_config(modern: bool = True) -> dict[str, int]:
-    """128 x 128, by descriptors on sm_90 and sm_100: small enough for one tile's epilogue beside another's products."""
-    return {
-        "ROWS": 128, "COLUMNS": 128, "DEPTH": 64 if modern else 32, "GROUP": 16, "TMA": int(modern), "num_warps": 8,
-        "num_stages": 3,
-    }  # fmt: skip
+    """Small enough for one tile's epilogue beside another's products."""
+    return product.default_config(0, modern)
 
 
 def search_space() -> list[dict[str, int]]:
     """Configurations worth timing on Hopper."""
-    return [
-        {
-            "ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "TMA": tma, "num_warps": warps,
-            "num_stages": stages,
-        }
-        for rows, columns, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (256, 128, 8))
-        for depth, stages in ((64, 3), (64, 4), (32, 4))
-        for group in (8, 16)
-        for tma in (1, 0)
-    ]  # fmt: skip
+    return product.search_space(product.tiles(2 * product.SHORT), (8, 16))
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
@@ -148,19 +136,12 @@ if HAVE_TRITON:
 def compile_cases() -> list[CompileCase]:
     """The product for 16-bit inputs, default and tuned, and the finish."""
     cases = []
+    types = {"*bf16": "e_ptr", "*fp32": "share_ptr at_ptr", "*i64": "targets_ptr", "i32": "M V D", "fp32": "softcap"}
     defaults = [(default_config(False), tuple(ARCHITECTURES)), (default_config(), BY_DESCRIPTORS)]
-    for given, capabilities in [*defaults, *tuning.of_all_gpus("exp_product", "16 bit")]:
-        config = dict(given)
-        options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
-        signature = {
-            "x": "*bf16", "w": "*bf16", "targets_ptr": "*i64", "e_ptr": "*bf16", "share_ptr": "*fp32",
-            "at_ptr": "*fp32", "M": "i32", "V": "i32", "D": "i32", "softcap": "fp32",
-        }  # fmt: skip
-        rows, columns, depth = config["ROWS"], config["COLUMNS"], config["DEPTH"]
-        if config["TMA"]:
-            signature["x"], signature["w"] = (f"tensordesc<bf16[{n},{depth}]>" for n in (rows, columns))
-        key = f"product {rows}x{columns}x{depth}{' tma' if config['TMA'] else ''} warps={options['num_warps']}"
-        cases.append(CompileCase(key, _exp_product_kernel, signature, config, options, capabilities, tensor_cores=True))
+    for config, capabilities in [*defaults, *tuning.of_all_gpus("exp_product", "16 bit")]:
+        tiles = {"x": (config["ROWS"], config["DEPTH"]), "w": (config["COLUMNS"], config["DEPTH"])}
+        words = f"product {product.tile_name(config)}"
+        cases.append(product.case(words, _exp_product_kernel, config, capabilities, types, tiles))
     signature = dict.fromkeys(("share_ptr", "at_ptr", "loss_ptr", "scale_ptr", "count_ptr"), "*fp32")
     signature |= {"e_ptr": "*bf16", "targets_ptr": "*i64", "M": "i32", "V": "i32", "TILES": "i32", "softcap": "fp32"}
     cases.append(CompileCase("finish", _finish_kernel, signature, {"ROWS": 128}, {"num_warps": 4}))

@@ -153,7 +153,7 @@ def test_the_network_is_there_when_it_is_asked_for(repo: Path, places: dict[str,
 def test_in_the_best_sandbox_other_files_of_the_worktree_are_read_only(repo: Path, places: dict[str, str]) -> None:  # noqa: F811
     code = "open('other.py', 'a')"
     night = scripted.drive(repo, "t", 1, agent=[agent(3, code, places), BuiltinAgent(1)])
-    assert "exit status 1" in night.turns()[0]["reason"]
+    assert "exit status 1" in night.turns[0].reason
     logs = [p.read_text() for p in (night.folder / "turns").glob("*/agent.log")]
     assert len(logs) == 1 and "Read-only file system" in logs[0]
 
@@ -173,7 +173,7 @@ def test_a_program_that_is_not_there_is_a_line(repo: Path, places: dict[str, str
     made = agent(0, "", places)
     made.argv = ["gone-since"]
     night = scripted.drive(repo, "t", 1, agent=[made, BuiltinAgent(1)])
-    assert "no such program" in night.turns()[0]["reason"]
+    assert "no such program" in night.turns[0].reason
 
 
 def test_everything_but_leaves_out_what_is_hidden_and_nothing_else(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_what_an_agent_prints_has_a_cap_while_it_runs(
     monkeypatch.setattr("hotloop.agent_loop.agents.agent.FILE_BYTES", 1 << 20)
     shout = agent(1, "import os, sys\nfor i in range(10 ** 6): os.write(1, b'x' * 65536)", places)
     night = scripted.drive(repo, "t", 1, agent=[shout, BuiltinAgent(1)])
-    assert night.turns()[0]["reason"] == "the agent printed more than 1 MiB"
+    assert night.turns[0].reason == "the agent printed more than 1 MiB"
     assert (night.folder / "turns" / "000001" / "agent.log").stat().st_size <= 300_000
 
 

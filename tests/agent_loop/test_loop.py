@@ -411,7 +411,7 @@ def test_a_report_that_cannot_be_written_ends_nothing(repo: Path, capsys: pytest
     (repo / "runs" / "t" / "results.tsv").mkdir(parents=True)
     night = scripted.drive(repo, "t", 1)
     assert night.next_number == 4
-    assert "later: hotloop report" in capsys.readouterr().out
+    assert "to try again: hotloop report" in capsys.readouterr().out
 
 
 def test_a_command_leaves_no_process_behind(repo: Path, tmp_path: Path) -> None:

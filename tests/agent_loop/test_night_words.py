@@ -290,7 +290,7 @@ def test_any_train_py_can_be_told_of(data: bytes) -> None:
     hostile = facts(incumbent=TRAIN + b"\n# `code`\n# " + data)
     lines = list(in_force(hostile.incumbent, "laptop"))
     assert all("\n" not in line for line in lines)
-    assert len(signatures(hostile.incumbent)) > 15
+    assert len(signatures(hostile.incumbent)) > 5
     from hotloop.agent_loop.agents.brief import _changes
 
     for line in _changes(hostile.baseline, hostile.incumbent):

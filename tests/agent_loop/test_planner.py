@@ -146,9 +146,8 @@ def test_a_job_is_audited_by_what_its_incumbent_lost_and_fully_where_it_may_be_k
     job = planner.job(run(3, "experiment", "c2", "c1"), b"x", cold=True)
     assert job.reference == Path("nowhere/experiments/0002/losses.npy")
     assert job.baseline_time == EvaluatorTime(2.0, 3.0) and job.keep_below == pytest.approx(1.01)
-    for kind in ("repeat", "confirm"):  # what they say decides of others
-        assert planner.job(run(3, kind, "c1", BASE, 2), b"x", cold=True).keep_below is None
-    assert planner.job(run(3, "repeat", BASE, "", 3), b"x", cold=True).keep_below == -math.inf
+    assert planner.job(run(3, "confirm", "c1", BASE, 2), b"x", cold=True).keep_below is None
+    assert planner.job(run(3, "repeat", "c1", "", 2), b"x", cold=True).keep_below == -math.inf
     growing = Planner(begun, Flight([run(3, "repeat", BASE, "", 3)]), Options(least_gain=0.01), BASE)
     assert growing.job(run(4, "experiment", "c2", "c1"), b"x", cold=True).keep_below is None
     first = Planner(night(), Flight(), Options(), BASE).job(run(0, "baseline", BASE), b"x", cold=True)

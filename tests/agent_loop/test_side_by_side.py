@@ -124,7 +124,7 @@ def test_two_devices_have_one_incumbent_and_decide_in_order(repo: Path) -> None:
     assert most == 2
     rows = night.rows()
     assert [r.number for r in rows] == list(range(len(rows)))
-    assert {r.slot for r in rows} == {0, 1}
+    assert {r.decided.slot for r in rows} == {0, 1}
     kept = [r.val_bpb for r in rows if r.decision == "keep"]
     assert kept == sorted(kept, reverse=True)
     good = {name: ok for name, ok, _ in checks(night.folder, git.Repo(repo), None)}
@@ -146,7 +146,7 @@ def test_a_gain_over_an_older_incumbent_is_tried_again_on_top_of_the_new_one(rep
     agent.edits[1] = ("DEPTH=4", "DEPTH=4.5")
     night = scripted.drive(repo, "t", 3, agent=agent, runner=together, slots=2, noise_seeds=0, least_gain=0.001)
     rows = night.rows()[1:]
-    assert [(r.decision, r.again, r.again_of) for r in rows] == [
+    assert [(r.decision, r.judgement.again, r.origin.again_of) for r in rows] == [
         ("keep", False, None), ("discard", True, None), ("keep", False, 2)
     ]  # fmt: skip
     with git.Repo(repo) as made:
@@ -235,7 +235,7 @@ def test_paid_agents_are_not_asked_beyond_the_limit(repo: Path) -> None:  # noqa
 def test_a_marginal_gain_waits_for_its_seed_on_two_devices_too(repo: Path) -> None:  # noqa: F811
     agent = Edits(("0.04", "0.0425"), ("0.04", "0.01"))
     night = scripted.drive(repo, "t", 2, agent=agent, slots=2, runner=slow)
-    ends = {t.description.split(" (on")[0]: t.decision for t in night.history()[1:]}
+    ends = {t.description.split(" (on")[0]: t.decision for t in night.tried()[1:]}
     assert ends == {"0.04 to 0.0425": "keep", "0.04 to 0.01": "discard"}
 
 

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import train
+from hotloop.agent_loop.agents.brief import _fusions
 from hotloop.bench import baseline
 from hotloop.harness import Batch, doctor, experiment, machine, single
 from hotloop.harness.errors import DeviceError, TrialError
@@ -185,9 +187,9 @@ def test_a_thread_looks_by_itself_while_a_run_is_on_a_gpu(gpus: FakeNvml, monkey
 
 
 def test_a_power_cap_and_a_small_drop_are_the_rule(gpus: FakeNvml) -> None:
-    facts = {"sm_mhz": {"calibrate": 1980, "train": 1900, "last": 1890}, "reasons": ["power cap"], "others": []}
+    facts = Conditions(sm_mhz=ClockMhz(1980, 1900, 1890, 1880), reasons=["power cap"])
     assert warnings(facts, TRAINED) == []
-    facts["sm_mhz"] = {"calibrate": 1980, "train": 1980, "last": 1870}
+    facts = Conditions(sm_mhz=ClockMhz(1980, 1980, 1870, 1870))
     assert warnings(facts, TRAINED) == ["the GPU's clock fell from 1980 MHz in the calibration to 1870 MHz"]
 
 
@@ -420,6 +422,11 @@ def test_a_warning_is_in_the_record_the_summary_and_every_view(
     assert f"warning:          {words}" in summary(outcome)
     assert Chain.open(tmp_path / "records.jsonl").append(outcome).body == outcome
     assert Chain.read(tmp_path / "records.jsonl").outcome(0) == outcome
+    assert "fusions" not in summary(outcome)  # nothing was compiled
+    told = msgspec.structs.replace(outcome.training, implementations={"fusions": "mlp 8 of 8; put in: mlp"})
+    fused = msgspec.structs.replace(outcome, training=told)
+    assert "fusions:          mlp 8 of 8; put in: mlp" in summary(fused)
+    assert "`mlp 8 of 8; put in: mlp`" in next(_fusions(fused, []))
 
 
 # ---- faults of the machine

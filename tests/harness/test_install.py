@@ -82,6 +82,11 @@ REST = ["-r requirements/lock.txt", "--no-deps --no-build-isolation -e ."]
     ("driver", "gives", "asked"),
     [
         ("", {"torch==2.13.0+cpu": CPU}, ["torch==2.13.0+cpu triton==3.7.1"]),
+        # PyTorch's own index is out of reach.
+        ("", {"torch==2.13.0": CUDA13},
+         ["torch==2.13.0+cpu triton==3.7.1",
+          "--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu triton==3.7.1",
+          "torch==2.13.0 triton==3.7.1"]),
         ("580.65.06", {"torch===2.13.0": CUDA13}, ["torch===2.13.0 triton==3.7.1"]),
         # A mirror that gives a CPU build all the same: PyTorch's own index is asked.
         ("580.65.06", {"torch===2.13.0": CPU, "torch==2.13.0+cu130": Build("2.13.0+cu130", "13.0")},
@@ -94,11 +99,13 @@ REST = ["-r requirements/lock.txt", "--no-deps --no-build-isolation -e ."]
     ],
 )  # fmt: skip
 def test_the_build_that_fits_is_installed(
-    tool: ModuleType, on: Callable[..., Machine], driver: str, gives: dict[str, Build], asked: list[str]
-) -> None:
+    tool: ModuleType, on: Callable[..., Machine], driver: str, gives: dict[str, Build], asked: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     machine = on(driver)
     machine.gives = gives
     assert tool.main([]) == 0
+    assert ("no index gave the CPU build" in capsys.readouterr().out) == (gives == {"torch==2.13.0": CUDA13})
     assert machine.asked == asked + REST
     # What fits is left alone.
     machine.asked.clear()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -138,10 +139,10 @@ def test_a_replay_makes_as_many_warm_up_steps_whatever_its_clock_says(folder: Pa
     first = session(folder, source, tiny.tiny_preset(calibrate_steps=7, calibrate_s=0.0))
     weights = first.run().weights
     recorded = first.budget.recorded()
-    assert recorded["timed_steps"] == [7]
+    assert recorded.timed_steps == [7]
     again = session(folder, source, tiny.tiny_preset(calibrate_steps=2, calibrate_s=0.0), Budget.replay(recorded))
     assert again.run().weights == weights
-    old = Budget.replay({k: v for k, v in recorded.items() if k != "timed_steps"})  # as records once were
+    old = Budget.replay(msgspec.structs.replace(recorded, timed_steps=None))  # as records once were
     assert session(folder, source, tiny.tiny_preset(calibrate_s=0.0), old).run().weights != weights
 
 
@@ -169,7 +170,7 @@ def test_what_torch_compile_wraps_keeps_its_names(trained: Session, folder: Path
     assert b"eager" in source
     weights = train(folder, source).weights
     assert safetensors.torch.load(bytes(weights)).keys() == safetensors.torch.load(bytes(trained.weights)).keys()
-    assert evaluate(folder, source, weights).audit["mismatches"] == 0
+    assert evaluate(folder, source, weights).audit.mismatches == 0
 
 
 LOADER = (

@@ -75,7 +75,7 @@ def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     assert "HANGS" in (folder / "log.txt").read_text()
     assert max(map(len, seen)) >= 2, "the trainer and its child"
     assert writers(folder / "log.txt") == []
-    assert train(folder, inside).steps > 0  # the next one is none the worse
+    assert train(folder, inside).training.steps > 0  # the next one is none the worse
 
 
 def test_a_process_that_no_signal_ends_is_said_to_be_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,8 @@ LESS = {
                         NO_QKV),
     "written in place": ((FEED, "y = self.mlp(norm(x))\n        y += x\n        return y"),
                          "qkv 2 of 2, mlp 0 of 2, residual 0 of 2, loss 1 of 1, embedding 2 of 2"),
+    "a broadcast branch": ((FEED, "n = norm(x[:1])\n        return x + self.mlp(n)"),
+                           "qkv 2 of 2, mlp 2 of 2, residual 2 of 4, loss 1 of 1, embedding 2 of 2"),
     "another gate": ((VE, VE.replace("2 * torch", "3 * torch")), ALL.replace("qkv 2 of 2", "qkv 1 of 2")),
     "a norm of queries alone": (("norm(rotate(k, cos, sin))", "rotate(k, cos, sin)"), NO_QKV),
     "rotated backwards": (("b * cos - a * sin), dim", "b * cos + a * sin), dim"), NO_QKV),
@@ -174,8 +176,8 @@ class Layer(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.table = nn.Embedding(41, 48)
-        self.layers = nn.ModuleList(Layer(48, 4, 2, 16) for _ in range(3))
+        self.table = nn.Embedding(41, 64)
+        self.layers = nn.ModuleList(Layer(64, 4, 2, 16) for _ in range(3))
         angle = torch.arange(9)[:, None] * torch.rand(8)
         self.cos, self.sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
 
@@ -199,6 +201,15 @@ def backend(graph, inputs):
 want, found = results(model), results(torch.compile(model, backend=backend, fullgraph=True, dynamic=False))
 assert max(float((a - b).norm() / b.norm()) for a, b in zip(found, want)) < 2e-5
 """
+
+
+def test_what_a_larger_pattern_would_take_is_left_to_a_smaller_one_that_is_selected() -> None:
+    pytest.importorskip("triton")
+    for chosen, names in (("residual", "residual"), ("linear,qkv", "linear, qkv")):
+        said = warm.output(SECOND, **INTERPRETER | {"HOTLOOP_KERNELS": chosen})
+        assert said.startswith("qkv 3 of 3, mlp 3 of 3, residual 3 of 6, ") and said.strip().endswith(
+            f"put in: {names}"
+        )
 
 
 def test_another_model_fuses_what_is_the_same() -> None:
