@@ -205,7 +205,7 @@ def test_a_folder_named_from_here_will_do(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    assert train(Path("run"), tiny.tiny_source(), sandbox=Sandbox(1)).steps > 0
+    assert train(Path("run"), tiny.tiny_source(), sandbox=Sandbox(1)).training.steps > 0
 
 
 def test_bits_per_byte_against_an_independent_fp64_computation(trained: Session, folder: Path) -> None:
