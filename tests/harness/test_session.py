@@ -343,7 +343,7 @@ def test_the_record_names_the_kernels_that_ran(folder: Path) -> None:
     """What train.py's calls chose is known at the end only."""
     fake = "import sys, types; k = sys.modules['hotloop.kernels'] = types.ModuleType('hotloop.kernels'); "
     fake += "k.implementations = lambda: {'attention': 'what ran'}"
-    assert train(folder, tiny.tiny_source(START=fake)).implementations == {"attention": "what ran"}
+    assert train(folder, tiny.tiny_source(START=fake)).training.implementations == {"attention": "what ran"}
 
 
 def test_an_exception_says_its_line(folder: Path) -> None:
