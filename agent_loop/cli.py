@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     tune = add("tune", _tune, "prove and time the implementations on this machine, and choose what runs from then on")
     tune.add_argument("train", nargs="?", default="train.py", help="the file whose step decides (default: train.py)")
     tune.add_argument("--minutes", type=float, metavar="N", help="stop after N minutes (default: 15; with --quick 4)")
-    tune.add_argument("--quick", action="store_true", help="time each implementation alone, then confirm the winners together, once")
+    tune.add_argument("--quick", action="store_true", help="time each one alone, then the winners together")
     add_machine_arguments(tune)
 
     noise = add("noise", _noise, "measure the noise floor: how much the score of one train.py varies with its seed")
