@@ -9,7 +9,7 @@
 # make gate   every shipped kernel configuration compiled without a GPU; make gate-write  accept what it found
 # make gate-step   train.py's whole step compiled without a GPU, for every architecture; make gate-step-write  accept it
 # make gpu-check   everything that needs a GPU, part by part; the same command goes on where it was ended (MINUTES=9.5: begin
-#   nothing that takes longer; PART="switches step": only these; AGAIN=1: though they were done; DATA=folder of rows of
+#   nothing that takes longer; PART="tune step": only these; AGAIN=1: though they were done; DATA=folder of rows of
 #   2048 tokens, else the built-in text; TRIAL=1: all of it on a CPU at a minute size, which measures nothing)
 
 PYTHON      ?= python3

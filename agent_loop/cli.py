@@ -52,7 +52,7 @@ def _main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from hotloop.bench.cli import add_parsers as add_bench_parsers
-    from hotloop.harness.single import add_run_arguments
+    from hotloop.harness.single import add_machine_arguments, add_run_arguments
 
     parser = argparse.ArgumentParser(
         prog="hotloop", description="Language-model pretraining experiments on one GPU, all night, with an AI agent as "
@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "checkout", _show, "make a git branch of your own at an experiment", "its number (default: the best one's)"
     )
     add_of_a_night("report", _report, "write report.html, results.tsv and progress.png of a night, and print its table")
+
+    tune = add("tune", _tune, "prove and time the implementations on this machine, and choose what runs from then on")
+    tune.add_argument("train", nargs="?", default="train.py", help="the file whose step decides (default: train.py)")
+    tune.add_argument("--minutes", type=float, metavar="N", help="at most so long (default: 15; with --quick 4)")
+    tune.add_argument("--quick", action="store_true", help="time each alone, and confirm the winners once together")
+    add_machine_arguments(tune)
 
     noise = add("noise", _noise, "measure the noise floor: how much the score of one train.py varies with its seed")
     noise.add_argument("--tag", help="a night, whose noise floor gets more seeds (default: a new night)")
@@ -161,6 +167,9 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
         "--prewarm", choices=["auto", "on", "off"], default="auto", help="start the next trainer's process while one "
         "trains; on a CPU after that training, whose processor time counts (auto: on a GPU)"
     )  # fmt: skip
+    loop.add_argument(
+        "--no-tune", action="store_true", help="on a GPU that has no profile, do not begin with hotloop tune --quick"
+    )
     loop.add_argument(
         "--compile-cache", action="store_true", help="give each trainer what the compilers of kept experiments made"
     )
@@ -256,7 +265,7 @@ def _install(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands import install_flash3 as flash3
 
     version = flash3.install(flash3.read_lock(args.lock), args.source)
-    print(f"installed {flash3.DISTRIBUTION} {version}: every file matches the lock; to try it: hotloop bench attention")
+    print(f"installed {flash3.DISTRIBUTION} {version}: every file matches the lock; to try it: hotloop tune")
     return 0
 
 
@@ -310,6 +319,7 @@ def _show(args: argparse.Namespace) -> int:
 def _ablate(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands.ablate import ablate
     from hotloop.agent_loop.commands.show import night_named
+    from hotloop.agent_loop.commands.tune import recorded_profile
     from hotloop.agent_loop.folder import NightFolder
     from hotloop.agent_loop.gitrepo import NightRepo, open_repo
     from hotloop.agent_loop.report.files import draw
@@ -317,6 +327,7 @@ def _ablate(args: argparse.Namespace) -> int:
     from hotloop.harness.single import budget_from, settings_of
 
     folder = night_named(args.tag).folder
+    args.recorded = recorded_profile(folder)
     settings = settings_of(args)
     repo = open_repo(Path.cwd())
     with Lock(folder / "lock"):
@@ -326,6 +337,12 @@ def _ablate(args: argparse.Namespace) -> int:
     draw(str(folder), str(Path.cwd()))
     print(f"the whole report: {folder / 'report.html'}")
     return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from hotloop.agent_loop.commands.tune import tune_command
+
+    return tune_command(args)
 
 
 def _noise(args: argparse.Namespace) -> int:

@@ -1,12 +1,8 @@
-"""How fast the kernels are, whether they are right, and what a step is made of.
+"""How fast the kernels are beside plain PyTorch and beside what they were, and what a step is made of.
 
-operators.py   the table: every operator's shapes, tolerances, bytes and operations
-accuracy.py    error against fp64, next to plain PyTorch's in the same dtype
-gate.py        every shipped configuration compiled without a GPU: registers, spills, shared memory
-gate_step.py   train.py's whole step as torch compiles it, without a GPU (whole_step.py is its child process, offline.py
-               plays the card, launches.py notes what would be launched)
-device.py      device timer, copy bandwidth, matrix rate
-bench_*.py     pytest-benchmark files
-results.py     tables, comparisons and plots of what was measured
-tune.py        searches launch configurations        step.py   one training step, by operator
+gate/          every shipped configuration, and train.py's whole step, compiled without a GPU
+check/         `make gpu-check`: all that only a GPU can tell, part by part
+bench_*.py     pytest-benchmark files; results.py: their tables and comparisons
+baseline.py    the model in plain PyTorch; versus_plain.py, quality.py: train.py beside it
+step.py, determinism.py, overheads.py, sandbox.py: one training step, and what stands around it
 """

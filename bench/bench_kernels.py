@@ -22,12 +22,12 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from hotloop import kernels
-from hotloop.bench.peers import PEERS, available
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import bitwise_repeats, check, fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS, Operator
 from hotloop.harness.text import one_line
-from hotloop.kernels import operators, reference
+from hotloop.harness.tuning.proving import function_of
+from hotloop.kernels import attend, dispatch, reference
 
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -36,8 +36,14 @@ ROUNDS, REPEATS = (30, 100) if ON_GPU else (3, 3)
 Function = Callable[..., Any]
 
 
-def has_kernel(op: Operator) -> bool:
-    return kernels.implementations().get(op.switch, "").startswith(("triton", "vendor"))
+def names(op: Operator) -> list[str]:
+    """The implementations of the table that run here."""
+    found = dispatch.OPERATORS[op.switch].implementations
+    if op.name == "attention":
+        able = attend.backends("cuda" if ON_GPU else "cpu")[0]
+        return [n for n in found if n in (*able, "reference")]
+    runs = kernels.implementations().get(op.switch, "").startswith(("triton", "vendor"))
+    return [n for n in found if runs or n == "reference"]
 
 
 def cases() -> list[Any]:
@@ -47,8 +53,7 @@ def cases() -> list[Any]:
             if (shape in ("odd", "tiny")) if ON_GPU else (shape != "tiny"):
                 continue  # small ones are for tests, not for timing
             for way in op.passes:
-                ours = ("hotloop", *(f"hotloop-{v}" for v in op.variants)) if has_kernel(op) else ()
-                for name in (*ours, "eager", *PEERS.get(op.name, {})):
+                for name in names(op):
                     found.append(pytest.param(op.name, shape, way, name, id=f"{op.name}-{shape}-{way}-{name}"))
     return found
 
@@ -84,16 +89,10 @@ def verdict(name: str, shape: str, implementation: str) -> tuple[bool, str]:
 
 def implementation_of(name: str, implementation: str) -> Function:
     op = OPERATORS[name]
-    if implementation.startswith("hotloop"):
-        ours = op.bind(operators, implementation.removeprefix("hotloop").removeprefix("-"))
-        # Without a kernel of ours it is PyTorch that is meant to be compiled.
-        return dev.compiled(ours, fullgraph=True) if ON_GPU and not op.module else ours
-    if implementation == "eager":
-        return op.bind(reference)
-    loaded, missing = available(name)
-    if implementation in missing:
-        pytest.skip(f"{implementation}: {missing[implementation]}")
-    return loaded[implementation]
+    function = function_of(op, implementation)
+    # Without a kernel of ours it is PyTorch that is meant to be compiled.
+    ours = implementation.startswith("triton")
+    return dev.compiled(function, fullgraph=True) if ours and ON_GPU and not op.module else function
 
 
 def work_of(op: Operator, way: str, function: Function, args: list[Any], grad: Any) -> Callable[[], Any]:
@@ -128,12 +127,12 @@ def test_operator(
     try:
         right, errors = verdict(name, shape, implementation)
     except Exception as e:
-        if implementation == "hotloop":
+        if implementation.startswith("triton"):
             raise
         # A peer that does not serve this case, or the eager reference without the memory for it.
         pytest.skip(f"{implementation}: {type(e).__name__}: {one_line(str(e), 120)}")
     benchmark.extra_info["errors"] = errors
-    if not right and not implementation.startswith("hotloop"):
+    if not right and not implementation.startswith("triton"):
         pytest.skip(f"{implementation} is wrong, so it is not timed: {errors}")
     assert right, f"{implementation} is wrong, so it is not timed: {errors}"
     grad = upstream(op, copies[0])
@@ -183,4 +182,4 @@ def test_operator(
         runs = (options.repeats if shape.startswith("baseline") else 0) or REPEATS
         different = bitwise_repeats(op, copies[0], function, runs)
         benchmark.extra_info |= {"runs": runs, "runs_with_other_bits": different}
-        assert not implementation.startswith("hotloop") or different == 0, f"{different} of {runs} runs gave other bits"
+        assert not implementation.startswith("triton") or different == 0, f"{different} of {runs} runs gave other bits"

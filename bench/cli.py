@@ -1,4 +1,4 @@
-"""`hotloop bench`: the kernels and the step, proven, measured and compared."""
+"""`hotloop bench`: the kernels and the step, measured and compared."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from hotloop.harness.command_line import exit_status
 from hotloop.harness.errors import UsageError
 
 __all__ = ["add_parsers", "main"]
-
-TRIAL = "try all of it on a CPU at a tiny size, without measuring anything"
 
 
 def add_parsers(parser: argparse.ArgumentParser) -> None:
@@ -43,36 +41,17 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try it")
     check.set_defaults(run=_check)
 
-    attention = parts.add_parser("attention", help="time and order the attention backends that are installed")
-    attention.add_argument("--shape", action="append", default=[], metavar="CLASS", help="only this; may be repeated")
-    attention.add_argument("--out", type=Path, default=Path("attention.json"), metavar="FILE")
-    attention.add_argument("--minutes", type=float, default=60.0, metavar="N", help="(default: 60)")
-    attention.add_argument(
-        "--repeats", type=int, default=1000, metavar="N", help="runs that must be equal (default: 1000)"
-    )
-    attention.add_argument("--trial", action="store_true", help=TRIAL)
-    attention.set_defaults(run=_attention)
-
     compare = parts.add_parser("compare", help="fail when a kernel got slower than in an earlier result")
     compare.add_argument("base", metavar="BASE", help="a result file; `committed`: the newest one in bench/results")
     compare.add_argument("new", type=Path, metavar="NEW", help="the result file to judge")
+    compare.add_argument("--profile", action="store_true", help="both are profiles that `hotloop tune` wrote")
     compare.set_defaults(run=_compare)
-
-    plot = parts.add_parser("plot", help="plot each kernel's time and share of the roofline over several results")
-    plot.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results, oldest first")
-    plot.add_argument("--out", type=Path, default=Path("bench.png"), metavar="PNG")
-    plot.set_defaults(run=_plot)
 
     gate = parts.add_parser("gate", help="compile and check every shipped kernel, without a GPU")
     gate.add_argument("--step", action="store_true", help="compile train.py's whole training step instead")
     gate.add_argument("--all", action="store_true", help="for every supported GPU architecture, not only those of CI")
     gate.add_argument("--write", action="store_true", help="write the findings to bench/results and into docs/")
     gate.set_defaults(run=_gate)
-
-    tune = parts.add_parser("tune", help="search for the kernels' fastest launch configurations on this GPU")
-    tune.add_argument("--operator", action="append", default=[], metavar="KERNEL", help="only this; may be repeated")
-    _add_minutes(tune)
-    tune.set_defaults(run=_tune)
 
     step = parts.add_parser("step", help="time one training step of train.py, by operator")
     _add_train(step)
@@ -81,11 +60,6 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of train.py")
     step.add_argument("--fast-nondeterministic", action="store_true", help="let results not repeat to the bit")
     step.set_defaults(run=_step)
-
-    switches = parts.add_parser("switches", help="find which kernels make a whole training step faster")
-    _add_train(switches)
-    _add_minutes(switches)
-    switches.set_defaults(run=_switches)
 
     repeats = parts.add_parser("determinism", help="measure what repeating to the bit costs a training step")
     _add_train(repeats)
@@ -147,18 +121,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="a folder that `hotloop prepare` made (default: the preset's)")
 
 
-def _add_minutes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=60.0,
-        metavar="N",
-        help="stop after N minutes; the same command continues (default: 60)",
-    )
-    parser.add_argument("--notes", type=Path, metavar="FILE", help="what was found so far (default: in bench/results)")
-    parser.add_argument("--trial", action="store_true", help=TRIAL)
-
-
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
     parser.add_argument("--tokens", type=float, metavar="N", help="of each training (default: the preset's budget)")
@@ -193,13 +155,6 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if code else 0
 
 
-def _attention(args: argparse.Namespace) -> int:
-    from hotloop.bench.attention import main as attention
-
-    _check_minutes(args)
-    return attention(args.out, args.shape, args.minutes, args.repeats, args.trial)
-
-
 def _check(args: argparse.Namespace) -> int:
     from hotloop.bench.check.command import main as check
     from hotloop.bench.check.parts import PARTS
@@ -220,20 +175,19 @@ def _check(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from hotloop.bench import results
+    from hotloop.harness import profile
 
-    new = results.read(args.new)
-    base = results.read(results.newest(new.device, but=args.new) if args.base == "committed" else Path(args.base))
-    found = results.compare(base, new)
-    print(results.comparison_table(base, new, found), end="")
-    return 1 if any(c.fault for c in found) else 0
-
-
-def _plot(args: argparse.Namespace) -> int:
-    from hotloop.bench import results
-
-    results.plot([results.read(p) for p in args.files], args.out)
-    print(args.out)
-    return 0
+    if args.profile:
+        base, new = profile.read(Path(args.base)), profile.read(args.new)
+        found = results.compare_profiles(base, new)
+        verdict = found.fault or "fine"
+        print(f"{found.key}: {found.base:.3f}x plain torch.compile before, {found.new:.3f}x now: {verdict}")
+        return 1 if found.fault else 0
+    result = results.read(args.new)
+    was = results.read(results.newest(result.device, but=args.new) if args.base == "committed" else Path(args.base))
+    compared = results.compare(was, result)
+    print(results.comparison_table(was, result, compared), end="")
+    return 1 if any(c.fault for c in compared) else 0
 
 
 def _gate(args: argparse.Namespace) -> int:
@@ -243,71 +197,30 @@ def _gate(args: argparse.Namespace) -> int:
     return gate_step.main(args.all, args.write) if args.step else gate.main(args.all, args.write)
 
 
-def _tune(args: argparse.Namespace) -> int:
-    from hotloop.harness.proof import device as dev
-    from hotloop.harness.tuning.configurations import KERNELS
-    from hotloop.harness.tuning.configurations import main as tune
-
-    _check_minutes(args)
-    if unknown := sorted(set(args.operator) - set(KERNELS)):
-        raise UsageError(f"no kernel is called {unknown[0]}; those that can be tuned: {', '.join(KERNELS)}")
-    if args.trial:
-        notes = (args.notes or Path("trial.json")).resolve()
-        return tune(args.operator, notes, args.minutes, table="hotloop.bench.check.trial:KERNELS")
-    dev.require_gpu()
-    return tune(args.operator, (args.notes or _notes("tune")).resolve(), args.minutes)
-
-
 def _step(args: argparse.Namespace) -> int:
-    import torch
+    from hotloop.harness.profile import enter, find
+    from hotloop.harness.single import machine_from, read_train_source
 
+    read_train_source(args.train)
+    machine = machine_from(preset=args.preset or "auto")
+    enter(find(machine.facts)[0])  # before the kernels are imported
     from hotloop.bench.step import main as step
-    from hotloop.harness.single import read_train_source
     from hotloop.harness.tuning.step import settle
 
-    preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
-    read_train_source(args.train)
     settle(not args.fast_nondeterministic)
-    busy, page = step(args.train, preset, args.set)
+    busy, page = step(args.train, machine.preset.name, args.set)
     _shown(page, args)
     return 0 if busy else 1
 
 
 def _determinism(args: argparse.Namespace) -> int:
-    import torch
-
-    from hotloop.bench.switches import determinism
-    from hotloop.harness.single import read_train_source
+    from hotloop.bench.determinism import determinism
+    from hotloop.harness.single import machine_from, read_train_source
 
     if args.pairs < 1:
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
-    read_train_source(args.train)
-    preset = args.preset or ("h100" if torch.cuda.is_available() else "laptop")
-    return determinism(args.train.resolve(), preset, args.pairs)
-
-
-def _switches(args: argparse.Namespace) -> int:
-    from hotloop.bench.switches import EXTRAS, stamp, switches
-    from hotloop.harness.proof import device as dev
-    from hotloop.harness.single import read_train_source
-    from hotloop.harness.tuning.notes import Notes
-
-    _check_minutes(args)
-    read_train_source(args.train)
-    preset, extras, train = "laptop" if args.trial else "h100", () if args.trial else EXTRAS, args.train.resolve()
-    if not args.trial:
-        dev.require_gpu()
-    path = args.notes or (Path("trial.json") if args.trial else _notes("switches"))
-    notes = Notes(path, stamp(train, preset))
-    return switches(train, preset, notes, path.with_name("chosen.json"), args.minutes, extras)
-
-
-def _notes(name: str) -> Path:
-    """Where a long measurement on this GPU keeps what it found."""
-    from hotloop.bench import results
-    from hotloop.harness.proof import device as dev
-
-    return results.folder_of(dev.identity()["device"]) / "work" / f"{name}.json"
+    source = read_train_source(args.train)
+    return determinism(source, machine_from(preset=args.preset or "auto"), args.pairs)
 
 
 def _check_minutes(args: argparse.Namespace) -> None:

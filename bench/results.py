@@ -1,4 +1,4 @@
-"""What was measured, as tables, comparisons and plots.
+"""What was measured, as tables and comparisons.
 
 A result file is pytest-benchmark's JSON (so `pytest-benchmark compare` and `histogram` read it too) with one more
 key, `hotloop`: what else was checked. Files lie in `bench/results/<gpu>/`, named by date and commit, each beside its
@@ -8,16 +8,30 @@ Markdown.
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hotloop.harness.errors import UsageError
 from hotloop.harness.paths import project_root
+from hotloop.harness.profile import Profile
 
-__all__ = ["RESULTS", "Comparison", "Result", "Row", "compare", "folder_of", "markdown", "newest", "plot", "read"]
+__all__ = [
+    "RESULTS",
+    "Comparison",
+    "Result",
+    "Row",
+    "compare",
+    "compare_profiles",
+    "folder_of",
+    "markdown",
+    "newest",
+    "read",
+]
 
 RESULTS = project_root() / "bench" / "results"
+OURS = ("triton", "vendor")  # as names of implementations begin
 WORSE = 0.03  # a ratio may worsen by so much beyond the spread of both measurements
 
 
@@ -128,7 +142,7 @@ def compare(base: Result, new: Result) -> list[Comparison]:
     now = {r.key: r for r in new.rows}
     found = []
     for was in base.rows:
-        if not was.implementation.startswith("hotloop"):
+        if not was.implementation.startswith(OURS):
             continue
         here = now.get(was.key)
         if here is None:
@@ -195,32 +209,25 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(results: list[Result], path: Path) -> None:
-    """Time and share of the roofline of each of our kernels, over the results given, oldest first."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def compare_profiles(base: Profile, new: Profile) -> Comparison:
+    """The step of two profiles of one kind of GPU: what each set that was chosen gained on plain torch.compile.
 
-    if len({r.device for r in results}) != 1:
-        raise UsageError("a plot shows results of one device; give files of one")
-    keys = sorted({row.key for r in results for row in r.rows if row.implementation.startswith("hotloop")})
-    if not keys:
-        raise UsageError("none of the results has a kernel of hotloop to plot")
-    figure = Figure(figsize=(11, 2.2 + 0.35 * len(keys)), layout="constrained")
-    FigureCanvasAgg(figure)
-    times, shares = figure.subplots(1, 2)
-    x = range(len(results))
-    for key in keys:
-        rows = [next((row for row in r.rows if row.key == key), None) for r in results]
-        label = key.removesuffix(" hotloop")
-        times.plot(x, [row.median_us if row else float("nan") for row in rows], marker="o", label=label)
-        shares.plot(x, [100 * row.roofline if row else float("nan") for row in rows], marker="o")
-    for axes, title in ((times, "median time (us)"), (shares, "share of the roofline (%)")):
-        axes.set_title(title)
-        axes.set_xticks(list(x), [r.commit[:7] for r in results], rotation=30)
-        axes.grid(alpha=0.2)
-    times.set_yscale("log")
-    note = " (CPU figures: a test of the rig)" if results[0].machine.get("cpu_figures") else ""
-    figure.suptitle(f"hotloop kernels on {results[0].device}{note}")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    Raises:
+        UsageError: of different GPUs or presets, or a profile that has no such comparison.
+    """
+    for name in ("gpu", "preset"):
+        if base.body["depends"].get(name) != new.body["depends"].get(name):
+            raise UsageError(f"{base.path} and {new.path} are of another {name}, so they do not compare")
+    ratios = []
+    for profile in (base, new):
+        found = profile.body.get("whole", {}).get("plain", {}).get("ratios", [])
+        if not found and profile.selection:
+            raise UsageError(f"{profile.path} says nothing of the whole step; make it anew with: hotloop tune")
+        ratios.append(sorted(found) or [1.0])  # nothing was chosen: plain itself
+    was, now = (statistics.median(r) for r in ratios)
+    spread = sum((r[int(0.8 * (len(r) - 1))] - r[int(0.2 * (len(r) - 1))]) / (2 * r[len(r) // 2]) for r in ratios)
+    allowed = WORSE + spread
+    slower = was / now - 1
+    fault = f"slower against plain torch.compile by {slower:.1%}; {allowed:.1%} is allowed" if slower > allowed else ""
+    chosen = " ".join(f"{part}={name}" for part, name in sorted(new.selection.items())) or "plain"
+    return Comparison(f"the whole step with {chosen}", was, now, allowed, fault)

@@ -10,6 +10,7 @@ reading of the loss behind it, on synthetic tokens, under torch's profiler. Devi
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,17 @@ from typing import Any
 
 import torch
 
+from hotloop.bench.overrides import with_constants
 from hotloop.harness.errors import DeviceError
+from hotloop.harness.machine import gpu_memory_gib
 from hotloop.harness.proof import device as dev
+from hotloop.harness.proof.floor import FLOOR, floor_s
+from hotloop.harness.settings import batch_divisor
+from hotloop.harness.single import read_train_source
 from hotloop.harness.text import one_line
 from hotloop.harness.tuning.step import step_of, time_step
 
 __all__ = [
-    "FLOOR",
     "GAP_ALLOWED",
     "GROUPS",
     "Idle",
@@ -48,17 +53,6 @@ GROUPS = (
     ("copies", r"memcpy|memset|copy_|aten::(stack|cat)|CatArray"),
     ("fused elementwise", r"triton_|_qkv_backward_kernel"),
 )
-# Of the baseline architecture: MFLOP and KB of ideal traffic a token, all layers, forward and backward, everything
-# fused that can be. Estimates from counting bytes and operations; times come from this machine's own ceilings.
-FLOOR = {
-    "matrix products": (37.7 + 12.6 + 100.7, 135 + 57 + 311),
-    "attention": (13.6 + 34.1, 33 + 107),
-    "loss": (25.2, 52 + 2),
-    "embedding": (0.0, 10),
-    "fused elementwise": (0.0, 82),
-}
-
-
 GAP_ALLOWED = 0.01  # of a step, in which the device runs nothing
 
 
@@ -89,11 +83,15 @@ def profile_step(path: Path, preset: str, constants: Sequence[str] = ()) -> dict
         `idle` is None on a CPU.
 
     Raises:
-        UsageError: as `step_of`.
+        UsageError: as `step_of` and `with_constants`.
         DeviceError: the profiler saw nothing on the GPU.
     """
     on_gpu = torch.cuda.is_available()
-    found = step_of(path, preset, constants)
+    divisor = batch_divisor(gpu_memory_gib() if on_gpu else None)
+    with tempfile.TemporaryDirectory() as scratch:
+        changed = Path(scratch) / "train.py"
+        changed.write_bytes(with_constants(read_train_source(path), constants, preset))
+        found = step_of(changed, preset, divisor)
     step, tokens = found.once, found.tokens
     steps = 5 if on_gpu else 1  # of n steps in a row n - 1 of the pauses between two are seen
     step_s = time_step(step, steps)
@@ -195,8 +193,7 @@ def _short(name: str, most: int) -> str:
 
 
 def _floor_ns(name: str) -> float:
-    megaflop, kilobytes = FLOOR[name]
-    return max(megaflop * 1e6 / dev.matrix_rate(), kilobytes * 1e3 / dev.copy_bandwidth()) * 1e9
+    return floor_s(name, dev.matrix_rate(), dev.copy_bandwidth()) * 1e9
 
 
 def main(train: Path, preset: str, constants: Sequence[str] = ()) -> tuple[bool, str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hotloop.bench.overrides import with_constants
 from hotloop.harness.errors import HotloopError, TrialError, UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.machine import gpus, mfu_percent
@@ -25,7 +26,6 @@ from hotloop.harness.scoring.weights import check_weights
 from hotloop.harness.settings import BudgetRule, Spec
 from hotloop.harness.training.budget import Budget
 from hotloop.harness.training.session import Session, SessionConfig
-from hotloop.harness.tuning.overrides import with_constants
 
 __all__ = ["OURS", "PLAIN", "TOKENS", "Side", "main", "page", "pair_of", "source_of", "train_once"]
 

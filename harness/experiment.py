@@ -22,6 +22,7 @@ from hotloop.harness.errors import DataError, DiskFullError, HotloopError, SealE
 from hotloop.harness.gpu.between_runs import fresh
 from hotloop.harness.machine import check_device, environment, mfu_percent
 from hotloop.harness.preflight.lint import problem
+from hotloop.harness.profile import Profile
 from hotloop.harness.records.model import (
     OPEN_TEXT,
     Audit,
@@ -34,12 +35,12 @@ from hotloop.harness.records.model import (
     Kind,
     Ledger,
     Outcome,
-    Run,
     SandboxFacts,
     Scores,
     Seals,
     Status,
     Training,
+    Trial,
     hotloop_version,
 )
 from hotloop.harness.records.seal import verify_seal
@@ -98,7 +99,7 @@ class Job:
         folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
-    run: Run
+    run: Trial
     source: bytes
     tag: str
     folder: Path
@@ -123,6 +124,7 @@ class Settings:
         prewarmer: makes the next trainer ready meanwhile; None for cold starts.
         store: of what compilers made; None to compile all of it each time.
         repeatable: whether a training must repeat to the bit; evaluators do in any case.
+        profile: what this machine chose to run, which is in the environment; None for references.
     """
 
     preset: Preset
@@ -133,6 +135,7 @@ class Settings:
     prewarmer: Prewarmer | None = field(default=None, compare=False)
     store: Store | None = None
     repeatable: bool = True
+    profile: Profile | None = None
 
     @property
     def setup(self) -> Setup:
@@ -151,7 +154,7 @@ def run_experiment(
         HotloopError: the machine's or the user's fault: no device, no data, a broken seal, a full disk.
     """
     check_device(settings.device, settings.sandbox.gpu)
-    seal, data = verify_seal(), _verify_data(settings)
+    seal, data = _verify_code(settings), _verify_data(settings)
 
     def emit(event: Event) -> None:
         if settings.prewarmer:
@@ -167,6 +170,8 @@ def run_experiment(
         for name in ("log.txt", "evaluate.txt", "weights.safetensors", PACK, LOSSES):
             (job.folder / name).unlink(missing_ok=True)
         (job.folder / "train.py").write_bytes(job.source)
+        if settings.profile:
+            settings.profile.keep(job.folder)
         with Watch(settings.device, settings.sandbox.gpu, emit) as watch:
             try:
                 _try_twice(job, settings, found, watch, clock)
@@ -179,7 +184,7 @@ def run_experiment(
         if e.errno == 28:
             raise DiskFullError(f"the disk of {job.folder} is full; free some space and start again") from None
         raise HotloopError(f"{e.filename or job.folder}: {e.strerror or e}") from None
-    if (verify_seal(), _verify_data(settings)) != (seal, data):
+    if (_verify_code(settings), _verify_data(settings)) != (seal, data):
         raise SealError("the seal was rewritten while an experiment ran; its result is void, run it again")
     total_s = time.monotonic() - began
     shorten(job.folder / "log.txt", LOG_BYTES)
@@ -407,8 +412,18 @@ def _spec(settings: Settings, seed: int) -> Spec:
 def _environment(settings: Settings) -> Environment:
     facts = environment(settings.device, settings.threads, settings.sandbox.gpu)
     facts["versions"] = facts["versions"] | {"hotloop": hotloop_version()}  # whose record it is
-    more = {"batch_divisor": settings.preset.batch_divisor, "repeatable": settings.repeatable}
+    profile = settings.profile.as_record() if settings.profile else None
+    more = {
+        "batch_divisor": settings.preset.batch_divisor, "repeatable": settings.repeatable, "profile": profile
+    }  # fmt: skip
     return msgspec.convert(facts | more, Environment)
+
+
+def _verify_code(settings: Settings) -> str:
+    """Of the project, and of packages that the profile has run. Raises SealError."""
+    if settings.profile:
+        settings.profile.verify()
+    return verify_seal()
 
 
 def _verify_data(settings: Settings) -> str:

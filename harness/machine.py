@@ -26,7 +26,9 @@ __all__ = [
     "gpu_memory_gib",
     "gpus",
     "gpus_at",
+    "installed_hash",
     "mfu_percent",
+    "package_version",
     "record_hash",
     "threads_default",
 ]
@@ -103,6 +105,29 @@ def record_hash(package: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         return ""
     return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
+def package_version(package: str) -> str:
+    """Of an installed distribution; empty without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def installed_hash(package: str) -> str:
+    """SHA-256 over the names and contents of an installed package's files as they are now; empty without it."""
+    try:
+        files = importlib.metadata.distribution(package).files or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    found = hashlib.sha256()
+    for path in sorted(files, key=str):
+        if path.suffix != ".pyc":
+            where = Path(str(path.locate()))
+            content = hashlib.sha256(where.read_bytes()).hexdigest() if where.is_file() else "missing"
+            found.update(f"{path} {content}\n".encode())
+    return found.hexdigest()
 
 
 def changed_files(package: str) -> list[str]:

@@ -27,17 +27,21 @@ from hotloop.harness.gpu.nvml import Gpu
 from hotloop.harness.gpu.toolchain import torch_build
 from hotloop.harness.machine import check_device, gpu_memory_gib, threads_default
 from hotloop.harness.preflight.lint import MAX_BYTES, unfit
+from hotloop.harness.profile import Machine, enter, facts, find, kept
 from hotloop.harness.records.chain import Chain, Lock
-from hotloop.harness.records.model import Kind, Outcome, Run, Status
+from hotloop.harness.records.model import Kind, Outcome, Status, Trial
 from hotloop.harness.sandbox.levels import best
+from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.scoring.score import Noise
-from hotloop.harness.settings import PRESETS, BudgetRule, auto_preset, batch_divisor, preset_named
+from hotloop.harness.settings import PRESETS, BudgetRule, Preset, auto_preset, batch_divisor, preset_named
 from hotloop.harness.training.session import Event
 
 __all__ = [
     "EXIT_BY_STATUS",
+    "add_machine_arguments",
     "add_run_arguments",
     "budget_from",
+    "machine_from",
     "main",
     "preset_here",
     "read_train_source",
@@ -65,12 +69,46 @@ def settings_from(
     unsafe: bool = False,
     repeatable: bool = True,
     gpus: str | None = None,
+    recorded: tuple[Path, str] | None = None,
 ) -> Settings:
-    """Turn flags into settings; on a GPU that is then claimed for this process, and CUDA is awake.
+    """Turn flags into settings; on a GPU that is then claimed for this process, and CUDA is awake. The environment of
+    this process is that of the profile from now on.
+
+    Args:
+        recorded: for what goes on with a record: the experiment's folder, and the profile's hash or "".
 
     Raises:
         UsageError, DeviceError, DataError, LockedError, SandboxError: each with what to do.
     """
+    wanted, device, mine = _device_of(preset, device, gpus)
+    path = Path(data) if data else default_data_dir(wanted.source, wanted.seq_len, wanted.vocab_size)
+    if not path.exists():
+        raise DataError(f"there is no prepared data at {path}; run: hotloop prepare --preset {wanted.name}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {threads}")
+    wanted, inside = _inside(wanted, device, mine, sandbox, unsafe)
+    here, told = facts(wanted, device, mine[0]), ""
+    if recorded:
+        found = kept(*recorded, here)
+    else:
+        found, told = find(here)
+    if len({gpu.name for gpu in filter(None, mine)}) > 1:
+        found, told = None, "these GPUs are of different kinds, so no profile is used"
+    if told:
+        print(f"hotloop: WARNING: {told}", file=sys.stderr)
+    enter(found)
+    threads = threads or (found.threads if found else None) or threads_default()
+    return Settings(wanted, device, load_dataset(path), threads, inside, repeatable=repeatable, profile=found)
+
+
+def machine_from(*, preset: str = "auto", device: str = "auto", sandbox: str = "auto", unsafe: bool = False) -> Machine:
+    """What `hotloop tune` needs of the settings: no data. Raises as `settings_from`."""
+    wanted, device, mine = _device_of(preset, device, None)
+    wanted, inside = _inside(wanted, device, mine, sandbox, unsafe)
+    return Machine(wanted, device, inside, facts(wanted, device, mine[0]), threads_default())
+
+
+def _device_of(preset: str, device: str, gpus: str | None) -> tuple[Preset, str, list[Gpu | None]]:
     if preset == "auto":
         here = named(gpus)[0] if gpus and device == "auto" else None
         preset = "laptop" if device == "cpu" else "h100" if device == "cuda" else preset_here(here)
@@ -79,14 +117,16 @@ def settings_from(
         device = wanted.device
         if device == "cuda" and chosen() is None:
             raise UsageError(f"the preset {preset} needs a GPU and nvidia-smi shows none; use --preset laptop")
-    mine = named(gpus) if gpus and device == "cuda" else [chosen()] if device == "cuda" else [None]
+    mine: list[Gpu | None] = [None]
+    if device == "cuda":
+        mine = [*named(gpus)] if gpus else [chosen()]
     for gpu in mine:
         check_device(device, gpu)
-    path = Path(data) if data else default_data_dir(wanted.source, wanted.seq_len, wanted.vocab_size)
-    if not path.exists():
-        raise DataError(f"there is no prepared data at {path}; run: hotloop prepare --preset {preset}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads must be at least 1, not {threads}")
+    return wanted, device, mine
+
+
+def _inside(wanted: Preset, device: str, mine: list[Gpu | None], sandbox: str, unsafe: bool) -> tuple[Preset, Sandbox]:
+    """The preset at the size of the GPU's memory, and the sandbox; the GPU is claimed, and CUDA awake."""
     level = None if sandbox == "auto" else int(sandbox.removeprefix("L"))
     if level == 0 and not unsafe:
         raise UsageError("--sandbox L0 protects nothing; where that is wanted, say --unsafe-no-sandbox")
@@ -99,7 +139,7 @@ def settings_from(
     if device == "cuda":
         sizes = [size for gpu in mine if (size := gpu_memory_gib(gpu)) is not None]
         wanted = replace(wanted, batch_divisor=batch_divisor(min(sizes, default=None)))
-    return Settings(wanted, device, load_dataset(path), threads or threads_default(), inside, repeatable=repeatable)
+    return wanted, inside
 
 
 @contextlib.contextmanager
@@ -149,23 +189,28 @@ def budget_from(args: argparse.Namespace) -> BudgetRule | None:
     return None
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every command which trains has."""
-    training = parser.add_argument_group("training")
-    training.add_argument(
+def add_machine_arguments(parser: argparse._ActionsContainer) -> None:
+    """The flags that say on what something runs, and behind which walls."""
+    parser.add_argument(
         "--preset", default="auto", choices=["auto", *sorted(PRESETS)],
         help="sizes of model, text and budget (auto: h100 with a GPU, laptop without)",
     )  # fmt: skip
-    training.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the preset's")
-    training.add_argument("--data", metavar="DIR", help="a folder that `hotloop prepare` made (default: the preset's)")
-    training.add_argument("--threads", type=int, metavar="N", help="CPU threads, on which scores depend (default: 2)")
-    training.add_argument(
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the preset's")
+    parser.add_argument(
         "--sandbox", default="auto", choices=["auto", "L3", "L2", "L1", "L0"],
         help="its level (auto: the best that works here; see hotloop doctor)",
     )  # fmt: skip
-    training.add_argument(
+    parser.add_argument(
         "--unsafe-no-sandbox", action="store_true", help="run train.py without protection where no sandbox works"
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command which trains has."""
+    training = parser.add_argument_group("training")
+    add_machine_arguments(training)
+    training.add_argument("--data", metavar="DIR", help="a folder that `hotloop prepare` made (default: the preset's)")
+    training.add_argument("--threads", type=int, metavar="N", help="CPU threads, on which scores depend (default: 2)")
     training.add_argument(
         "--fast-nondeterministic", action="store_true", help="let trainings be faster and not repeat bit by bit; their "
         "scores do not compare with those of other nights (hotloop bench determinism measures the gain)"
@@ -182,6 +227,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings = settings_from(
         preset=args.preset, device=args.device, data=args.data, threads=args.threads, sandbox=args.sandbox,
         unsafe=args.unsafe_no_sandbox, repeatable=not args.fast_nondeterministic, gpus=getattr(args, "gpus", None),
+        recorded=getattr(args, "recorded", None),
     )  # fmt: skip
     row = settings.preset.seq_len
     if rule and rule.kind == "tokens" and rule.amount < row:
@@ -245,7 +291,7 @@ def run_command(args: argparse.Namespace) -> int:
     chain = Chain.open(SINGLES / "records.jsonl")
     number = len(chain.bodies(Outcome))
     commit = _git_commit(Path(args.train).resolve())
-    run = Run(number, Kind.SINGLE, commit, "", f"{args.train}", args.seed)
+    run = Trial(number, Kind.SINGLE, commit, "", f"{args.train}", args.seed)
     job = Job(run, source, "single", SINGLES / "experiments" / f"{number:04d}", budget=budget_from(args))
     outcome = run_experiment(job, settings, _printer())
     chain.append(outcome)
@@ -275,7 +321,7 @@ def replay_command(args: argparse.Namespace) -> int:
         raise UsageError(f"{path} is not what was run; restore it: git show {was.run.commit[:12]}:train.py > {path}")
     settings = settings_from(
         preset=was.preset, device=was.device, data=args.data, threads=was.environment.threads,
-        repeatable=was.environment.repeatable,
+        repeatable=was.environment.repeatable, recorded=(path.parent, was.profile),
     )  # fmt: skip
     if settings.dataset.digest != was.seals.data:
         raise DataError(f"{settings.dataset.path} is not the data that experiment {number} was trained on")

@@ -18,7 +18,10 @@ __all__ = ["fingerprint", "mark"]
 
 FOLDER = Path(__file__).parent
 # What this process is told to choose; read when it is read there.
-SELECTION = {name: os.environ.get(name, "") for name in ("HOTLOOP_KERNELS", "HOTLOOP_ATTENTION", "TRITON_INTERPRET")}
+SELECTION = {
+    name: os.environ.get(name, "")
+    for name in ("HOTLOOP_KERNELS", "HOTLOOP_ATTENTION", "HOTLOOP_PROFILE", "TRITON_INTERPRET")
+}
 
 
 def fingerprint(selection: dict[str, str] = SELECTION, folder: Path = FOLDER) -> str:

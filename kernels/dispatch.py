@@ -72,7 +72,9 @@ OPERATORS = {
 # Importing Triton takes a third of a second, in every process of every experiment, so a torch without CUDA goes without
 # unless kernels are asked for.
 ASKED = os.environ.get("HOTLOOP_KERNELS", "auto")
-WANT_TRITON = torch.version.cuda is not None or ASKED not in ("auto", "reference", "auto,step=compiled")
+WANT_TRITON = torch.version.cuda is not None or any(
+    item not in ("auto", "reference") and not item.startswith("step=") for item in ASKED.split(",")
+)
 HAVE_TRITON = WANT_TRITON and importlib.util.find_spec("triton") is not None
 # Operators that choose among more than their kernel and their reference: name -> what runs on a device type.
 describe: dict[str, Callable[[str], str]] = {}

@@ -1,8 +1,9 @@
-"""Launch configurations found by measurement, as data: `kernels/tuned/<gpu>.json`, as `hotloop tune` found them.
+"""Launch configurations and orders that were measured, as data: from the profile that the harness passes on in
+HOTLOOP_PROFILE, else from one of those that ship in `kernels/tuned/`.
 
-Nothing is tuned while a model trains: start-up stays short and two runs launch the same kernels. A GPU without a file
-gets the file of the nearest one (the same compute capability, then the nearest number of multiprocessors), which
-`notice()` says; with no file of its capability, each kernel's own default stands.
+Nothing is tuned while a model trains: start-up stays short and two runs launch the same kernels. A GPU that was never
+tuned gets the configurations of the nearest one (the same compute capability, then the nearest number of
+multiprocessors), which `notice()` says; with none of its capability, each kernel's own default stands.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +31,11 @@ def file_name(gpu: str) -> str:
 
 @functools.cache
 def shipped() -> tuple[dict[str, Any], ...]:
-    """Every file: {"gpu", "capability": [major, minor], "multiprocessors", "configs": {kernel: {key: config}}, ...}."""
-    return tuple(json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json")))
+    """Every shipped profile of a GPU: {"gpu", "capability": [major, minor], "multiprocessors",
+    "configs": {kernel: {key: config}}, ...}.
+    """
+    found = (json.loads(p.read_text())["profile"] for p in sorted(FOLDER.glob("*.json")))
+    return tuple(f for f in found if "gpu" in f)
 
 
 def of_all_gpus(kernel: str, key: str | None = None) -> list[tuple[dict[str, int], tuple[int, ...]]]:
@@ -55,6 +60,8 @@ def nearest(gpu: str, capability: tuple[int, int], multiprocessors: int) -> dict
 
 @functools.cache
 def _here() -> tuple[dict[str, Any] | None, str]:
+    if given := os.environ.get("HOTLOOP_PROFILE"):
+        return json.loads(given), ""
     if not torch.cuda.is_available():
         return None, "no GPU"
     p = torch.cuda.get_device_properties()

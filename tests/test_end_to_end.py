@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -24,13 +25,14 @@ from hotloop.agent_loop.gitrepo import NightRepo, open_repo
 from hotloop.agent_loop.loop.driver import Driver
 from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options
+from hotloop.harness import profile
 from hotloop.harness.experiment import Settings
 from hotloop.harness.paths import project_root
 from hotloop.harness.records import heads
 from hotloop.harness.records.chain import Chain, Lock
 from hotloop.harness.records.model import Compiled, Decided, Decision, Judgement, Outcome
 from hotloop.harness.sandbox.levels import best
-from hotloop.harness.settings import BudgetRule, preset_named
+from hotloop.harness.settings import PRESETS, BudgetRule, preset_named
 from tests.harness.conftest import TINY, tiny_source
 
 ROOT = project_root()
@@ -276,8 +278,13 @@ def test_a_night_with_prewarming_and_a_compile_cache_scores_what_one_without_doe
     assert re.search(r"start: +warm, made ready in [0-9.]+ s", shown.stdout), shown.stdout
 
 
-def test_a_night_that_need_not_repeat_is_one_for_good(tmp_path: Path, data: Path) -> None:
-    """Its train.py draws another seed each time where nobody asks for repetition."""
+def test_a_night_keeps_its_kind_and_its_profile(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its train.py draws another seed each time where nobody asks for repetition; this machine is tuned meanwhile."""
+    monkeypatch.setenv("HOTLOOP_DATA", str(tmp_path / "cache"))
+    night = functools.partial(hotloop, tmp_path, HOTLOOP_DATA=str(tmp_path / "cache"))
+    here = profile.facts(PRESETS["laptop"], "cpu", None)
+    tuned = {"depends": here, "packages": {}, "configs": {}, "measured": {}, "selection": {"threads": "1"}}
+    mine = profile.write(profile.own_path(here), tuned)
     (tmp_path / "train.py").write_bytes(
         tiny_source(
             START="import os\nif not torch.are_deterministic_algorithms_enabled(): torch.manual_seed(os.urandom(4)[0])"
@@ -290,18 +297,29 @@ def test_a_night_that_need_not_repeat_is_one_for_good(tmp_path: Path, data: Path
     loop = [
         "loop", *SMALL, "--data", str(data), "--tag", "f", "--experiments", "0", "--noise-seeds", "0", "--no-watchdog"
     ]  # fmt: skip
-    done = hotloop(tmp_path, *loop, "--fast-nondeterministic", GIT_AUTHOR_NAME="u", GIT_AUTHOR_EMAIL="u@u")
+    done = night(*loop, "--fast-nondeterministic", GIT_AUTHOR_NAME="u", GIT_AUTHOR_EMAIL="u@u")
     assert done.returncode == 0, done.stderr
     assert "WARNING: --fast-nondeterministic: the same train.py may give other weights" in done.stdout
-    assert Chain.read(tmp_path / "runs/f/records.jsonl").outcome(0).environment.repeatable is False
-    again = hotloop(tmp_path, *loop)
+    environment = Chain.read(tmp_path / "runs/f/records.jsonl").outcome(0).environment
+    assert environment.repeatable is False and environment.threads == 1
+    assert environment.profile and (environment.profile.sha256, environment.profile.selection) == (
+        mine.sha256, {"threads": "1"},
+    )  # fmt: skip
+    profile.write(profile.own_path(here), tuned | {"selection": {"threads": "2"}})
+    assert night(*loop, "--fast-nondeterministic").returncode == 0
+    again = night(*loop)
     assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
     assert "was started with repeatable = False, not True; scores would not compare" in again.stderr
-    assert "need not repeat" in hotloop(tmp_path, "show", "0", "--tag", "f").stdout
-    assert "repeatable   run with --fast-nondeterministic" in hotloop(tmp_path, "verify", "--tag", "f").stdout
+    assert "need not repeat" in night("show", "0", "--tag", "f").stdout
+    verified = night("verify", "--tag", "f").stdout
+    assert "repeatable   run with --fast-nondeterministic" in verified
+    assert f"profile      all ran under {mine.sha256[:12]}" in verified
     assert "no: --fast-nondeterministic" in (tmp_path / "runs/f/report.html").read_text()
-    replay = hotloop(tmp_path, "replay", "0", "--tag", "f", "--data", str(data))
+    replay = night("replay", "0", "--tag", "f", "--data", str(data))
     assert replay.returncode == 0, replay.stderr
+    (tmp_path / "runs/f/experiments/0000/profile.json").unlink()
+    for command in (loop, ["replay", "0", "--tag", "f", "--data", str(data)]):
+        refused(night(*command), 5, f"was made under the profile {mine.sha256[:12]}")
     assert "the weights differ, as those of --fast-nondeterministic may\nval_bpb differs by " in replay.stdout
 
 

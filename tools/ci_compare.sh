@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compares the result that gpu-check has just written with the newest committed one of the same GPU. Writes comparison.md
-# and comparison.png, and the former into the job's summary. Exit status: that of the comparison; 0 where there is no
+# Compares the result that gpu-check has just written with the newest committed one of the same GPU. Writes comparison.md,
+# also into the job's summary; likewise the profile that it tuned. Exit status: that of the comparison; 0 where there is no
 # committed result yet.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,8 +17,17 @@ if [ "${#committed[@]}" -eq 0 ]; then
 else
   "$hotloop" bench compare "${committed[-1]}" "$new" >comparison.md
   status=$?
-  "$hotloop" bench plot "${committed[@]}" "$new" --out comparison.png >/dev/null
 fi
+for profile in bench/results/*/work/profile/*.json; do
+  [ -e "$profile" ] || continue
+  was="kernels/tuned/$(basename "$profile")"
+  if [ -e "$was" ]; then
+    echo >>comparison.md
+    "$hotloop" bench compare --profile "$was" "$profile" >>comparison.md || status=1
+  else
+    printf '\nNo profile of this GPU is committed yet; commit %s as %s.\n' "$profile" "$was" >>comparison.md
+  fi
+done
 cat comparison.md
 if [ -n "${GITHUB_STEP_SUMMARY:-}" ]; then
   cat comparison.md "${new%.json}.md" >>"$GITHUB_STEP_SUMMARY"

@@ -19,7 +19,7 @@ from hotloop.agent_loop.night import Night, Row
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import UsageError
 from hotloop.harness.experiment import Event, Job, Settings, run_experiment
-from hotloop.harness.records.model import Decision, Kind, LeftOut, Outcome, Run, Worth
+from hotloop.harness.records.model import Decision, Kind, LeftOut, Outcome, Trial, Worth
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import held_against
 
@@ -55,6 +55,8 @@ def ablate(
         raise UsageError(f"{night.folder.name} kept nothing beside its baseline, so there is nothing to leave out")
     if (have.data, have.preset) != (settings.dataset.digest, settings.preset.name):
         raise UsageError(f"{night.folder.name} was scored on other data or with another preset; give the same --data")
+    if have.profile != (settings.profile.sha256 if settings.profile else ""):
+        raise UsageError(f"{night.folder.name} ran under another profile of this machine; scores would not compare")
     if have.repeatable != settings.repeatable:
         wanted = "without" if have.repeatable else "with"
         raise UsageError(f"{night.folder.name} was run {wanted} --fast-nondeterministic; give the same")
@@ -65,7 +67,7 @@ def ablate(
         pace, late = held_against(was.budget, was.training.wall_s) if was.device == "cuda" else (1.0, 1.0)
         words = f"without experiment {row.number}: {row.description}"
         job = Job(
-            Run(row.number, Kind.LEAVE_ONE_OUT, "", best.commit, words, night.seed), source, repo.tag,
+            Trial(row.number, Kind.LEAVE_ONE_OUT, "", best.commit, words, night.seed), source, repo.tag,
             night.folder / "leave-one-out" / f"{row.number:04d}", budget=budget, incumbent_tokens=was.budget.tokens,
             pace=pace, late=late,
         )  # fmt: skip

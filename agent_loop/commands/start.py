@@ -19,6 +19,7 @@ from rich.console import Console
 from hotloop.agent_loop.agents.agent import Agent
 from hotloop.agent_loop.agents.registry import make_agent
 from hotloop.agent_loop.agents.sandbox import AgentSandbox, text_of, try_sandbox
+from hotloop.agent_loop.commands.tune import recorded_profile, tune_first
 from hotloop.agent_loop.folder import NightFolder
 from hotloop.agent_loop.gitrepo import NightRepo, Repo, free_tag, open_repo, said
 from hotloop.agent_loop.loop.background import Notifier, Reporter
@@ -33,6 +34,7 @@ from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.experiment import Settings, data_warnings
 from hotloop.harness.gpu.devices import named
 from hotloop.harness.preflight.preflight import preflight
+from hotloop.harness.profile import asked_otherwise
 from hotloop.harness.records.chain import Lock
 from hotloop.harness.records.signing import key_path
 from hotloop.harness.sandbox.levels import best
@@ -137,8 +139,12 @@ def night_command(args: argparse.Namespace) -> NightCommand:
     """Raises UsageError, DataError, DeviceError or SandboxError, each with what to do."""
     _check_numbers(args)
     repo = open_repo(Path.cwd())
-    settings = settings_of(args)
     runs = Path(repo.working_tree_dir or ".") / "runs"
+    args.recorded = recorded_profile(runs / args.tag) if args.tag else None
+    settings = settings_of(args)
+    if settings.device == "cuda" and not (settings.profile or args.recorded or args.no_tune or asked_otherwise()):
+        tune_first(settings, runs.parent / "train.py")
+        settings = settings_of(args)
     if runs.exists() and not runs.is_dir():
         raise UsageError(f"{runs} is a file, and nights are kept in a folder of that name; move it away")
     agents = _agents(args, settings, repo, runs)

@@ -144,6 +144,9 @@ def _seals(outcomes: list[Outcome]) -> Iterator[Check]:
             "run with --fast-nondeterministic: weights need not repeat"
         )  # fmt: skip
         yield "repeatable", len(kinds) == 1, text
+    profiles = sorted({o.profile for o in outcomes})
+    text = "scores under several do not compare: " if len(profiles) > 1 else "all ran under "
+    yield "profile", len(profiles) == 1, text + ", ".join(p[:12] or "none" for p in profiles)
     if open_text := [o for o in outcomes if o.open_text]:
         yield "text", False, f"{open_text[0].open_text} ({len(open_text)} of {len(outcomes)} runs)"
     levels = sorted({o.sandbox.level for o in outcomes})
@@ -265,10 +268,12 @@ def audit_command(args: argparse.Namespace) -> int:
     folder = Path("runs") / args.tag
     was = Chain.read(folder / "records.jsonl").outcome(args.experiment)
     number, threads = was.run.number, was.environment.threads
-    settings = settings_from(preset=was.preset, device=was.device, data=args.data, threads=threads)
+    here = folder / "experiments" / f"{number:04d}"
+    settings = settings_from(
+        preset=was.preset, device=was.device, data=args.data, threads=threads, recorded=(here, was.profile)
+    )
     if settings.dataset.digest != was.seals.data:
         raise DataError(f"{settings.dataset.path} is not the data that experiment {number} was scored on")
-    here = folder / "experiments" / f"{number:04d}"
     try:
         weights = bytearray((here / "weights.safetensors").read_bytes())
         source = (here / "train.py").read_bytes()

@@ -2,8 +2,8 @@
 
 The parts, their order and their times stand in `bench.check.parts`. Each runs in processes of its own within its own
 time; one that fails does not stop the others. What is done is not done again: the next call goes on with what is left,
-of a part that can be cut short too. All of it goes into one JSON and one Markdown page in bench/results/<gpu>/, beside
-what was predicted, and both are written anew after each part.
+of a part that can be cut short too. All of it goes into one JSON and one Markdown page in bench/results/<gpu>/, written
+anew after each part.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from hotloop.bench import results
-from hotloop.bench.check import predictions
 from hotloop.bench.check.parts import PARTS, Bench, Part, forget
 from hotloop.bench.check.processes import OUT_OF_TIME, commit
-from hotloop.bench.switches import UNFINISHED
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
 from hotloop.harness.records.seal import current_manifest
 from hotloop.harness.sandbox.process import tail
-from hotloop.harness.tuning.notes import Notes
+from hotloop.harness.tuning.notes import UNFINISHED, Notes
 
 __all__ = ["main", "stamp"]
 
@@ -80,8 +78,7 @@ def main(
     if again and not named:
         notes.body.clear()
     if not notes.body:
-        for stale in ("chosen.json", "chosen.md", "kernels.json", "attention-rows.json"):
-            (folder / "work" / stale).unlink(missing_ok=True)
+        (folder / "work" / "kernels.json").unlink(missing_ok=True)
     done: dict[str, Any] = notes.body.setdefault("parts", {})
     bench = Bench(device, train.resolve(), folder / "work", data, say, notes.body.setdefault("facts", {}), notes.save)
     wanted = [p for p in PARTS.values() if (p.name in named if named else not p.named)]
@@ -156,10 +153,9 @@ def _asked(what: str, device: str) -> dict[str, Any]:
 
 def _write(notes: Notes, folder: Path, device: str) -> Path:
     """The results so far; the path of the JSON."""
-    rows = [folder / "work" / name for name in ("kernels.json", "attention-rows.json")]
-    found = [json.loads(path.read_text()) for path in rows if path.exists()]
-    if found:
-        body: dict[str, Any] = found[0] | {"benchmarks": [b for part in found for b in part["benchmarks"]]}
+    rows = folder / "work" / "kernels.json"
+    if rows.exists():
+        body: dict[str, Any] = json.loads(rows.read_text())
     else:
         body = {"benchmarks": [], "datetime": datetime.datetime.now(datetime.UTC).isoformat()}
         body |= {"commit_info": {"id": commit()}, "machine_info": notes.body.get("machine") or _asked("facts", device)}
@@ -167,16 +163,11 @@ def _write(notes: Notes, folder: Path, device: str) -> Path:
     body["hotloop"] = {
         "failed": {n: p["code"] for n, p in notes.body["parts"].items() if p["code"] not in (0, UNFINISHED)},
         "pages": {n: p["page"] for n, p in notes.body["parts"].items()},
+        "tuned": notes.body["facts"].get("tune", {}),
     }
-    chosen = folder / "work" / "chosen.json"
-    if chosen.exists():
-        body["hotloop"]["chosen"] = json.loads(chosen.read_text())
     now = datetime.datetime.now(datetime.UTC)
     name = notes.body.setdefault("file", f"{now:%Y%m%d-%H%M}-{body['commit_info']['id'][:9]}.json")
     path = folder / str(name)
-    write_whole(path, json.dumps(body, indent=1) + "\n")
-    beside = predictions.page(results.read(path))
-    body["hotloop"]["pages"] = {"Beside the predictions": beside} | body["hotloop"]["pages"]
     write_whole(path, json.dumps(body, indent=1) + "\n")
     write_whole(path.with_suffix(".md"), results.markdown(results.read(path)))
     notes.save()

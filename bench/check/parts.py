@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,15 +17,14 @@ from typing import Any
 
 from hotloop.bench import overheads
 from hotloop.bench.check.processes import ALL_KERNELS, GRACE_S, INTERPRETER, call, run_kernels
-from hotloop.bench.switches import UNFINISHED, chosen_environment
-from hotloop.harness.errors import SealError
 from hotloop.harness.files import write_whole
 from hotloop.harness.machine import threads_default
+from hotloop.harness.profile import read
 from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.records.chain import Chain
 from hotloop.harness.records.model import Outcome
-from hotloop.harness.records.seal import verify_seal, write_seal
 from hotloop.harness.sandbox.process import child_environment, tail
+from hotloop.harness.tuning.notes import UNFINISHED
 
 __all__ = ["PARTS", "Bench", "Part", "forget"]
 
@@ -83,18 +83,9 @@ class Bench:
                 raise RuntimeError(" / ".join(tail(self.log("prepare"), 3)))
         return path
 
-    def chosen(self) -> dict[str, str]:
-        """The environment of a trainer with the kernels that were chosen; none before."""
-        return chosen_environment(self.work / "chosen.json")
-
 
 def fenced(lines: list[str]) -> str:
     return "\n".join(f"    {line}" for line in lines) + "\n"
-
-
-def minutes(limit_s: float) -> list[str]:
-    """The flag for a search that must have stopped by then, what it is at included."""
-    return ["--minutes", f"{max(limit_s / 2, limit_s - GOES_ON_S) / 60:.3f}"]
 
 
 def forget(bench: Bench, name: str) -> None:
@@ -185,62 +176,24 @@ def _kernels(bench: Bench, limit_s: float) -> Result:
     return code if len(done) == len(operators) else UNFINISHED, "What was not timed, and why:\n\n" + fenced(words)
 
 
-def _attention(bench: Bench, limit_s: float) -> Result:
-    out = bench.work / "attention-rows.json"
-    command = [*BENCH, "attention", "--out", str(out), *minutes(limit_s)]
-    command += ["--trial"] if bench.trial else ["--shape", "baseline", "--shape", "baseline full", "--repeats", "200"]
-    code = _resealed(bench, lambda: call(command, limit_s, bench.log("attention"))[0])
-    return code, fenced(tail(bench.log("attention"), 40))
-
-
-def _switches(bench: Bench, limit_s: float) -> Result:
-    command = [*BENCH, "switches", "--train", str(bench.train), "--notes", str(bench.work / "switches.json")]
-    command += [
-        "--minutes",
-        f"{max(limit_s / 2, limit_s - 3 * GOES_ON_S) / 60:.3f}",
-        *(["--trial"] if bench.trial else []),
-    ]
-    env = {} if not bench.trial else {"TRITON_INTERPRET": "1"}
-    code, _ = call(command, limit_s, bench.log("switches"), env)
-    page = bench.work / "chosen.md"
-    return code, page.read_text() if page.exists() else fenced(tail(bench.log("switches"), 40))
+def _tune(bench: Bench, limit_s: float) -> Result:
+    """What the parts after it run with."""
+    command = [*HOTLOOP, "tune", str(bench.train), "--preset", bench.preset, "--device", bench.device]
+    command += ["--minutes", f"{max(limit_s / 2, limit_s - GOES_ON_S) / 60:.3f}", *(["--quick"] if bench.trial else [])]
+    code, _ = call(command, limit_s, bench.log("tune"))
+    said = tail(bench.log("tune"), 60)
+    if said and (written := re.match(r"written: (.+) \(", said[-1])):
+        body = read(Path(written[1])).body
+        copy = bench.work / "profile" / Path(written[1]).name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(written[1], copy)
+        bench.facts["tune"] = {"chosen": body["selection"], "whole": body["whole"]}
+    return code, fenced(said)
 
 
 def _step(bench: Bench, limit_s: float) -> Result:
     command = [*BENCH, "step", "--train", str(bench.train), "--preset", bench.preset]
-    code, page = bench.page("step", command, limit_s, child_environment(threads_default()) | bench.chosen())
-    return code, _with_chosen(bench.chosen()) + page
-
-
-def _tune(bench: Bench, limit_s: float) -> Result:
-    command = [*BENCH, "tune", "--notes", str(bench.work / "tune.json")]
-    command += [
-        "--minutes",
-        f"{max(limit_s / 2, limit_s - 3 * GOES_ON_S) / 60:.3f}",
-        *(["--trial"] if bench.trial else []),
-    ]
-    code = _resealed(bench, lambda: call(command, limit_s, bench.log("tune"))[0])
-    return code, fenced(tail(bench.log("tune"), 60))
-
-
-def _with_chosen(environment: dict[str, str]) -> str:
-    shown = " ".join(f"{k}={v}" for k, v in environment.items() if v)
-    return f"With {shown}.\n\n" if shown else "No kernels were chosen yet (part switches): none of ours.\n\n"
-
-
-def _resealed(bench: Bench, work: Callable[[], int]) -> int:
-    """What is measured goes into kernels/tuned, which is sealed: seal that, where all was as sealed before."""
-    try:
-        verify_seal()
-    except SealError as e:
-        bench.say(f"    {e}")
-        return work()
-    code = work()
-    try:
-        verify_seal()
-    except SealError:
-        bench.say(f"    sealed with what was measured: {write_seal()}")
-    return code
+    return bench.page("step", command, limit_s, child_environment(threads_default()))
 
 
 # ---- whole experiments ------------------------------------------------------------------------------------------
@@ -259,15 +212,14 @@ def _run(bench: Bench, limit_s: float, budget: list[str] | None = None) -> Resul
     data, log = bench.rows(limit_s), bench.log("run")
     flags = ["--preset", bench.preset, "--data", str(data)]
     flags += ["--budget-tokens", str(TRIAL_TOKENS)] if bench.trial else budget or []
-    chosen = bench.chosen()
-    code, seconds = call([*HOTLOOP, "run", str(bench.train), *flags], limit_s, log, chosen, bench.work)
-    page = f"`hotloop run {' '.join(flags)}`, {seconds:.0f} s in all. {_with_chosen(chosen)}" + fenced(tail(log, 40))
+    code, seconds = call([*HOTLOOP, "run", str(bench.train), *flags], limit_s, log, cwd=bench.work)
+    page = f"`hotloop run {' '.join(flags)}`, {seconds:.0f} s in all.\n\n" + fenced(tail(log, 40))
     if code:
         return code, page
     last = Chain.read(bench.work / "runs/single/records.jsonl").bodies(Outcome)[-1]
     training, audit = last.training, last.audit
     assert audit is not None
-    bench.facts["run"] = {"number": last.run.number, "environment": chosen, "data": str(data)}
+    bench.facts["run"] = {"number": last.run.number, "data": str(data)}
     page += "\n" + overheads.page(overheads.figures([overheads.Ran(last)]), last.device == "cuda")
     ledger = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in last.ledger.items())
     page += f"\nLedger, s: {ledger}. Tokens/s {training.tokens_per_s:,.0f}; {training.tokens:,} tokens. "
@@ -282,7 +234,7 @@ def _replay(bench: Bench, limit_s: float) -> Result:
     if was is None:
         return 1, "There is no run to replay: run the parts experiment or run first.\n"
     command = [*HOTLOOP, "replay", str(was["number"]), "--tag", "single", "--data", was["data"]]
-    code, seconds = call(command, limit_s, log, was["environment"], bench.work)
+    code, seconds = call(command, limit_s, log, cwd=bench.work)
     return code, f"\n`hotloop replay`, {seconds:.0f} s in all:\n\n" + fenced(tail(log, 8))
 
 
@@ -290,7 +242,7 @@ def _baseline(bench: Bench, limit_s: float) -> Result:
     data = bench.rows(limit_s)
     command = [*BENCH, "baseline", "--preset", bench.preset, "--data", str(data)]
     command += ["--tokens", str(TRIAL_TOKENS)] if bench.trial else []
-    return bench.page("baseline", command, limit_s, bench.chosen())
+    return bench.page("baseline", command, limit_s)
 
 
 def _night(bench: Bench, limit_s: float) -> Result:
@@ -300,7 +252,7 @@ def _night(bench: Bench, limit_s: float) -> Result:
 def _overheads(bench: Bench, limit_s: float, more: list[str] | None = None) -> Result:
     data = bench.rows(limit_s)
     command = [*BENCH, "overheads", "--train", str(bench.train), "--preset", bench.preset, "--data", str(data)]
-    return bench.page("overheads", [*command, *(more or [])], limit_s, bench.chosen())
+    return bench.page("overheads", [*command, *(more or [])], limit_s)
 
 
 # In this order: what stops all the rest comes first. None is longer than a command of ten minutes, but for the last.
@@ -311,14 +263,12 @@ PARTS = {
         Part("sandbox", 300.0, _sandbox, "which sandbox levels CUDA works in; clearing of the GPU's memory"),
         Part("tests", 500.0, _tests, "tests/kernels/test_gpu.py: right, repeatable, compiled whole"),
         Part("kernels", 540.0, _kernels, "each kernel: right by fp64, how fast, repeatable", goes_on=True),
-        Part("attention", 400.0, _attention, "attention backends at the baseline's shapes; their order is kept"),
-        Part("switches", 540.0, _switches, "which kernels are worth having in the whole step", goes_on=True),
-        Part("step", 180.0, _step, "one step with those by operator, beside the floor"),
-        Part("experiment", 480.0, _experiment, "a short run with those, and its replay: identical weights, ledger"),
-        Part("run", 560.0, _run, "the whole run of 300 seconds, with those"),
+        Part("tune", 590.0, _tune, "what is right, repeats and wins; the parts after it run it", goes_on=True),
+        Part("step", 180.0, _step, "one step by operator, beside the floor"),
+        Part("experiment", 480.0, _experiment, "a short run, and its replay: identical weights, ledger"),
+        Part("run", 560.0, _run, "the whole run of 300 seconds"),
         Part("replay", 560.0, _replay, "its replay"),
-        Part("baseline", 560.0, _baseline, "train.py with those beside plain PyTorch, at equal tokens"),
-        Part("tune", 540.0, _tune, "launch configurations of every kernel", goes_on=True),
+        Part("baseline", 560.0, _baseline, "train.py beside plain PyTorch, at equal tokens"),
         Part("night", 560.0, _night, "a night of six short trainings against the targets of a night"),
         Part("overheads", 1200.0, _overheads, "two short nights, with and without what is made ahead", named=True),
     )

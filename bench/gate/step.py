@@ -146,7 +146,7 @@ def _registers(configurations: Iterable[dict[str, int]]) -> str:
 
 def _ideal() -> dict[str, float]:
     """Bytes of a step by group, everything fused that can be: `bench.step`'s floor, and the optimizer's operators."""
-    from hotloop.bench.step import FLOOR
+    from hotloop.harness.proof.floor import FLOOR
     from hotloop.harness.proof.operators import OPERATORS
 
     adamw, muon = OPERATORS["adamw_"], OPERATORS["muon_"]

@@ -122,12 +122,16 @@ def load_dataset(path: Path) -> Dataset:
     return dataset
 
 
+def cache_dir() -> Path:
+    """What is prepared and measured for this user: $HOTLOOP_DATA or ~/.cache/hotloop."""
+    return Path(os.environ.get("HOTLOOP_DATA") or Path.home() / ".cache" / "hotloop")
+
+
 def default_data_dir(source: str, seq_len: int, vocab_size: int) -> Path:
-    """Where `prepare` puts a source, under $HOTLOOP_DATA or ~/.cache/hotloop."""
-    base = Path(os.environ.get("HOTLOOP_DATA") or Path.home() / ".cache" / "hotloop")
+    """Where `prepare` puts a source, in `cache_dir`."""
     name = source if source in BUILT_IN else "path-" + hashlib.sha256(
         os.fsencode(Path(source).resolve())
     ).hexdigest()[:12]  # fmt: skip
     # The text of the standard library differs between Pythons, so its scores do not compare.
     version = f"-py{sys.version_info.major}.{sys.version_info.minor}" if source == "stdlib" else ""
-    return base / f"{name}{version}-t{seq_len}-v{vocab_size}"
+    return cache_dir() / f"{name}{version}-t{seq_len}-v{vocab_size}"

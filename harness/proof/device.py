@@ -21,7 +21,7 @@ from hotloop.harness.gpu.devices import gpus, usable
 from hotloop.harness.gpu.neighbours import claim
 
 __all__ = [
-    "Mark", "compiled", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
+    "Mark", "ceilings", "compiled", "copy_bandwidth", "device", "facts", "flush", "identity", "matrix_rate", "now",
     "require_gpu", "rotations", "seconds",
 ]  # fmt: skip
 
@@ -117,6 +117,11 @@ def identity() -> dict[str, Any]:
             "driver": next((g.driver for g in gpus()), "unknown"),
         }
     return found
+
+
+def ceilings() -> tuple[float, float]:
+    """(operations, bytes) a second of this machine at the most."""
+    return matrix_rate(), copy_bandwidth()
 
 
 def facts() -> dict[str, Any]:

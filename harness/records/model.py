@@ -7,8 +7,8 @@
     Turn          an agent's turn that gave nothing to run
     LeftOut       what a kept edit is worth at the end
 
-One thing has one shape: `Decided` contains the `Run`, which contains the `Origin` of its edit; `Outcome` contains the
-same `Run`. All is frozen but what the harness fills in while a training goes on: `Training` and `Ledger`.
+One thing has one shape: `Decided` contains the `Trial`, which contains the `Origin` of its edit; `Outcome` contains the
+same `Trial`. All is frozen but what the harness fills in while a training goes on: `Training` and `Ledger`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,45 @@ import msgspec
 from hotloop.harness.settings import BudgetKind, BudgetRule
 
 __all__ = [
-    "FAILURES", "KINDS", "OPEN_TEXT", "VERSION", "AgentsAsked", "Audit", "Body", "ClockMhz", "Compiled", "Conditions",
-    "Corrected", "Curve", "DataFacts", "Decided", "Decision", "Environment", "EvaluatorTime", "FixedBudget", "GpuFacts",
-    "Judgement", "Kind", "Ledger", "LeftOut", "NightBegun", "Origin", "Outcome", "PackFacts", "Run", "SandboxFacts",
-    "Scores", "Seals", "ShapeCost", "Start", "Status", "Training", "Turn", "TurnResult", "Worth", "hotloop_version",
+    "FAILURES",
+    "KINDS",
+    "OPEN_TEXT",
+    "VERSION",
+    "AgentsAsked",
+    "Audit",
+    "Body",
+    "ClockMhz",
+    "Compiled",
+    "Conditions",
+    "Corrected",
+    "Curve",
+    "DataFacts",
+    "Decided",
+    "Decision",
+    "Environment",
+    "EvaluatorTime",
+    "FixedBudget",
+    "GpuFacts",
+    "Judgement",
+    "Kind",
+    "Ledger",
+    "LeftOut",
+    "NightBegun",
+    "Origin",
+    "Outcome",
+    "PackFacts",
+    "SandboxFacts",
+    "Scores",
+    "Seals",
+    "ShapeCost",
+    "Start",
+    "Status",
+    "Training",
+    "Trial",
+    "Turn",
+    "TurnResult",
+    "Worth",
+    "hotloop_version",
 ]  # fmt: skip
 
 VERSION = 2  # of the entries that are written; `harness.records.earlier` reads those of version 1
@@ -119,8 +154,8 @@ class Origin(Record, frozen=True):
     again_of: int | None = None
 
 
-class Run(Record, frozen=True):
-    """A run: all that has to be known to begin it.
+class Trial(Record, frozen=True):
+    """A run of a train.py: all that has to be known to begin it. (`Run` is what train.py is given.)
 
     Attributes:
         commit: whose train.py is run.
@@ -336,6 +371,14 @@ class GpuFacts(Record, frozen=True):
     uuid: str = ""
 
 
+class ProfileFacts(Record, frozen=True):
+    """The machine's choice of implementations that was run (`harness.profile`), and the hash of each package in it."""
+
+    sha256: str
+    selection: dict[str, str] = {}
+    packages: dict[str, str] = {}
+
+
 class Environment(Record, frozen=True):
     """The machine and the versions. `packages`: of each, the hash of pip's list of its files."""
 
@@ -348,6 +391,7 @@ class Environment(Record, frozen=True):
     packages: dict[str, str] = {}
     batch_divisor: int = 1
     repeatable: bool = True  # whether trainings were asked for results that repeat to the bit
+    profile: ProfileFacts | None = None
 
 
 class DataFacts(Record, frozen=True):
@@ -378,7 +422,7 @@ class SandboxFacts(Record, frozen=True):
 class Outcome(Record, frozen=True, kw_only=True):
     """What the harness says of one experiment. There are scores only where it ended as `ok`."""
 
-    run: Run
+    run: Trial
     tag: str
     preset: str
     device: str
@@ -422,6 +466,11 @@ class Outcome(Record, frozen=True, kw_only=True):
         return self.training.implementations.get("fusions", "")
 
     @property
+    def profile(self) -> str:
+        """The hash of the profile that it ran under; empty for none."""
+        return self.environment.profile.sha256 if self.environment.profile else ""
+
+    @property
     def open_text(self) -> str:
         """The warning that train.py could read the text that it was scored on; empty where it could not."""
         return next((w for w in self.conditions.warnings if w.startswith(OPEN_TEXT)), "")
@@ -434,6 +483,7 @@ class NightBegun(Record, frozen=True, kw_only=True):
         data: the digest of the prepared folder.
         seed: of all runs but repeats and confirmations.
         sandbox: its level.
+        profile: the hash of the machine's, under which all of it runs; empty for none.
     """
 
     preset: str
@@ -444,6 +494,7 @@ class NightBegun(Record, frozen=True, kw_only=True):
     seed: int
     sandbox: int
     repeatable: bool = True
+    profile: str = ""
 
 
 class AgentsAsked(Record, frozen=True):
@@ -462,7 +513,7 @@ class Decided(Record, frozen=True, kw_only=True):
         slot, idle_s: on which device (0 is the first), and for how long that one had waited before it.
     """
 
-    run: Run
+    run: Trial
     judgement: Judgement
     gain: float | None = None
     noise_bpb: float = 0.0

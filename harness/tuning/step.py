@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from typing import Any
 import torch
 
 from hotloop.harness.errors import UsageError
-from hotloop.harness.machine import gpu_memory_gib, threads_default
+from hotloop.harness.machine import threads_default
 from hotloop.harness.proof import device as dev
 from hotloop.harness.sandbox.process import SharedMemory, child_environment
-from hotloop.harness.settings import PRESETS, Spec, batch_divisor
-from hotloop.harness.single import read_train_source
+from hotloop.harness.settings import PRESETS, Spec
 from hotloop.harness.training.child import load_train_module, prepare_torch
 from hotloop.harness.training.feed import SLOT_BYTES, SLOTS, Ring, synthetic_rows
 from hotloop.harness.training.run import Batch, Run
-from hotloop.harness.tuning.overrides import with_constants
 from hotloop.kernels.dispatch import implementations
 
 __all__ = ["Step", "settle", "step_of", "time_step"]
@@ -67,9 +64,9 @@ class _Run(Run):
         return once
 
 
-def settle(repeatable: bool = True) -> None:
+def settle(repeatable: bool = True, threads: int = 0) -> None:
     """Set this process up as a trainer's, as far as that can be done after torch was imported."""
-    threads = threads_default()
+    threads = threads or threads_default()
     os.environ.update(child_environment(threads, repeatable))
     prepare_torch({"seed": 1, "device": str(dev.device())}, threads, repeatable)
 
@@ -91,29 +88,22 @@ class Step:
     restart: Callable[[], None]
 
 
-def step_of(path: Path, preset: str, constants: Sequence[str] = ()) -> Step:
+def step_of(path: Path, preset: str, divisor: int = 1) -> Step:
     """A step as the trainer makes it.
 
     Args:
-        constants: `NAME=VALUE`, see `with_constants`.
+        divisor: of the rows of a pass; see Spec.
 
     Raises:
-        UsageError: a train.py that does not call run.warmup, or `with_constants` refuses.
+        UsageError: a train.py that does not call run.warmup.
     """
     on_gpu = torch.cuda.is_available()
     chosen = PRESETS[preset]
-    divisor = batch_divisor(gpu_memory_gib() if on_gpu else None)
     spec = Spec(preset, "cuda" if on_gpu else "cpu", 1, chosen.vocab_size, chosen.seq_len, divisor)
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
-    source = with_constants(read_train_source(path), constants, preset)
     implementations()  # packages are tried before anything is compiled
-    with tempfile.TemporaryDirectory() as scratch:
-        loaded = path
-        if constants:
-            loaded = Path(scratch) / "train.py"
-            loaded.write_bytes(source)
-        module, run = load_train_module(str(loaded)), _Run(spec)
+    module, run = load_train_module(str(path)), _Run(spec)
     try:
         module.train(run)
     except _Captured as e:

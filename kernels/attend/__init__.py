@@ -4,7 +4,7 @@
 
 Which implementation runs (`kernels.attention_backends`), in this order:
 1. what the call names (`backend=`), or HOTLOOP_ATTENTION, or ours where HOTLOOP_KERNELS names `attention`;
-2. the fastest of those that are installed, by the table that `hotloop bench attention` measured on this GPU;
+2. the fastest of those that are installed, by the order that `hotloop tune` measured on this GPU;
 3. where nothing was measured, the first of BACKENDS that runs here; on a CPU the reference.
 What is named and cannot run is an error that says how to get it.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pytest
 from hotloop import prepare as prep
 from hotloop.bench import results
 from hotloop.bench.check import command as check
-from hotloop.bench.check import parts, predictions
+from hotloop.bench.check import parts
 from hotloop.bench.check.parts import PARTS, Bench, Part
 from hotloop.bench.cli import main
-from hotloop.bench.switches import UNFINISHED
 from hotloop.harness.proof.operators import OPERATORS
+from hotloop.harness.tuning.notes import UNFINISHED
 from tests.harness.conftest import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +35,11 @@ class Adam(torch.optim.Optimizer):
 """
 TRAIN = (
     TINY.replace("from torch import nn\n", "from torch import nn\nfrom hotloop import kernels\n")
-    .replace("def build_model", f"{ADAM}\ndef build_model")
     .replace("    def step", "    optimizer = Adam(model.parameters(), {})\n    def step")
     .replace("        loss.backward()\n", "        loss.backward()\n        optimizer.step()\n")
     .replace("p -= lr * p.grad\n", "pass\n")
     .replace("restore=(model,)", "restore=(model, optimizer)")
+    .replace("def build_model", f"{ADAM}\ndef build_model")  # last: it has a step too
 )
 
 
@@ -86,7 +85,7 @@ def test_a_part_that_fails_stops_no_other_and_each_is_run_once(
     code, found, said = checked(train, tmp_path)
     assert code == 1 and scripted["ran"] == [("a", 1000), ("b", 1000)]  # c only where it is named
     assert found["failed"] == {"a": 3}
-    assert list(found["pages"]) == ["Beside the predictions", "a", "b"]
+    assert list(found["pages"]) == ["a", "b"]
     assert any('once more with AGAIN=1 PART="a"' in line for line in said)
     scripted["a"] = (0, "mended")
     assert checked(train, tmp_path)[0] == 1  # what is done is not done again
@@ -102,7 +101,7 @@ def test_it_goes_on_after_a_kill_in_one_file(train: Path, tmp_path: Path, script
     with pytest.raises(KeyboardInterrupt):
         checked(train, tmp_path)
     (path,) = (tmp_path / "out" / "cpu").glob("*.json")
-    assert list(json.loads(path.read_text())["hotloop"]["pages"]) == ["Beside the predictions", "a"]
+    assert list(json.loads(path.read_text())["hotloop"]["pages"]) == ["a"]
     scripted["b"] = (UNFINISHED, "so far")
     code, found, said = checked(train, tmp_path)
     assert code == UNFINISHED and "left: b; the same command goes on" in said
@@ -156,7 +155,7 @@ def test_another_train_py_begins_anew(train: Path, tmp_path: Path, scripted: dic
 def test_what_stops_the_rest_comes_first_and_each_part_fits_into_ten_minutes() -> None:
     order = list(PARTS)
     assert order[:3] == ["doctor", "sandbox", "tests"]
-    assert order.index("attention") < order.index("switches") < order.index("step") < order.index("run")
+    assert order.index("kernels") < order.index("tune") < order.index("step") < order.index("run")
     assert order.index("run") + 1 == order.index("replay")
     assert all(p.limit_s < 600 or p.named for p in PARTS.values())
     makefile = (ROOT / "Makefile").read_text()
@@ -192,13 +191,13 @@ def test_every_command_of_every_part_is_one_that_exists(
     monkeypatch.setattr(parts, "call", take)
     timed: list[str] = []
     monkeypatch.setattr(parts, "run_kernels", lambda out, limit_s, log, names, *_: timed.extend(names) or 0)
-    facts = {"run": {"number": 0, "environment": {}, "data": "x"}}
+    facts = {"run": {"number": 0, "data": "x"}}
     bench = Bench(device, ROOT / "train.py", tmp_path, None, lambda _: None, facts)
     for part in PARTS.values():
         part.run(bench, part.limit_s)
     assert timed if device == "cpu" else set(timed) == OPERATORS.keys() - {"attention"}
-    assert {"doctor", "run", "replay", "prepare"} <= set(taken)
-    assert {f"bench {p}" for p in ("attention", "switches", "step", "baseline", "tune", "overheads")} <= set(taken)
+    assert {"doctor", "run", "replay", "prepare", "tune"} <= set(taken)
+    assert {f"bench {p}" for p in ("step", "baseline", "overheads")} <= set(taken)
 
 
 @pytest.mark.timeout(1800)  # a bound for a busy machine: it starts thirty processes that import torch
@@ -209,13 +208,14 @@ def test_each_part_for_real_at_a_minute_size(
     pytest.importorskip("triton")
     from pydoc_data.topics import topics
 
+    monkeypatch.setenv("HOTLOOP_DATA", str(tmp_path / "cache"))
     folder = tmp_path / "text"
     folder.mkdir()
     for number, name in enumerate(sorted(topics)[:60]):
         (folder / f"{number}.txt").write_text(topics[name])
     caps = {"train": 300, "val": 16, "holdout": 8}
     prep.prepare(str(folder), seq_len=256, vocab_size=320, out=tmp_path / "data", max_rows=caps)
-    named = ["doctor", "sandbox", "kernels", "attention", "switches", "step", "experiment", "tune"]
+    named = ["doctor", "sandbox", "kernels", "tune", "step", "experiment"]
     command = ["check", "--device", "cpu", "--train", str(train), "--data", str(tmp_path / "data")]
     command += ["--out", str(tmp_path / "out"), *(word for part in named for word in ("--part", part))]
     code = main(command)
@@ -224,43 +224,8 @@ def test_each_part_for_real_at_a_minute_size(
     (path,) = (tmp_path / "out" / "cpu").glob("*.json")
     result = results.read(path)
     pages = result.extra["pages"]
-    assert list(pages) == ["Beside the predictions", *named]
-    assert {r.operator for r in result.rows} == {"residual_rms_norm", "attention"}
-    assert "K=16 T=1 W=1: triton" in pages["attention"]
-    assert re.search(r"^\| adamw_=ours \| plain \| [\d,]+ \|", pages["switches"], re.MULTILINE)
-    assert "With HOTLOOP_KERNELS=" in pages["step"] and "CPU figures" in pages["step"]
+    assert list(pages) == named
+    assert {r.operator for r in result.rows} == {"residual_rms_norm"}
+    assert "threads" in result.extra["tuned"]["chosen"] and "(CPU figures), preset laptop" in pages["tune"]
+    assert "CPU figures" in pages["step"]
     assert "    identical\n" in pages["experiment"]
-    assert "muon_product trial: TILE=64" in pages["tune"]
-
-
-# ---- predictions
-
-
-def test_predictions_are_labelled_and_set_beside_what_was_measured(tmp_path: Path) -> None:
-    def row(operator: str, way: str, us: float, ratio: float) -> results.Row:
-        return results.Row(operator, "baseline", way, "hotloop", us, us, us, ratio, 0.5, True)
-
-    rows = [row("embedding", "backward", 400.0, 3.5), row("softcap_linear_cross_entropy", "both", 14_000.0, 1.2)]
-    extra = {"chosen": {"chosen": "mlp=ours", "tokens_per_s": 1.9e6, "plain_tokens_per_s": 1.6e6, "ratio": 1.1875}}
-    machine = {"device": "NVIDIA H100", "cpu_figures": False}
-    page = predictions.page(results.Result(tmp_path, machine, "c", "t", rows, extra))
-    assert page.startswith("Predicted for an H100 SXM, before anything ran on one")
-    assert next(x for x in page.splitlines() if x.startswith("| embedding")).endswith("| 7.00 | 2.00 |")
-    assert next(x for x in page.splitlines() if x.startswith("| loss")).endswith("| 16.80 | 14.00 |")
-    assert next(x for x in page.splitlines() if x.startswith("| our Triton")).endswith("|  |  |")  # not measured
-    assert "| measured: mlp=ours, over plain with the fastest attention (1.60 M) | 1.90 | 1.188 | |" in page
-
-
-def test_the_operators_of_predictions_are_benchmarked() -> None:
-    for part in predictions.PARTS:
-        assert len(part.rows) == len(part.times)
-        for operator, shape, way in part.rows:
-            assert shape in OPERATORS[operator].shapes and way in OPERATORS[operator].passes
-
-
-def test_the_document_has_the_predictions_of_the_table() -> None:
-    text = (ROOT / "docs" / "performance.md").read_text()
-    for part in predictions.PARTS:
-        assert f"| {part.what} | {part.plain} | {part.ours} | {part.expected} |" in text
-    for what, rate, fa3, flex in predictions.STEPS:
-        assert f"| {what} | {rate:.2f} | {fa3:.2f} | {flex:.2f} |" in text

@@ -4,7 +4,6 @@ interpreter.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -17,15 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from hotloop.bench import peers, results
+from hotloop.bench import results
 from hotloop.bench.cli import main
 from hotloop.bench.gate import configurations as gate
 from hotloop.bench.step import group_of
+from hotloop.harness import profile
 from hotloop.harness.proof import device as dev
 from hotloop.harness.proof.operators import OPERATORS
 from hotloop.kernels import tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
-from hotloop.kernels.attend import backends, flash
+from hotloop.kernels.attend import flash
+from hotloop.kernels.attend.backends import BACKENDS
 from hotloop.kernels.block import mlp
 from hotloop.kernels.gemm import product
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def entry(name: str, ratio: float = 1.5, **changes: Any) -> dict[str, Any]:
     info = {
-        "operator": name, "shape": "baseline", "pass": "both", "implementation": "hotloop", "dtype": "bfloat16",
+        "operator": name, "shape": "baseline", "pass": "both", "implementation": "triton", "dtype": "bfloat16",
         "median_us": 100.0, "p20_us": 99.5, "p80_us": 100.5, "reference_us": 100.0 * ratio, "ratio": ratio,
         "roofline": 0.7, "right": True, "runs": 100, "runs_with_other_bits": 0,
     }  # fmt: skip
@@ -95,17 +96,11 @@ def test_compare_exits_by_its_verdict_and_prints_a_table(tmp_path: Path, capsys:
         (["compare", "none.json", "base.json"], "none.json does not exist"),
         (["compare", "corrupt.json", "base.json"], "corrupt.json is no benchmark result"),
         (["compare", "committed", "base.json"], "no result of NVIDIA H100 is in"),
-        (["plot", "base.json", "other.json"], "a plot shows results of one device"),
         (["run"], "nvidia-smi shows none"),
         (["run", "--operator", "fast"], "no operator is called fast"),
         (["check"], "nvidia-smi shows none"),
-        (["tune"], "nvidia-smi shows none"),
-        (["tune", "--operator", "fast"], "no kernel is called fast"),
-        (["tune", "--minutes", "0"], "--minutes must be a positive number, not 0.0"),
         (["check", "--part", "all"], "no part is called all; they are doctor, sandbox"),
         (["check", "--data", "none"], "leave it out, or run: hotloop prepare"),
-        (["attention"], "nvidia-smi shows none"),
-        (["attention", "--shape", "wide"], "attention has no shape 'wide'; the table has baseline"),
         (["step", "--train", "none.py"], "none.py cannot be read"),
     ],
 )
@@ -167,14 +162,30 @@ def test_ci_compares_with_the_committed_result(tmp_path: Path) -> None:
     assert code_ == 1
     assert said.startswith("**1 of 1 kernels worse**")
     assert (tmp_path / "comparison.md").read_text() in said
-    assert (tmp_path / "comparison.png").exists()
     assert summary.read_text().endswith("the new table\n")
 
 
-def test_a_plot_over_commits(tmp_path: Path) -> None:
-    files = [write(tmp_path / f"{i}.json", entry("x", 1.0 + i), entry("y")) for i in range(3)]
-    assert main(["plot", *map(str, files), "--out", str(tmp_path / "out" / "p.png")]) == 0
-    assert (tmp_path / "out" / "p.png").read_bytes()[:4] == b"\x89PNG"
+@pytest.mark.parametrize(
+    ("ratios", "gpu", "code", "words"),
+    [
+        ([1.30] * 7, "a GPU", 0, "the whole step with mlp=triton: 1.300x plain torch.compile before, 1.300x now: fine"),
+        ([1.28] * 7, "a GPU", 0, "fine"),
+        ([1.20] * 7, "a GPU", 1, "slower against plain torch.compile by 8.3%; 3.0% is allowed"),
+        ([1.0, 1.1, 1.2, 1.2, 1.3, 1.4, 1.4], "a GPU", 0, "fine"),  # the measurement spreads as much
+        ([1.30] * 7, "another", 2, "are of another gpu, so they do not compare"),
+    ],
+)
+def test_two_profiles_of_a_gpu_compare_by_what_the_step_gained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ratios: list[float], gpu: str, code: int, words: str
+) -> None:
+    body: dict[str, Any] = {"packages": {}, "selection": {"mlp": "triton"}, "configs": {}, "measured": {}}
+    for name, where, found in (("was", "a GPU", [1.30] * 7), ("now", gpu, ratios)):
+        whole = {"plain": {"ratios": found}}
+        body |= {"depends": {"gpu": where, "preset": "h100"}, "whole": whole}
+        profile.write(tmp_path / f"{name}.json", body)
+    assert main(["compare", "--profile", str(tmp_path / "was.json"), str(tmp_path / "now.json")]) == code
+    out = capsys.readouterr()
+    assert words in out.out + out.err
 
 
 # ---- the compile gate
@@ -281,26 +292,7 @@ def test_what_a_card_is_offered_is_what_the_gate_compiles_for_it(
     assert taken in [c for c, architectures in shipped if capability in architectures]
     kinds = {90: "hopper", 100: "blackwell", 120: "pointers"}
     assert flash.kind_of(torch.bfloat16, 2048) == kinds.get(capability, "ampere")
-    assert capability // 10 in backends.BACKENDS["triton"].capabilities
-
-
-def test_shipped_files_are_named_after_their_gpu() -> None:
-    for path in tuning.FOLDER.glob("*.json"):
-        assert tuning.file_name(json.loads(path.read_text())["gpu"]) == path.name
-
-
-# ---- peers, the whole path
-
-
-def test_a_peer_that_is_missing_or_broken_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_peer.py").write_text("raise ImportError('built for another torch')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    table = copy.copy(peers.PEERS) | {"muon_": {"a": ("not_there_at_all", dict), "b": ("broken_peer", dict)}}
-    monkeypatch.setattr(peers, "PEERS", table)
-    loaded, missing = peers.available("muon_")
-    assert loaded == {}
-    assert missing["a"] == "not installed (no module not_there_at_all)"
-    assert missing["b"] == "fails to import: ImportError: built for another torch"
+    assert capability // 10 in BACKENDS["triton"].capabilities
 
 
 def test_what_is_compiled_for_timing_is_compiled_for_every_shape() -> None:
@@ -340,9 +332,9 @@ def test_the_whole_path_through_the_interpreter(tmp_path: Path, capsys: pytest.C
     page = capsys.readouterr().out
     assert page.startswith("# CPU figures: a test of the rig, no measurement")
     result = results.read(out)
-    ours = {r.operator for r in result.rows if r.implementation == "hotloop"}
+    ours = {r.operator for r in result.rows if r.implementation.startswith(results.OURS)}
     assert ours == {op.name for op in OPERATORS.values() if op.module} | {"linear_fp8"}  # which the vendor multiplies
     assert all(r.right and r.runs_with_other_bits == 0 for r in result.rows)
-    assert {(r.operator, r.way) for r in result.rows if r.implementation == "eager"} == {
+    assert {(r.operator, r.way) for r in result.rows if r.implementation == "reference"} == {
         (op.name, way) for op in OPERATORS.values() for way in op.passes
     }

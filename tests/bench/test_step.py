@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -15,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from hotloop.bench import step, switches
+from hotloop.bench import step
 from hotloop.bench.cli import main
+from hotloop.bench.determinism import determinism
 from hotloop.bench.step import device_spans, idle_of, profile_step
-from hotloop.bench.switches import UNFINISHED, determinism, members_of, setting_of
-from hotloop.harness.errors import HotloopError, UsageError
-from hotloop.harness.tuning.notes import Notes
+from hotloop.harness.errors import UsageError
+from hotloop.harness.profile import Machine
+from hotloop.harness.sandbox.levels import best
+from hotloop.harness.settings import PRESETS
 from hotloop.harness.tuning.runner import Setting, StepRunner
-from hotloop.harness.tuning.selection import Answer, Member, Members, Unfit, words
+from hotloop.harness.tuning.selection import Answer, Unfit
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_STEP = """
@@ -157,25 +157,29 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
+def runner_of(setting: Setting, path: Path, ready_s: float = 300.0) -> StepRunner:
+    return StepRunner(setting, path.read_bytes(), PRESETS["laptop"], "cpu", best(), ready_s, ready_s)
+
+
 def test_a_step_is_kept_ready_as_the_trainer_would_run_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its settings, its constants, answers that repeat, and what train.py prints in nobody's way."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a shell's wish does not count
     for setting, said in (
         (Setting("a"), "SAYS True :4096:8 False"),
-        (Setting("b", repeatable=False, constants=("CUDA_GRAPHS=True",)), "SAYS False None True"),
+        (Setting("b", repeatable=False), "SAYS False None False"),
     ):
-        with contextlib.closing(StepRunner(setting, small, "laptop")) as runner:
+        with contextlib.closing(runner_of(setting, small)) as runner:
             assert runner.turn() > 0
             answers = runner.answer(), runner.answer()
             assert answers[0] == answers[1] and len(answers[0].losses) == 5
-            assert said in Path(runner._log.name).read_text()
-        assert runner._process.poll() is not None
+            assert said in runner._log.read_text()
+        assert runner._child.wait(0.0) is not None and not runner._log.exists()
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("raise RuntimeError('no such kernel')", "it fails: RuntimeError: no such kernel"),
+        ("raise RuntimeError('no such kernel')", "it fails: RuntimeError: no such kernel (train.py:"),
         ("os.kill(os.getpid(), 11)", "(signal 11)"),
         ("import time; time.sleep(60)", "it hangs: no answer within 12 s"),
     ],
@@ -183,13 +187,11 @@ def test_a_step_is_kept_ready_as_the_trainer_would_run_it(small: Path, monkeypat
 def test_a_step_that_does_not_run_says_why_and_leaves_no_process(small: Path, line: str, words: str) -> None:
     small.write_text(ONE_STEP.replace("seen = []", f"seen = []\n    {line}"))
     with pytest.raises(Unfit, match=re.escape(words)):
-        StepRunner(Setting("x"), small, "laptop", ready_s=12.0 if "sleep" in line else 120.0)
+        runner_of(Setting("x"), small, 12.0 if "sleep" in line else 300.0)
 
 
 class Turns:
     """A step whose speeds are given."""
-
-    asked = frozenset({"attention", "embedding", "adamw_", "residual", "mlp"})
 
     def __init__(self, speed: Callable[[], float]) -> None:
         self.turn = speed
@@ -200,7 +202,11 @@ class Turns:
     def close(self) -> None: ...
 
 
-def test_what_repetition_costs_is_measured_in_pairs_of_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(device: str) -> Machine:
+    return Machine(PRESETS["laptop"], device, best(0), {}, 2)
+
+
+def test_what_repetition_costs_is_measured_in_pairs_of_changing_order() -> None:
     speeds = iter([100.0, 97.0, 98.0, 100.0, 100.0, 90.0])  # free first, then repeatable first, then free again
     order: list[bool] = []
 
@@ -212,15 +218,14 @@ def test_what_repetition_costs_is_measured_in_pairs_of_changing_order(monkeypatc
         return Turns(turn)
 
     said: list[str] = []
-    assert determinism(Path("train.py"), "laptop", 3, said.append, start) == 0
+    assert determinism(b"", machine("cpu"), 3, said.append, start) == 0
     assert order == [False, True, True, False, False, True]
     assert [line.rpartition(" ")[2] for line in said[:3]] == ["+3.00%", "+2.00%", "+10.00%"]
     assert said[3] == "Repeatable results cost +3.00% of the speed (median of 3, +2.00% to +10.00%)."
     assert said[4].startswith("CPU figures")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, verdict in ((100.0, "Above 2%"), (98.5, "Within 2%")):
         speeds = iter([free, 97.0])
-        assert determinism(Path("train.py"), "h100", 1, said.append, start) == 0
+        assert determinism(b"", machine("cuda"), 1, said.append, start) == 0
         assert said[-1].startswith(verdict)
 
 
@@ -228,120 +233,3 @@ def test_determinism_for_real(small: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["determinism", "--train", str(small), "--pairs", "1"]) == 0
     assert "CPU figures: a trial of the way" in capsys.readouterr().out
     assert main(["determinism", "--train", str(small), "--pairs", "0"]) != 0
-
-
-# ---- which kernels are worth having
-
-
-def test_what_can_be_chosen_is_what_the_step_asks_for() -> None:
-    found = members_of(Turns.asked, ["torch", "triton"])
-    assert [str(m) for m in found] == [
-        "adamw_=ours", "embedding=ours", "mlp=ours", "residual=ours",
-        "attention=torch", "attention=triton",
-    ]  # fmt: skip
-    assert not members_of(())
-
-
-@pytest.mark.parametrize(
-    ("members", "environment"),
-    [
-        ((), {"HOTLOOP_KERNELS": "reference", "HOTLOOP_ATTENTION": ""}),
-        ((("adamw_", "ours"), ("muon_", "ours")), {"HOTLOOP_KERNELS": "adamw_,muon_", "HOTLOOP_ATTENTION": ""}),
-        ((("attention", "flash3"),), {"HOTLOOP_KERNELS": "reference", "HOTLOOP_ATTENTION": "flash3"}),
-        (
-            (("attention", "triton"), ("muon_", "ours")),
-            {"HOTLOOP_KERNELS": "muon_,attention", "HOTLOOP_ATTENTION": ""},
-        ),
-    ],
-)
-def test_how_a_set_is_run(members: tuple[tuple[str, str], ...], environment: dict[str, str]) -> None:
-    assert setting_of(frozenset(Member(*m) for m in members)).environment == environment
-
-
-def test_constants_of_train_py_are_measured_on_top() -> None:
-    setting = setting_of(frozenset({Member("muon_", "ours"), Member("train.py", "CUDA_GRAPHS=True")}))
-    assert setting.constants == ("CUDA_GRAPHS=True",)
-
-
-def test_the_set_that_wins_is_measured_and_written(tmp_path: Path) -> None:
-    """Attention first, then the rest on top of it; the set beside plain; what is not chosen, on top of what was."""
-    gains = {"attention=flash3": 1.2, "adamw_=ours": 0.9, "embedding=ours": 1.1, 'train.py=FP8="mlp"': 1.3}
-    started: list[str] = []
-
-    def start(members: Members) -> Turns:
-        started.append(words(members))
-        if any(m.implementation == "triton" for m in members):
-            raise Unfit("it fails: an illegal memory access")
-        return Turns(lambda: 1e6 * math.prod(gains.get(str(m), 1.0) for m in members))
-
-    said: list[str] = []
-    notes, out = Notes(tmp_path / "switches.json", {}), tmp_path / "chosen.json"
-    arguments = (Path("train.py"), "h100", notes, out, 60.0, ['FP8="mlp"'], start, ["torch", "flash3"], said.append)
-    assert switches.switches(*arguments) == 0
-    found = json.loads(out.read_text())
-    assert found["environment"] == {"HOTLOOP_KERNELS": "embedding", "HOTLOOP_ATTENTION": "flash3"}
-    assert found["ratio"] == pytest.approx(1.32) and found["finished"]
-    assert switches.chosen_environment(out) == found["environment"]
-    assert started.index("attention=flash3") < started.index("attention=flash3 embedding=ours")
-    assert "embedding=ours" not in started  # never without the fastest attention
-    page = out.with_suffix(".md").read_text()
-    assert page.startswith("Chosen: attention=flash3 embedding=ours. To run it: HOTLOOP_KERNELS=embedding HOTLOOP_ATT")
-    assert "| attention=triton | plain | | | | | out: it fails: an illegal memory access |" in page
-    assert (
-        '| attention=flash3 embedding=ours train.py=FP8="mlp" | attention=flash3 embedding=ours | 1,716,000 |' in page
-    )
-    started.clear()
-    assert switches.switches(*arguments) == 0 and not started  # all of it was noted
-
-
-def gaining(gains: dict[str, float], limit: float, tmp_path: Path) -> dict[str, Any]:
-    """What is chosen where only so many comparisons are made; members that are not named cost a tenth."""
-    out, notes = tmp_path / "chosen.json", Notes(tmp_path / "switches.json", {})
-
-    def start(members: Members) -> Turns:
-        if len(notes.body.get("comparisons", {})) >= limit:
-            raise KeyboardInterrupt
-        return Turns(lambda: 1e6 * gains.get(words(members), math.prod(gains.get(m.part, 0.9) for m in members)))
-
-    with contextlib.suppress(KeyboardInterrupt):
-        switches.switches(Path("train.py"), "h100", notes, out, 60.0, [], start, [], lambda _: None)
-    clock = iter([0.0, *[1e9] * 1000])  # over at once: what was noted is all there is
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(switches.time, "monotonic", lambda: next(clock))
-        switches.switches(Path("train.py"), "h100", notes, out, 60.0, [], start, [], lambda _: None)
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
-
-
-def test_with_little_time_the_best_set_so_far_is_taken(tmp_path: Path) -> None:
-    every = {"adamw_": 1.05, "embedding": 1.1, "mlp": 1.2, "residual": 1.1}
-    for name in ("whole", "none"):
-        (tmp_path / name).mkdir()
-    found = gaining(every, 2, tmp_path / "whole")  # ours for attention, and all of ours
-    assert found["environment"]["HOTLOOP_KERNELS"] == ",".join(sorted(every)) and not found["finished"]
-    assert gaining(every, 1, tmp_path / "none")["environment"]["HOTLOOP_KERNELS"] == "reference"
-
-
-def test_what_gains_only_together_is_chosen_after_all(tmp_path: Path) -> None:
-    whole = "adamw_=ours embedding=ours mlp=ours residual=ours"
-    found = gaining(dict.fromkeys(("adamw_", "embedding", "mlp", "residual"), 0.99) | {whole: 1.2}, 99, tmp_path)
-    assert found["chosen"] == whole and found["finished"]
-
-
-def test_a_selection_that_is_out_of_time_says_what_it_has_so_far(tmp_path: Path) -> None:
-    said: list[str] = []
-    notes = Notes(tmp_path / "switches.json", {})
-    code = switches.switches(
-        Path("train.py"), "h100", notes, tmp_path / "chosen.json", 0.0, start=lambda _: Turns(lambda: 1.0),
-        say=said.append,
-    )  # fmt: skip
-    assert code == UNFINISHED and said[-1].startswith("the time is over; run it again to go on. Chosen so far: plain")
-    assert switches.chosen_environment(tmp_path / "none.json") == {}
-
-
-def test_a_step_without_any_kernel_that_does_not_run_is_an_error(tmp_path: Path) -> None:
-    def start(members: Members) -> Any:
-        raise Unfit("it fails: out of memory")
-
-    with pytest.raises(HotloopError, match="does not run: it fails: out of memory"):
-        switches.switches(Path("train.py"), "h100", Notes(None, {}), tmp_path / "chosen.json", start=start)

@@ -51,11 +51,11 @@ def test_every_command_line_ends_in_the_same_way(
 
     monkeypatch.setattr(prepare, "prepare", full)
     monkeypatch.setattr(single, "run_command", full)
-    monkeypatch.setattr(bench_cli, "_plot", full)
+    monkeypatch.setattr(bench_cli, "_smoke", full)
     monkeypatch.chdir(tmp_path)
     ends = [
         cli.main(["run"]), cli.main(["prepare", "--preset", "laptop"]), prepare.main(["--preset", "laptop"]),
-        single.main("train.py", []), bench_cli.main(["plot", "x"]), cli.main(["bench", "plot", "x"]),
+        single.main("train.py", []), bench_cli.main(["smoke"]), cli.main(["bench", "smoke"]),
     ]  # fmt: skip
     assert ends == [1] * 6
     assert capsys.readouterr().err == 6 * (
