@@ -113,6 +113,8 @@ def promise(profile: Profile) -> Table:
         words = "chosen" if row["chosen"] else f"out: {row['reason']}" if "reason" in row else ""
         table.add_row(row["part"], row["implementation"], times(row.get("alone")), times(row.get("step")), words)
     table.add_section()
+    if not any(row["chosen"] for row in body.get("table", [])):
+        table.add_row("whole step", "plain stays", "", "", "nothing gained beyond the spread")
     whole = body.get("whole", {})
     for name, found in whole.items():
         if isinstance(found, dict):

@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from hotloop.harness.tuning.search import entry
 from hotloop.harness.tuning.selection import Unfit, fastest_quantile
 from hotloop.kernels import attend, dispatch, operators, reference
 
-__all__ = ["Case", "Verdict", "function_of", "prove", "verdicts"]
+__all__ = ["Case", "Verdict", "function_of", "largest_first", "prove", "verdicts"]
 
 RUNS = 100  # that must give the same bits
 ROUNDS = 25
@@ -74,6 +74,21 @@ def function_of(op: Operator, implementation: str) -> Callable[..., Any]:
     if op.name == "attention" and implementation != "triton":
         return functools.partial(attend.attention, backend=implementation)
     return op.bind(operators, implementation.removeprefix("triton").removeprefix("-"))
+
+
+def largest_first(names: Iterable[str]) -> list[str]:
+    """Attention, then by what they take at the least, so that little time proves what matters most."""
+
+    def least_s(name: str) -> float:
+        ops = [(op, op.shapes["baseline"], op.passes[-1]) for op in OPERATORS.values() if op.switch == name]
+        return sum(floor_of(op.flops[way](sizes), op.bytes[way](sizes)) for op, sizes, way in ops)
+
+    return sorted(names, key=lambda name: (name != "attention", -least_s(name), name))
+
+
+def floor_of(flops: float, moved: float) -> float:
+    """Seconds, at the rates of an H100: only their order counts."""
+    return max(flops / 6e14, moved / 2.8e12)
 
 
 def cases(operator: str, divisor: int) -> Iterator[Case]:

@@ -38,7 +38,7 @@ from hotloop.harness.tuning.selection import Comparison, Member, Members, Select
 __all__ = ["MINUTES", "QUICK_MINUTES", "Progress", "tune"]
 
 MINUTES, QUICK_MINUTES = 15.0, 4.0
-SHARES = {"prove": 0.3, "configurations": 0.6}  # of the time, after which the next stage begins
+PROVE, PROVE_QUICKLY, CONFIGURE = 0.3, 0.7, 0.6  # of the time, after which the next stage begins
 PATIENCE = {"cuda": 1, "cpu": 5}  # with what hangs; a CPU may be anybody's
 PLAIN: Members = frozenset()
 
@@ -106,9 +106,10 @@ def tune(
         progress.planned = progress.done + 2 * len(found.members) + 2
         if machine.device == "cuda":
             selection.let_go()  # the device's memory is wanted
-            _prove(machine, stamp, found, began + SHARES["prove"] * (deadline - began), progress)
+            share = PROVE_QUICKLY if quick else PROVE
+            _prove(machine, stamp, found, began + share * (deadline - began), progress)
             if not quick:
-                _configure(machine, stamp, found, began + SHARES["configurations"] * (deadline - began), progress)
+                _configure(machine, stamp, found, began + CONFIGURE * (deadline - began), progress)
         try:
             (_confirm if quick else _choose)(selection, found)
             if found.chosen != PLAIN:
@@ -130,16 +131,17 @@ def tune(
 
 
 def _prove(machine: Machine, stamp: dict[str, Any], found: _Found, deadline: float, progress: Progress) -> None:
-    from hotloop.harness.tuning.proving import prove, verdicts
+    from hotloop.harness.tuning.proving import largest_first, prove, verdicts
 
     path = machine.work / "prove.json"
-    operators = list(dict.fromkeys(m.part for m in found.members))
+    operators = largest_first({m.part for m in found.members})
     prove(operators, path, stamp, machine.preset.batch_divisor, deadline, progress.say, progress.step)
     notes = Notes(path, stamp)
     for member in found.members:
         verdict = verdicts(notes, member.part).get(member.implementation)
         if verdict is None or verdict.reason:
             found.out[member] = verdict.reason if verdict else "it was not proven in time"
+            found.complete = found.complete and verdict is not None
         else:
             found.alone[member] = verdict.ratio, verdict.wins
     found.members = [m for m in found.members if m not in found.out]
@@ -155,13 +157,15 @@ def _configure(machine: Machine, stamp: dict[str, Any], found: _Found, deadline:
 
 
 def _confirm(selection: Selection, found: _Found) -> None:
-    """The winners of each part alone, together against plain; then what has no time of its own."""
+    """The winners of each part alone, together against plain, else attention's; then what has no time of its own."""
     winners: dict[str, Member] = {}
     for member in sorted(found.alone, key=lambda m: found.alone[m][0]):
         if found.alone[member][1]:
             winners[member.part] = member
-    if winners and selection.compare(frozenset(winners.values()), PLAIN).gains:
-        found.chosen = frozenset(winners.values())
+    together = frozenset(winners.values())
+    for members in dict.fromkeys((together, _attention_alone(together))):
+        if found.chosen == PLAIN != members and selection.compare(members, PLAIN).gains:
+            found.chosen = members
     found.chosen = selection.forward([m for m in found.members if m not in found.alone], found.chosen)
 
 
@@ -220,12 +224,14 @@ def _cpu_defaults(chosen: Members, threads: int) -> dict[str, str]:
 
 
 def _attention_order(machine: Machine, found: _Found) -> dict[str, Any]:
-    """The chosen backend first, then the proven ones from the fastest, for the calls that it does not serve."""
+    """The chosen backend first, then the proven ones from the fastest, for the calls that it does not serve; none where
+    plain's was chosen.
+    """
     chosen = [m.implementation for m in found.chosen if m.part == ATTENTION]
+    if not chosen:
+        return {}
     proven = sorted((m for m in found.alone if m.part == ATTENTION), key=lambda m: -found.alone[m][0])
     order = list(dict.fromkeys([*chosen, *(m.implementation for m in proven)]))
-    if not order:
-        return {}
     from hotloop.harness.proof.operators import OPERATORS
     from hotloop.kernels.attend import ranking_key
 

@@ -35,11 +35,11 @@ class Adam(torch.optim.Optimizer):
 """
 TRAIN = (
     TINY.replace("from torch import nn\n", "from torch import nn\nfrom hotloop import kernels\n")
-    .replace("def build_model", f"{ADAM}\ndef build_model")
     .replace("    def step", "    optimizer = Adam(model.parameters(), {})\n    def step")
     .replace("        loss.backward()\n", "        loss.backward()\n        optimizer.step()\n")
     .replace("p -= lr * p.grad\n", "pass\n")
     .replace("restore=(model,)", "restore=(model, optimizer)")
+    .replace("def build_model", f"{ADAM}\ndef build_model")  # last: it has a step too
 )
 
 

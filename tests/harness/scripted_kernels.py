@@ -1,4 +1,4 @@
-"""A table of kernels for `bench tune` whose times are given, and which fault and hang where they are told to.
+"""A table of kernels for `hotloop tune` whose times are given, and which fault and hang where they are told to.
 
 Read by the processes that the command starts; what they run is noted in the file TRACE.
 """

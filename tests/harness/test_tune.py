@@ -248,6 +248,17 @@ def test_what_was_not_proven_in_time_is_no_candidate(proven: dict[str, Any]) -> 
     found = tuned(Device(GAINS, asked=("step", "adamw_", "embedding")), "cuda")
     assert found.selection == {"embedding": "triton"}
     assert row(found, "adamw_", "triton")["reason"] == "it was not proven in time"
+    assert not found.body["complete"] and found.body["measured"] == {}
+
+
+def test_the_largest_is_proven_first_and_a_quick_choice_falls_back_on_attention(proven: dict[str, Any]) -> None:
+    order = proving.largest_first(["adamw_", "embedding", "attention", "muon_", "mlp", "loss", "qkv"])
+    assert order[0] == "attention" and set(order[1:4]) == {"mlp", "loss", "qkv"}, order
+    proven.update(PROVEN)
+    device = Device(GAINS | {"embedding=triton": 0.7}, asked=ASKED)
+    found = tuned(device, "cuda", quick=True)
+    assert found.selection == {"attention": "flash3"}
+    assert found.body["measured"]["attention"]["K=128 T=2048 W=1024"] == ["flash3", "torch"]
 
 
 def test_what_can_be_chosen_is_what_the_step_asks_for_and_how_it_is_run() -> None:
