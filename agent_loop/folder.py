@@ -19,7 +19,7 @@ from hotloop.agent_loop.night import Night
 from hotloop.harness.errors import UsageError
 from hotloop.harness.files import write_whole
 from hotloop.harness.records.chain import Chain, Entry, canonical
-from hotloop.harness.records.model import AgentsAsked, Body, NightBegun, Origin, Run
+from hotloop.harness.records.model import AgentsAsked, Body, NightBegun, Origin, Trial
 
 __all__ = ["Flight", "NightFolder", "Proposal"]
 
@@ -43,7 +43,7 @@ class Proposal(msgspec.Struct, frozen=True):
 class Flight(msgspec.Struct):
     """What is under way, on disk as one file: written whole or not at all."""
 
-    runs: list[Run] = []
+    runs: list[Trial] = []
     proposals: list[Proposal] = []
 
     def save(self, path: Path) -> None:
@@ -89,7 +89,8 @@ class NightFolder(Night):
         """Write the night's settings, or hold a resumed night to them.
 
         Raises:
-            UsageError: resumed with other settings, so that scores would not compare; or begun when records were of version 1.
+            UsageError: resumed with other settings, so that scores would not compare; or begun when records were of
+                version 1.
         """
         if self.settings is None:
             self.append(wanted)

@@ -20,7 +20,7 @@ from hotloop.harness.records.model import (
     NightBegun,
     Origin,
     Outcome,
-    Run,
+    Trial,
     Turn,
     TurnResult,
 )
@@ -49,7 +49,7 @@ class Row:
     record: str
 
     @property
-    def run(self) -> Run:
+    def run(self) -> Trial:
         return self.decided.run
 
     @property

@@ -35,12 +35,12 @@ from hotloop.harness.records.model import (
     Kind,
     Ledger,
     Outcome,
-    Run,
     SandboxFacts,
     Scores,
     Seals,
     Status,
     Training,
+    Trial,
     hotloop_version,
 )
 from hotloop.harness.records.seal import verify_seal
@@ -99,7 +99,7 @@ class Job:
         folder: receives train.py, log.txt, evaluate.txt (the end of each) and weights.safetensors.
     """
 
-    run: Run
+    run: Trial
     source: bytes
     tag: str
     folder: Path

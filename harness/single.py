@@ -29,7 +29,7 @@ from hotloop.harness.machine import check_device, gpu_memory_gib, threads_defaul
 from hotloop.harness.preflight.lint import MAX_BYTES, unfit
 from hotloop.harness.profile import Machine, enter, facts, find, kept
 from hotloop.harness.records.chain import Chain, Lock
-from hotloop.harness.records.model import Kind, Outcome, Run, Status
+from hotloop.harness.records.model import Kind, Outcome, Status, Trial
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.sandbox.policy import Sandbox
 from hotloop.harness.scoring.score import Noise
@@ -291,7 +291,7 @@ def run_command(args: argparse.Namespace) -> int:
     chain = Chain.open(SINGLES / "records.jsonl")
     number = len(chain.bodies(Outcome))
     commit = _git_commit(Path(args.train).resolve())
-    run = Run(number, Kind.SINGLE, commit, "", f"{args.train}", args.seed)
+    run = Trial(number, Kind.SINGLE, commit, "", f"{args.train}", args.seed)
     job = Job(run, source, "single", SINGLES / "experiments" / f"{number:04d}", budget=budget_from(args))
     outcome = run_experiment(job, settings, _printer())
     chain.append(outcome)

@@ -13,10 +13,10 @@ from hotloop.harness.records.model import (
     NightBegun,
     Origin,
     Outcome,
-    Run,
     Scores,
     Status,
     Training,
+    Trial,
 )
 from hotloop.harness.settings import BudgetRule
 
@@ -25,15 +25,15 @@ LAPTOP = NightBegun(
 )
 
 
-def make_run(number: int = 1, kind: str = "experiment", *, seed: int = 1, **fields: Any) -> Run:
+def make_run(number: int = 1, kind: str = "experiment", *, seed: int = 1, **fields: Any) -> Trial:
     """`fields`: of the run, and of its origin."""
     origin = Origin(**{k: fields.pop(k) for k in Origin.__struct_fields__ if k in fields})
     defaults = {"commit": f"{number:040x}", "parent": "0" * 40, "description": "an edit"}
-    return Run(number=number, kind=Kind(kind), seed=seed, origin=origin, **defaults | fields)
+    return Trial(number=number, kind=Kind(kind), seed=seed, origin=origin, **defaults | fields)
 
 
 def make_outcome(
-    run: Run | None = None, val_bpb: float | None = None, holdout_bpb: float | None = None, **fields: Any
+    run: Trial | None = None, val_bpb: float | None = None, holdout_bpb: float | None = None, **fields: Any
 ) -> Outcome:
     """`fields`: of the outcome, and of its training. One with a score is ok, one without crashed."""
     training = Training(**{k: fields.pop(k) for k in Training.__struct_fields__ if k in fields})
@@ -46,5 +46,5 @@ def make_outcome(
     return Outcome(**defaults | given | fields)
 
 
-def make_decision(run: Run, decision: str, reason: str = "because", *, again: bool = False, **fields: Any) -> Decided:
+def make_decision(run: Trial, decision: str, reason: str = "because", *, again: bool = False, **fields: Any) -> Decided:
     return Decided(run=run, judgement=Judgement(Decision(decision), reason, again), **fields)

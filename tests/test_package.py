@@ -68,7 +68,7 @@ def test_nothing_but_hotloop_is_at_the_top_level(wheel: Path) -> None:
 
 
 def test_each_kernels_is_imported_by_its_own_name(run: Call) -> None:
-    code = "import kernels; from hotloop import kernels as ours; print(kernels.THEIRS, ours.__file__, ours.rms_norm)"
+    code = "import kernels; from hotloop import kernels as ours; print(kernels.THEIRS, ours.__file__, ours.attention)"
     done = run("python", "-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("True ") and "site-packages/hotloop/kernels/" in done.stdout
@@ -93,7 +93,7 @@ def test_a_train_py_is_run_outside_of_a_checkout(run: Call, tmp_path: Path) -> N
     assert prepared.returncode == 0, prepared.stderr
     (tmp_path / "train.py").write_bytes(
         b"import kernels\nfrom hotloop import kernels as ours\nfrom hotloop.harness import Run\n"
-        b"assert kernels.THEIRS and ours.rms_norm\n" + tiny_source()
+        b"assert kernels.THEIRS and ours.attention\n" + tiny_source()
     )
     done = run("hotloop", "run", *small, "--data", "data", "--budget-tokens", "8192", "--threads", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from hotloop.agent_loop.agents.contract import in_force, signatures
 from hotloop.agent_loop.night import Night, Row
-from hotloop.harness.records.model import Decision, Outcome, Run
+from hotloop.harness.records.model import Decision, Outcome, Trial
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.text import cut, printable
 
@@ -128,7 +128,7 @@ def most_tokens(text: str) -> int:
 def write_brief(
     night: Night,
     preset: str,
-    running: Sequence[Run] = (),
+    running: Sequence[Trial] = (),
     refused: str = "",
     least_gain: float | None = None,
     limit: int = MAX_TOKENS,
@@ -157,7 +157,7 @@ def _text(parts: Sequence[_Part]) -> str:
 
 
 def _parts(
-    night: Night, preset: str, running: Sequence[Run], refused: str, least_gain: float | None, facts: Facts | None
+    night: Night, preset: str, running: Sequence[Trial], refused: str, least_gain: float | None, facts: Facts | None
 ) -> Iterator[_Part]:
     rows = night.tried()
     last = rows[-24:]

@@ -19,7 +19,7 @@ from hotloop.agent_loop.night import Night, Row
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import UsageError
 from hotloop.harness.experiment import Event, Job, Settings, run_experiment
-from hotloop.harness.records.model import Decision, Kind, LeftOut, Outcome, Run, Worth
+from hotloop.harness.records.model import Decision, Kind, LeftOut, Outcome, Trial, Worth
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import held_against
 
@@ -67,7 +67,7 @@ def ablate(
         pace, late = held_against(was.budget, was.training.wall_s) if was.device == "cuda" else (1.0, 1.0)
         words = f"without experiment {row.number}: {row.description}"
         job = Job(
-            Run(row.number, Kind.LEAVE_ONE_OUT, "", best.commit, words, night.seed), source, repo.tag,
+            Trial(row.number, Kind.LEAVE_ONE_OUT, "", best.commit, words, night.seed), source, repo.tag,
             night.folder / "leave-one-out" / f"{row.number:04d}", budget=budget, incumbent_tokens=was.budget.tokens,
             pace=pace, late=late,
         )  # fmt: skip

@@ -32,7 +32,7 @@ from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.source import syntax_hash
 from hotloop.harness.errors import DeviceError, HotloopError, RecordError, SandboxError
 from hotloop.harness.experiment import Event, Job, Settings, run_experiment
-from hotloop.harness.records.model import Decision, Kind, Origin, Outcome, Run, TurnResult
+from hotloop.harness.records.model import Decision, Kind, Origin, Outcome, Trial, TurnResult
 from hotloop.harness.sandbox.process import end_all
 from hotloop.harness.text import one_line
 
@@ -69,7 +69,7 @@ class Slot:
     index: int
     settings: Settings
     free_since: float
-    run: Run | None = None
+    run: Trial | None = None
     idle_s: float = 0.0  # before the run that is on it
     used: bool = False  # by this driver
     not_before: float = 0.0  # after a fault
@@ -211,18 +211,18 @@ class Driver:
                     return
                 self._begin(slot, run)
 
-    def _next_run(self) -> Run | None:
+    def _next_run(self) -> Trial | None:
         while True:
             on_devices = {s.run.number for s in self.slots if s.run}
             plan = self.planner.next_run(on_devices, self._late())
             if plan is None:
                 return None
-            if isinstance(plan, Run):
+            if isinstance(plan, Trial):
                 return self.recorder.begin(plan)
             if run := self.recorder.commit(plan, self.planner.next_number):
                 return run
 
-    def _begin(self, slot: Slot, run: Run) -> None:
+    def _begin(self, slot: Slot, run: Trial) -> None:
         source = self.recorder.source(run)
         slot.idle_s = self.clock() - slot.free_since
         job = self.planner.job(run, source, cold=not slot.used or slot.idle_s > COLD_AFTER_S)

@@ -11,7 +11,7 @@ from hotloop.agent_loop.loop.turns import Preflight
 from hotloop.agent_loop.night import Row
 from hotloop.agent_loop.race import lessons, stopper
 from hotloop.harness.experiment import LOSSES, Job
-from hotloop.harness.records.model import Kind, Origin, Run
+from hotloop.harness.records.model import Kind, Origin, Trial
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.training.budget import held_against
 
@@ -61,7 +61,7 @@ class Planner:
     options: Options
     base: str
 
-    def next_run(self, on_devices: Collection[int], late: bool) -> Run | Proposal | Row | None:
+    def next_run(self, on_devices: Collection[int], late: bool) -> Trial | Proposal | Row | None:
         """The most pressing run.
 
         Args:
@@ -81,14 +81,14 @@ class Planner:
             return None if self.flight.runs else self._new(Kind.BASELINE, self.base, "baseline", self.options.seed)
         return self._noise_run() or self._second_seed_run() or self._edit()
 
-    def _noise_run(self) -> Run | None:
+    def _noise_run(self) -> Trial | None:
         commit, first = self.night.rows()[0].commit, self.options.seed + 1
         for seed in range(first, first + self.options.noise_seeds):
             if not self._was_begun(commit, seed):
                 return self._new(Kind.REPEAT, commit, f"baseline, seed {seed}", seed)
         return None
 
-    def _second_seed_run(self) -> Run | None:
+    def _second_seed_run(self) -> Trial | None:
         """Of a marginal gain, and of its incumbent before, where that was never run with this seed."""
         incumbent, seed = self.incumbent, self.options.seed + 1
         for row in self.night.waiting() if self.options.second_seed else []:
@@ -107,8 +107,8 @@ class Planner:
         again = (r for r in self.night.to_try_again() if r.number not in under_way)
         return next(again, None) or next(iter(self.flight.proposals), None)
 
-    def _new(self, kind: Kind, commit: str, words: str, seed: int, parent: str = "", agent: str = "") -> Run:
-        return Run(self.next_number, kind, commit, parent, words, seed, Origin(agent))
+    def _new(self, kind: Kind, commit: str, words: str, seed: int, parent: str = "", agent: str = "") -> Trial:
+        return Trial(self.next_number, kind, commit, parent, words, seed, Origin(agent))
 
     def _was_begun(self, commit: str, seed: int) -> bool:
         under_way = any((r.commit, r.seed) == (commit, seed) for r in self.flight.runs)
@@ -124,7 +124,7 @@ class Planner:
     def next_number(self) -> int:
         return max([self.night.next_number - 1, *(r.number for r in self.flight.runs)]) + 1
 
-    def job(self, run: Run, source: bytes, cold: bool) -> Job:
+    def job(self, run: Trial, source: bytes, cold: bool) -> Job:
         """What the harness is told of a run of `source`; `cold`: whether its device stood idle."""
         night, options, tag = self.night, self.options, self.night.folder.name
         incumbent = night.incumbent()
@@ -153,7 +153,7 @@ class Planner:
             keep_below=self._keep_below(run),
         )
 
-    def _keep_below(self, run: Run) -> float | None:
+    def _keep_below(self, run: Trial) -> float | None:
         """The score above which a run cannot be kept; None where any may be."""
         if run.kind == Kind.REPEAT:
             return -math.inf

@@ -29,7 +29,7 @@ from hotloop.harness.records.model import (
     NightBegun,
     Origin,
     Outcome,
-    Run,
+    Trial,
     Turn,
     TurnResult,
 )
@@ -96,13 +96,13 @@ class Recorder:
 
     # What is under way.
 
-    def begin(self, run: Run) -> Run:
+    def begin(self, run: Trial) -> Trial:
         if run not in self.flight.runs:
             self.flight.runs.append(run)
             self.night.set_flight(self.flight)
         return run
 
-    def commit(self, edit: Proposal | Row, number: int) -> Run | None:
+    def commit(self, edit: Proposal | Row, number: int) -> Trial | None:
         """The run of an edit, on top of the incumbent of now; None where it has become pointless."""
         p = edit if isinstance(edit, Proposal) else self._again(edit)
         incumbent = self.night.incumbent()
@@ -129,7 +129,7 @@ class Recorder:
         self._syntax[number] = syntax
         if p.folder:
             self._move_turn(Path(p.folder), self.night.experiment_folder(number))
-        run = Run(number, Kind.EXPERIMENT, commit, incumbent.commit, words, self.options.seed, p.origin)
+        run = Trial(number, Kind.EXPERIMENT, commit, incumbent.commit, words, self.options.seed, p.origin)
         return self.begin(run)
 
     def _again(self, row: Row) -> Proposal:
@@ -145,7 +145,7 @@ class Recorder:
             shutil.rmtree(to / "turn", ignore_errors=True)
             folder.rename(to / "turn")
 
-    def source(self, run: Run) -> bytes:
+    def source(self, run: Trial) -> bytes:
         """The train.py of a run that begins."""
         source = self.repo.source(run.commit)
         self._syntax.setdefault(run.number, syntax_hash(source))
@@ -183,14 +183,14 @@ class Recorder:
         if outcome.compiled and outcome.compiled.note:
             self.note(f"experiment {number}: {outcome.compiled.note}")
 
-    def to_decide(self) -> Iterator[Run]:
+    def to_decide(self) -> Iterator[Trial]:
         """Runs in the order of their numbers, up to the first that has no outcome yet."""
         for run in sorted(self.flight.runs, key=lambda r: r.number):
             if run.number not in self.night.outcomes:
                 return
             yield run
 
-    def decide(self, run: Run) -> Row:
+    def decide(self, run: Trial) -> Row:
         """Record the decision where that was not done, then do what follows from it."""
         outcome = self.night.outcomes[run.number]
         if all(r.number != run.number for r in self.night.rows()[-len(self.flight.runs) :]):
@@ -213,7 +213,7 @@ class Recorder:
         self._syntax.pop(run.number, None)
         return row
 
-    def _append_decision(self, run: Run, outcome: Outcome) -> None:
+    def _append_decision(self, run: Trial, outcome: Outcome) -> None:
         night, second_seed = self.night, self.options.second_seed
         noise, incumbent, gain = night.noise(self.options.least_gain), night.incumbent(), None
         judgement = judge(night, outcome, incumbent, self.repo.source, noise, second_seed)

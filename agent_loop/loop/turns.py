@@ -18,7 +18,7 @@ from hotloop.agent_loop.night import Night
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import HotloopError
 from hotloop.harness.experiment import Settings
-from hotloop.harness.records.model import Origin, Run
+from hotloop.harness.records.model import Origin, Trial
 from hotloop.harness.settings import BudgetRule
 from hotloop.harness.text import one_line, shorten
 
@@ -60,7 +60,7 @@ class Refused(ProposalError):
 
 
 def brief_writer(
-    night: Night, under_way: list[Run], settings: Settings, budget: BudgetRule | None, least_gain: float | None,
+    night: Night, under_way: list[Trial], settings: Settings, budget: BudgetRule | None, least_gain: float | None,
     devices: int, baseline: bytes, incumbent: bytes, blind: bool,
 ) -> Callable[[str], str]:  # fmt: skip
     """The brief, as a function of why the agent's last edit was refused.

@@ -7,8 +7,8 @@
     Turn          an agent's turn that gave nothing to run
     LeftOut       what a kept edit is worth at the end
 
-One thing has one shape: `Decided` contains the `Run`, which contains the `Origin` of its edit; `Outcome` contains the
-same `Run`. All is frozen but what the harness fills in while a training goes on: `Training` and `Ledger`.
+One thing has one shape: `Decided` contains the `Trial`, which contains the `Origin` of its edit; `Outcome` contains the
+same `Trial`. All is frozen but what the harness fills in while a training goes on: `Training` and `Ledger`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,45 @@ import msgspec
 from hotloop.harness.settings import BudgetKind, BudgetRule
 
 __all__ = [
-    "FAILURES", "KINDS", "OPEN_TEXT", "VERSION", "AgentsAsked", "Audit", "Body", "ClockMhz", "Compiled", "Conditions",
-    "Corrected", "Curve", "DataFacts", "Decided", "Decision", "Environment", "EvaluatorTime", "FixedBudget", "GpuFacts",
-    "Judgement", "Kind", "Ledger", "LeftOut", "NightBegun", "Origin", "Outcome", "PackFacts", "Run", "SandboxFacts",
-    "Scores", "Seals", "ShapeCost", "Start", "Status", "Training", "Turn", "TurnResult", "Worth", "hotloop_version",
+    "FAILURES",
+    "KINDS",
+    "OPEN_TEXT",
+    "VERSION",
+    "AgentsAsked",
+    "Audit",
+    "Body",
+    "ClockMhz",
+    "Compiled",
+    "Conditions",
+    "Corrected",
+    "Curve",
+    "DataFacts",
+    "Decided",
+    "Decision",
+    "Environment",
+    "EvaluatorTime",
+    "FixedBudget",
+    "GpuFacts",
+    "Judgement",
+    "Kind",
+    "Ledger",
+    "LeftOut",
+    "NightBegun",
+    "Origin",
+    "Outcome",
+    "PackFacts",
+    "SandboxFacts",
+    "Scores",
+    "Seals",
+    "ShapeCost",
+    "Start",
+    "Status",
+    "Training",
+    "Trial",
+    "Turn",
+    "TurnResult",
+    "Worth",
+    "hotloop_version",
 ]  # fmt: skip
 
 VERSION = 2  # of the entries that are written; `harness.records.earlier` reads those of version 1
@@ -119,8 +154,8 @@ class Origin(Record, frozen=True):
     again_of: int | None = None
 
 
-class Run(Record, frozen=True):
-    """A run: all that has to be known to begin it.
+class Trial(Record, frozen=True):
+    """A run of a train.py: all that has to be known to begin it. (`Run` is what train.py is given.)
 
     Attributes:
         commit: whose train.py is run.
@@ -387,7 +422,7 @@ class SandboxFacts(Record, frozen=True):
 class Outcome(Record, frozen=True, kw_only=True):
     """What the harness says of one experiment. There are scores only where it ended as `ok`."""
 
-    run: Run
+    run: Trial
     tag: str
     preset: str
     device: str
@@ -478,7 +513,7 @@ class Decided(Record, frozen=True, kw_only=True):
         slot, idle_s: on which device (0 is the first), and for how long that one had waited before it.
     """
 
-    run: Run
+    run: Trial
     judgement: Judgement
     gain: float | None = None
     noise_bpb: float = 0.0

@@ -17,7 +17,7 @@ from hotloop.agent_loop.loop.live import View
 from hotloop.agent_loop.loop.planner import Options, Planner
 from hotloop.harness.errors import DeviceError, UsageError
 from hotloop.harness.records.chain import Entry
-from hotloop.harness.records.model import Body, Conditions, EvaluatorTime, FixedBudget, Origin, Outcome, Run
+from hotloop.harness.records.model import Body, Conditions, EvaluatorTime, FixedBudget, Origin, Outcome, Trial
 from tests.builders import make_decision, make_outcome, make_run
 
 BASE = "b"
@@ -52,7 +52,7 @@ MARGINAL = ("experiment", "c1", 1, "marginal")
 EDIT = Proposal(BASE, b"x = 1", "an edit", Origin("claude"))
 
 
-def run(number: int, kind: str, commit: str, parent: str = "", seed: int = 1, again_of: int | None = None) -> Run:
+def run(number: int, kind: str, commit: str, parent: str = "", seed: int = 1, again_of: int | None = None) -> Trial:
     return make_run(number, kind, seed=seed, commit=commit, parent=parent, description=commit, again_of=again_of)
 
 
@@ -83,7 +83,7 @@ def test_the_most_pressing_run(recorded: list[Any], flight: Flight, want: Any) -
     planner = Planner(night(*recorded), flight, Options(experiments=4, noise_seeds=1), BASE)
     found = planner.next_run({r.number for r in flight.runs}, late=False)
     if isinstance(want, tuple):
-        assert isinstance(found, Run)
+        assert isinstance(found, Trial)
         assert (found.number, found.kind, found.commit, found.seed) == want
     else:
         assert found == (planner.night.rows()[3] if isinstance(want, str) else want)

@@ -203,9 +203,9 @@ HONEST: dict[str, Variant] = {
         (MLP_CALL, "        x = x * mask(x).to(x.dtype)\n" + MLP_CALL),
     )),
     "a seed and a generator": one(
-        "    model = build_model(run.spec)\n    optimizer",
+        "    model = build_model(run.spec)\n",
         "    torch.manual_seed(3)\n    model = build_model(run.spec)\n"
-        "    noise = torch.rand(4, generator=torch.Generator().manual_seed(1))\n    optimizer",
+        "    noise = torch.rand(4, generator=torch.Generator().manual_seed(1))\n",
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hotloop.harness.errors import TrialError
-from hotloop.harness.records.model import Conditions
+from hotloop.harness.records.model import Conditions, Training
 from hotloop.harness.settings import BudgetRule, Preset, Spec
 from hotloop.harness.training import run
 from hotloop.harness.training.budget import Budget
@@ -80,11 +80,12 @@ def test_a_parent_whose_clock_is_wrong_is_told_too(folder: Path) -> None:
     ],
 )
 def test_one_per_cent_is_allowed_and_half_a_second_of_a_short_run(device_s: float, wall_s: float, apart: bool) -> None:
-    assert bool(warnings({"device_s": device_s, "device_wall_s": wall_s}, 300.0)) == apart
+    training = Training(wall_s=300.0, device_s=device_s, device_wall_s=wall_s)
+    assert bool(warnings(Conditions(), training)) == apart
 
 
 def test_where_the_trainer_does_not_tell_nothing_is_compared(folder: Path) -> None:
-    assert warnings({"feed_late_s": 0.0}, 300.0) == []
+    assert warnings(Conditions(), Training(wall_s=300.0)) == []
     result = train(folder, SUBMIT="run._began = None")
     assert result.training.device_s is None
     assert told(result) == []

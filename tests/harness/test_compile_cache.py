@@ -84,17 +84,17 @@ def promoted(root: Path, generation: int = 1, **facts: Any) -> Path:
 def test_what_a_kept_experiment_compiled_is_given_to_the_next_and_to_no_evaluator(tmp_path: Path) -> None:
     first, folder = run(tmp_path)
     assert first.status == "ok", first.reason
-    assert first.compiled["given"] is None
-    assert first.compiled["left"]["files"] == 2
+    assert first.compiled.given is None
+    assert first.compiled.left.files == 2
     left = decode((folder / PACK).read_bytes(), MOST)
     assert set(left.files) == {"inductor/ab/kernel.so", "triton/ab/kernel.so"}  # no lock, no link, and no data
     store = Store(tmp_path / "store")
-    store.settle(folder, first.compiled["left"], kept=True)
+    store.settle(folder, first.compiled.left, kept=True)
     assert not (folder / PACK).exists()
     second, folder = run(tmp_path, 1)
     assert second.status == "ok", second.reason
-    assert second.compiled["given"] == first.compiled["left"]
-    assert second.compiled["left"]["generation"] == 2
+    assert second.compiled.given == first.compiled.left
+    assert second.compiled.left.generation == 2
     assert shown(folder / "log.txt")[0] == "CACHES ['ab/kernel.so', 'ab/kernel.so']"
     assert shown(folder / "evaluate.txt") == ["CACHES []"] * 2
     assert (second.val_bpb, second.weights_sha256) == (first.val_bpb, first.weights_sha256)
@@ -102,10 +102,10 @@ def test_what_a_kept_experiment_compiled_is_given_to_the_next_and_to_no_evaluato
 
 def test_what_was_discarded_is_given_to_nobody(tmp_path: Path) -> None:
     first, folder = run(tmp_path)
-    Store(tmp_path / "store").settle(folder, first.compiled["left"], kept=False)
+    Store(tmp_path / "store").settle(folder, first.compiled.left, kept=False)
     assert not (folder / PACK).exists()
     second, folder = run(tmp_path, 1)
-    assert second.compiled["given"] is None
+    assert second.compiled.given is None
     assert shown(folder / "log.txt")[0] == "CACHES []"
 
 
@@ -137,7 +137,7 @@ def test_a_chain_of_caches_made_from_caches_has_an_end(tmp_path: Path) -> None:
     store.settle(folder, None, kept=True)
     assert store.load(setup()) == (None, "")
     again, _ = run(tmp_path, 1)
-    assert (again.compiled["given"], again.compiled["left"]["generation"]) == (None, 1)
+    assert (again.compiled.given, again.compiled.left.generation) == (None, 1)
 
 
 def test_a_decision_may_be_carried_out_twice(tmp_path: Path) -> None:
