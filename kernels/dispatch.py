@@ -9,9 +9,9 @@ and measured (`hotloop tune`), and the harness passes it on as `HOTLOOP_KERNELS`
     NAMES        with commas between: `operator`, for our kernel, or `operator=implementation`; after a first `auto`
                  attention stays with its ranking, and what cannot run somewhere (a pre-flight's CPU) is the reference
 
-What is asked for otherwise and cannot run is an error. A Triton kernel can run on tensors of a CUDA device of compute capability
-8.0 or newer; where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's library
-computes (`linear_fp8`) is not chosen: it runs where the hardware can, and under `reference` nowhere.
+What is asked for otherwise and cannot run is an error. A Triton kernel can run on tensors of a CUDA device of compute
+capability 8.0 or newer; where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's
+library computes (`linear_fp8`) is not chosen: it runs where the hardware can, and under `reference` nowhere.
 """
 
 from __future__ import annotations
