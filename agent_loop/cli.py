@@ -265,7 +265,7 @@ def _install(args: argparse.Namespace) -> int:
     from hotloop.agent_loop.commands import install_flash3 as flash3
 
     version = flash3.install(flash3.read_lock(args.lock), args.source)
-    print(f"installed {flash3.DISTRIBUTION} {version}: every file matches the lock; hotloop tune tries it")
+    print(f"installed {flash3.DISTRIBUTION} {version}: every file matches the lock; to try it: hotloop tune")
     return 0
 
 
