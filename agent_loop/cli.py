@@ -21,7 +21,6 @@ from hotloop.agent_loop.loop.watchdog import CRASHED, UNDER_WATCH, watch
 from hotloop.harness.command_line import exit_status, say
 from hotloop.harness.errors import HotloopError, UsageError
 from hotloop.harness.paths import SAME_CODE, import_root
-from hotloop.harness.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = add("tune", _tune, "prove and time the implementations on this machine, and choose what runs from then on")
     tune.add_argument("train", nargs="?", default="train.py", help="the file whose step decides (default: train.py)")
-    tune.add_argument("--minutes", type=float, metavar="N", help="at most so long (default: 15; with --quick 4)")
-    tune.add_argument("--quick", action="store_true", help="time each alone, and confirm the winners once together")
+    tune.add_argument("--minutes", type=float, metavar="N", help="stop after N minutes (default: 15; with --quick 4)")
+    tune.add_argument("--quick", action="store_true", help="time each one alone, then the winners together")
     add_machine_arguments(tune)
 
     noise = add("noise", _noise, "measure the noise floor: how much the score of one train.py varies with its seed")
@@ -168,7 +167,7 @@ def _add_loop_arguments(loop: argparse.ArgumentParser) -> None:
         "trains; on a CPU after that training, whose processor time counts (auto: on a GPU)"
     )  # fmt: skip
     loop.add_argument(
-        "--no-tune", action="store_true", help="on a GPU that has no profile, do not begin with hotloop tune --quick"
+        "--no-tune", action="store_true", help="on a GPU without a profile, do not run `hotloop tune --quick` first"
     )
     loop.add_argument(
         "--compile-cache", action="store_true", help="give each trainer what the compilers of kept experiments made"
@@ -317,26 +316,9 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _ablate(args: argparse.Namespace) -> int:
-    from hotloop.agent_loop.commands.ablate import ablate
-    from hotloop.agent_loop.commands.show import night_named
-    from hotloop.agent_loop.commands.tune import recorded_profile
-    from hotloop.agent_loop.folder import NightFolder
-    from hotloop.agent_loop.gitrepo import NightRepo, open_repo
-    from hotloop.agent_loop.report.files import draw
-    from hotloop.harness.records.chain import Lock
-    from hotloop.harness.single import budget_from, settings_of
+    from hotloop.agent_loop.commands.ablate import ablate_command
 
-    folder = night_named(args.tag).folder
-    args.recorded = recorded_profile(folder)
-    settings = settings_of(args)
-    repo = open_repo(Path.cwd())
-    with Lock(folder / "lock"):
-        night = NightFolder(folder)
-        for left_out in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
-            print(f"#{left_out.number:<4} {left_out.verdict:<10} {one_line(left_out.reason)}", flush=True)
-    draw(str(folder), str(Path.cwd()))
-    print(f"the whole report: {folder / 'report.html'}")
-    return 0
+    return ablate_command(args)
 
 
 def _tune(args: argparse.Namespace) -> int:

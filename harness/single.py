@@ -190,7 +190,7 @@ def budget_from(args: argparse.Namespace) -> BudgetRule | None:
 
 
 def add_machine_arguments(parser: argparse._ActionsContainer) -> None:
-    """The flags that say on what something runs, and behind which walls."""
+    """The flags that say on what something runs, and in which sandbox."""
     parser.add_argument(
         "--preset", default="auto", choices=["auto", *sorted(PRESETS)],
         help="sizes of model, text and budget (auto: h100 with a GPU, laptop without)",

@@ -7,11 +7,11 @@ and measured (`hotloop tune`), and the harness passes it on as `HOTLOOP_KERNELS`
     reference    nothing but references, for attention too
     triton       every kernel of ours; attention by its ranking
     NAMES        with commas between: `operator`, for our kernel, or `operator=implementation`; after a first `auto`
-                 attention stays with its ranking
+                 attention stays with its ranking, and what cannot run somewhere (a pre-flight's CPU) is the reference
 
-What is asked for and cannot run is an error. A Triton kernel can run on tensors of a CUDA device of compute capability
-8.0 or newer; where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's library
-computes (`linear_fp8`) is not chosen: it runs where the hardware can, and under `reference` nowhere.
+What is asked for otherwise and cannot run is an error. A Triton kernel can run on tensors of a CUDA device of compute
+capability 8.0 or newer; where TRITON_INTERPRET=1 is set, what is asked for runs on CPU tensors too. What the vendor's
+library computes (`linear_fp8`) is not chosen: it runs where the hardware can, and under `reference` nowhere.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _decide(device: str) -> tuple[bool, str]:
     if device not in _decided:
         cache_key.mark()
         can, why = _capable(device)
-        if wanted() and ASKED != "auto" and not can:
+        if wanted() and not auto() and not can:
             raise KernelError(f"HOTLOOP_KERNELS={ASKED} was asked for and cannot run: {why}")
         _decided[device] = can, why
     return _decided[device]

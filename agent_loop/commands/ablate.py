@@ -11,19 +11,27 @@ base) and the rest is run. The entry in the records says what the edit is worth 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from hotloop.agent_loop.commands.show import night_named
+from hotloop.agent_loop.commands.tune import recorded_profile
 from hotloop.agent_loop.folder import NightFolder
-from hotloop.agent_loop.gitrepo import NightRepo
+from hotloop.agent_loop.gitrepo import NightRepo, open_repo
 from hotloop.agent_loop.night import Night, Row
+from hotloop.agent_loop.report.files import draw
 from hotloop.agent_loop.source import ProposalError, check_source, syntax_hash
 from hotloop.harness.errors import UsageError
 from hotloop.harness.experiment import Event, Job, Settings, run_experiment
+from hotloop.harness.records.chain import Lock
 from hotloop.harness.records.model import Decision, Kind, LeftOut, Outcome, Trial, Worth
 from hotloop.harness.settings import BudgetRule
+from hotloop.harness.single import budget_from, settings_of
+from hotloop.harness.text import one_line
 from hotloop.harness.training.budget import held_against
 
-__all__ = ["ablate", "verdict"]
+__all__ = ["ablate", "ablate_command", "verdict"]
 
 Runner = Callable[[Job, Settings, Callable[[Event], None]], Outcome]
 
@@ -33,6 +41,21 @@ def verdict(worth: float, floor: float) -> Worth:
     if worth > floor:
         return Worth.CONFIRMED
     return Worth.MARGINAL if worth > 0 else Worth.RETRACTED
+
+
+def ablate_command(args: argparse.Namespace) -> int:
+    """`hotloop ablate`: each verdict as it comes, then the report."""
+    folder = night_named(args.tag).folder
+    args.recorded = recorded_profile(folder)
+    settings = settings_of(args)
+    repo = open_repo(Path.cwd())
+    with Lock(folder / "lock"):
+        night = NightFolder(folder)
+        for left_out in ablate(night, NightRepo(repo, folder.name, folder), settings, budget_from(args)):
+            print(f"#{left_out.number:<4} {left_out.verdict:<10} {one_line(left_out.reason)}", flush=True)
+    draw(str(folder), str(Path.cwd()))
+    print(f"the whole report: {folder / 'report.html'}")
+    return 0
 
 
 def ablate(

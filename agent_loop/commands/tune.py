@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from hotloop.harness.errors import HotloopError, UsageError
+from hotloop.harness.errors import HotloopError, LockedError, UsageError
 from hotloop.harness.experiment import Settings
-from hotloop.harness.profile import Machine, Profile, facts
-from hotloop.harness.records.chain import Chain
+from hotloop.harness.profile import Machine, Profile, facts, own_path
+from hotloop.harness.records.chain import Chain, Lock
 from hotloop.harness.records.model import NightBegun
 from hotloop.harness.single import machine_from, read_train_source
 
@@ -72,7 +72,11 @@ def _tuned(machine: Machine, source: bytes, minutes: float, quick: bool) -> Prof
     if machine.device == "cpu" or gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu.uuid if gpu else ""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    with _bar(console, minutes) as show:
+    try:
+        lock = Lock(own_path(machine.facts).with_suffix(".lock"))
+    except LockedError:
+        raise LockedError("another tuning of this machine is under way; wait for it, or stop it") from None
+    with lock, _bar(console, minutes) as show:
         say = lambda words: console.print(words, markup=False, highlight=False)  # noqa: E731
         profile = tune(machine, source, Progress(say, show), minutes, quick)
     console.print(promise(profile))

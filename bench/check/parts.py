@@ -154,7 +154,7 @@ def _kernels(bench: Bench, limit_s: float) -> Result:
     shapes = sorted({s for op in OPERATORS.values() for s in op.shapes if s.startswith("baseline")})
     env, more = ALL_KERNELS, [f"--shape={s}" for s in shapes]
     if bench.trial:
-        operators, env, more = ["residual_rms_norm"], INTERPRETER, []
+        operators, env, more = ["residual"], INTERPRETER, []
     done: dict[str, Any] = bench.facts.setdefault("kernels", {})
     deadline = time.monotonic() + limit_s
     for name in operators:

@@ -44,13 +44,17 @@ def unfit(source: bytes) -> tuple[str, int]:
     except Exception as e:  # SyntaxError, ValueError, RecursionError, MemoryError
         line = (e.lineno or 0) if isinstance(e, SyntaxError) else 0
         return f"it does not parse: {one_line(str(getattr(e, 'msg', '') or e) or type(e).__name__, 200)}", line
+    old: dict[str, int] = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         for name in [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]:
             root = name.partition(".")[0]
             if root == "harness" or (root == "kernels" and not _others_kernels()):
-                return f"it imports {name}, as for hotloop 0.1; write: {_NOW[root]}", node.lineno
+                old.setdefault(root, node.lineno)
+    if old:
+        now = "; ".join(_NOW[root] for root in old)
+        return f"it imports {' and '.join(old)}, as for hotloop 0.1; write: {now}", min(old.values())
     defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
     if missing := [f for f in ("build_model", "train") if f not in defined]:
         return f"it has no function {missing[0]}(); it must define build_model(spec) and train(run)", 0

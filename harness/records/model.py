@@ -411,7 +411,7 @@ class Seals(Record, frozen=True):
 
 
 class SandboxFacts(Record, frozen=True):
-    """The walls around train.py; `probes`: what was tried from within, and whether it was stopped."""
+    """The sandbox of train.py; `probes`: what was tried from within, and whether it was stopped."""
 
     level: int = 0
     how: str = ""

@@ -2,7 +2,7 @@
 
 A comparison of two ways to run the step wants them in turns, and a way is chosen once a process; so each has a process,
 compiled once, that waits between its turns and gives back the memory that it does not need meanwhile. It is an
-agent's code perhaps, so the process stands behind the walls of a trainer's. What faults ends its own process, and what
+agent's code perhaps, so the process stands in the sandbox of a trainer's. What faults ends its own process, and what
 hangs is ended.
 """
 

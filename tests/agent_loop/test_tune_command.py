@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hotloop.agent_loop.cli import _parser
+from hotloop.agent_loop.cli import _parser, main
 from hotloop.agent_loop.commands import start as starting
 from hotloop.agent_loop.commands import tune as command
 from hotloop.harness import profile
 from hotloop.harness.errors import HotloopError
 from hotloop.harness.profile import Profile
-from hotloop.harness.records.chain import Chain
+from hotloop.harness.records.chain import Chain, Lock
 from hotloop.harness.records.model import NightBegun
 from hotloop.harness.sandbox.levels import best
 from hotloop.harness.settings import PRESETS, BudgetRule
@@ -68,6 +68,16 @@ def test_a_night_on_a_gpu_without_a_profile_begins_with_a_tuning(
     assert not begins_with_a_tuning(tmp_path, monkeypatch, [], "cuda", mine=Profile({}, tmp_path))
     monkeypatch.setenv("HOTLOOP_KERNELS", "triton")
     assert not begins_with_a_tuning(tmp_path, monkeypatch, [], "cuda")
+
+
+def test_two_tunings_of_a_machine_are_one_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.py").write_text("def build_model(spec): ...\ndef train(run): ...\n")
+    path = profile.own_path(profile.facts(PRESETS["laptop"], "cpu", None))
+    with Lock(path.with_suffix(".lock")):
+        assert main(["tune", str(tmp_path / "train.py"), "--device", "cpu"]) == 7
+    assert capsys.readouterr().err == (
+        "hotloop: another tuning of this machine is under way; wait for it, or stop it\n"
+    )
 
 
 def test_a_tuning_that_fails_does_not_stop_the_night(

@@ -225,7 +225,7 @@ def test_each_part_for_real_at_a_minute_size(
     result = results.read(path)
     pages = result.extra["pages"]
     assert list(pages) == named
-    assert {r.operator for r in result.rows} == {"residual_rms_norm"}
+    assert {r.operator for r in result.rows} == {"residual"}
     assert "threads" in result.extra["tuned"]["chosen"] and "(CPU figures), preset laptop" in pages["tune"]
     assert "CPU figures" in pages["step"]
     assert "    identical\n" in pages["experiment"]

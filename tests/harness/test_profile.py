@@ -131,6 +131,19 @@ def test_the_shipped_profile_of_a_cpu_is_what_runs_without_any() -> None:
     assert profile.find(GPU_FACTS)[0] is None
 
 
+def test_a_gpus_profile_stops_nothing_that_runs_on_the_cpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pre-flight checks on the CPU, under the environment of the night; what the user asks for is an error there."""
+    from hotloop.kernels import KernelError, dispatch
+
+    monkeypatch.setattr(dispatch, "ASKED", made().environment()["HOTLOOP_KERNELS"])
+    monkeypatch.setattr(dispatch, "_decided", {})
+    assert dispatch.implementation("adamw_", "cpu") == "reference"
+    monkeypatch.setattr(dispatch, "ASKED", "adamw_")
+    monkeypatch.setattr(dispatch, "_decided", {})
+    with pytest.raises(KernelError, match="was asked for and cannot run"):
+        dispatch.implementation("adamw_", "cpu")
+
+
 def test_what_goes_on_keeps_the_profile_of_its_record(tmp_path: Path) -> None:
     """A night that is resumed and an experiment that is replayed: the same profile, or a refusal in words."""
     mine, folder = made(), tmp_path / "experiments" / "0000"

@@ -205,7 +205,7 @@ def test_a_folder_named_from_here_will_do(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    assert train(Path("run"), tiny.tiny_source(), sandbox=Sandbox(1)).steps > 0
+    assert train(Path("run"), tiny.tiny_source(), sandbox=Sandbox(1)).training.steps > 0
 
 
 def test_bits_per_byte_against_an_independent_fp64_computation(trained: Session, folder: Path) -> None:
@@ -343,7 +343,7 @@ def test_the_record_names_the_kernels_that_ran(folder: Path) -> None:
     """What train.py's calls chose is known at the end only."""
     fake = "import sys, types; k = sys.modules['hotloop.kernels'] = types.ModuleType('hotloop.kernels'); "
     fake += "k.implementations = lambda: {'attention': 'what ran'}"
-    assert train(folder, tiny.tiny_source(START=fake)).implementations == {"attention": "what ran"}
+    assert train(folder, tiny.tiny_source(START=fake)).training.implementations == {"attention": "what ran"}
 
 
 def test_an_exception_says_its_line(folder: Path) -> None:

@@ -22,9 +22,6 @@ from hotloop.harness.training.session import Session, SessionConfig
 from tests.harness.conftest import LENGTH, VOCAB, tiny_preset, tiny_rows, tiny_source
 from tests.needs import at, sandbox
 
-pytestmark = pytest.mark.usefixtures("warm_children")
-
-
 SPEC = Spec("laptop", "cpu", 1, VOCAB, LENGTH)
 # Every signal that can be is blocked, a child shares the fate, and the interpreter's lock is held for good.
 HANG = (
@@ -55,6 +52,7 @@ def writers(log: Path) -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("warm_children")  # not for the other test: a stopped child of a warm process never ends
 @pytest.mark.parametrize("level", [at(3), at(2), at(1), at(0)])
 def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     folder: Path, level: int, monkeypatch: pytest.MonkeyPatch
