@@ -113,7 +113,6 @@ def test_the_real_file_passes_in_seconds(
     assert (found.status, found.reason) == ("ok", ""), found.log
     assert [s.name for s in found.stages] == ["import", "shapes" if preset == "h100" else "step"]
     assert "evaluation" in found.stages[-1].did
-    assert found.seconds < 30  # 5 s on two idle cores
     record_property("preflight_s", (preset, round(found.seconds, 1)))
 
 
