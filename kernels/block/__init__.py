@@ -1,0 +1,1 @@
+"""A transformer block: norm with QKV, the residual stream, the MLP."""

@@ -1,0 +1,1 @@
+"""What the compiler pass searches with: a graph as terms, and patterns matched against them."""

@@ -1,0 +1,1 @@
+"""Products: one main loop with small epilogues, and the gradients of weights."""
