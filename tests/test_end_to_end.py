@@ -357,6 +357,7 @@ def test_signed_records_verify_and_go_on_with_their_key_only(tmp_path: Path, dat
 def test_an_edited_kernel_is_refused(tmp_path: Path, data: Path) -> None:
     for name in ("harness", "kernels", "agent_loop"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "hotloop", tmp_path / "hotloop", symlinks=True)
     for name in ("prepare.py", "train.py"):
         shutil.copy(ROOT / name, tmp_path)
     with open(tmp_path / "kernels" / "reference.py", "a") as f:

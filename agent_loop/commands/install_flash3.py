@@ -33,7 +33,7 @@ HUB = "https://huggingface.co"
 INTERFACE = "flash_attn_interface.py"
 MOST_BYTES = 4 << 30
 TIMEOUT_S = 60.0
-# What `kernels.attention_backends` imports: the name that a build from source has too.
+# What `kernels.attend.libraries` imports: the name that a build from source has too.
 FRONT = "from hotloop_flash3.flash_attn_interface import _flash_attn_backward, _flash_attn_forward  # noqa: F401\n"
 
 

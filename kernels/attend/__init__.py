@@ -2,7 +2,7 @@
 
     o[i] = sum_j softmax_j(q[i] k[j] / sqrt(K)) v[j],  max(i - window, start of i's document) <= j <= i
 
-Which implementation runs (`kernels.attention_backends`), in this order:
+Which implementation runs (`kernels.attend.libraries`), in this order:
 1. what the call names (`backend=`), or HOTLOOP_ATTENTION, or ours where HOTLOOP_KERNELS names `attention`;
 2. the fastest of those that are installed, by the order that `hotloop tune` measured on this GPU;
 3. where nothing was measured, the first of BACKENDS that runs here; on a CPU the reference.
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hotloop.kernels import cache_key, dispatch, reference, tuning
-from hotloop.kernels.attend.backends import BACKENDS, Backend
+from hotloop.kernels.attend.libraries import BACKENDS, Backend
 from hotloop.kernels.dispatch import KernelError
 
 __all__ = ["attention", "backends", "document_offsets", "ranking_key"]

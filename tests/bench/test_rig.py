@@ -26,7 +26,7 @@ from hotloop.harness.proof.operators import OPERATORS
 from hotloop.kernels import tuning
 from hotloop.kernels.architectures import ARCHITECTURES, BY_DESCRIPTORS
 from hotloop.kernels.attend import flash
-from hotloop.kernels.attend.backends import BACKENDS
+from hotloop.kernels.attend.libraries import BACKENDS
 from hotloop.kernels.block import mlp
 from hotloop.kernels.gemm import product
 

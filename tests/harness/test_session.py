@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from hotloop.harness import single
 from hotloop.harness.errors import TrialError
+from hotloop.harness.sandbox import process
 from hotloop.harness.scoring.evaluation import Evaluation, Evaluator, Scoring
 from hotloop.harness.settings import BudgetRule, Preset, Spec
 from hotloop.harness.training.budget import Budget
@@ -574,6 +576,7 @@ def test_a_start_that_takes_long_shows_that_it_goes_on_and_has_a_limit_of_its_ow
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hotloop.harness.training.session.SHOW_S", 0.01)
+    monkeypatch.setattr(process, "subprocess", subprocess)  # one that is forked is ready at once
     events: list[Event] = []
     preset = tiny.tiny_preset().with_limits(load_s=60.0, start_s=30.0)
     session(folder, tiny.tiny_source(), preset, on_event=events.append).run()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def writers(log: Path) -> list[str]:
     return found
 
 
-@pytest.mark.usefixtures("warm_children")  # not for the other test: a stopped child of a warm process never ends
+@pytest.mark.usefixtures("warm_children")
 @pytest.mark.parametrize("level", [at(3), at(2), at(1), at(0)])
 def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
     folder: Path, level: int, monkeypatch: pytest.MonkeyPatch
@@ -79,6 +80,7 @@ def test_a_hung_kernel_is_a_timeout_and_nothing_of_it_is_left(
 def test_a_process_that_no_signal_ends_is_said_to_be_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an uninterruptible wait for its device: here it is stopped, and no signal is sent before the test does."""
     monkeypatch.setattr(process, "END_S", 0.3)
+    monkeypatch.setattr(process, "subprocess", subprocess)  # a stopped child of a warm process never ends
     limits = tiny_preset().limits
     child = Child(
         best(), Policy.of("hotloop.harness.training.child", folder, None, "cpu", limits), [], folder / "log.txt", 1

@@ -16,8 +16,8 @@ from torch import Tensor
 from hotloop import kernels
 from hotloop.kernels import attend as chosen
 from hotloop.kernels import reference
-from hotloop.kernels.attend import backends as others
 from hotloop.kernels.attend import flash
+from hotloop.kernels.attend import libraries as others
 from tests import warm
 
 PREAMBLE = """

@@ -17,7 +17,7 @@ from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.settings import PRESETS, Spec
 from hotloop.harness.training.child import load_train_module
 from hotloop.kernels import attend, operators, reference
-from hotloop.kernels.attend.backends import BACKENDS
+from hotloop.kernels.attend.libraries import BACKENDS
 from hotloop.kernels.head import in_place
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
