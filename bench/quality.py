@@ -19,17 +19,16 @@ import datetime
 import json
 import math
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hotloop.bench import results
 from hotloop.bench.versus_plain import TOKENS, Side, pair_of, small, train_once
 from hotloop.harness.errors import UsageError
 from hotloop.harness.experiment import Settings
 from hotloop.harness.machine import cpu_name, environment, gpus
-from hotloop.harness.paths import project_root
 
 __all__ = ["Verdict", "main", "page", "verdict", "write"]
 
@@ -135,8 +134,7 @@ def write(ours: Sequence[Side], plain: Sequence[Side], environment: dict[str, An
 
     on_gpu = ours[0].device == "cuda"
     device = environment["gpu"]["name"] if on_gpu else f"cpu {cpu_name()}"
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True)
-    commit, now = head.stdout.strip() or "unknown", datetime.datetime.now(datetime.UTC)
+    commit, now = results.commit() or "unknown", datetime.datetime.now(datetime.UTC)
     v = verdict(ours, plain)
     body = {
         "time": now.isoformat(timespec="seconds"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,12 @@ class Result:
     @property
     def device(self) -> str:
         return str(self.machine["device"])
+
+
+def commit() -> str:
+    """The checkout's; empty where there is none."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def read(path: Path) -> Result:

@@ -21,7 +21,7 @@ from typing import Any
 
 from hotloop.bench import results
 from hotloop.bench.check.parts import PARTS, Bench, Part, forget
-from hotloop.bench.check.processes import OUT_OF_TIME, commit
+from hotloop.bench.check.processes import OUT_OF_TIME
 from hotloop.harness.errors import DeviceError
 from hotloop.harness.files import write_whole
 from hotloop.harness.paths import project_root
@@ -158,7 +158,10 @@ def _write(notes: Notes, folder: Path, device: str) -> Path:
         body: dict[str, Any] = json.loads(rows.read_text())
     else:
         body = {"benchmarks": [], "datetime": datetime.datetime.now(datetime.UTC).isoformat()}
-        body |= {"commit_info": {"id": commit()}, "machine_info": notes.body.get("machine") or _asked("facts", device)}
+        body |= {
+            "commit_info": {"id": results.commit() or "unknown00"},
+            "machine_info": notes.body.get("machine") or _asked("facts", device),
+        }
     notes.body["machine"] = body["machine_info"]
     body["hotloop"] = {
         "failed": {n: p["code"] for n, p in notes.body["parts"].items() if p["code"] not in (0, UNFINISHED)},

@@ -20,7 +20,7 @@ from hotloop.harness.paths import import_root, project_root
 from hotloop.harness.proof.operators import OPERATORS
 from hotloop.harness.sandbox.process import tail
 
-__all__ = ["ALL_KERNELS", "INTERPRETER", "OUT_OF_TIME", "call", "commit", "run_kernels", "smoke"]
+__all__ = ["ALL_KERNELS", "INTERPRETER", "OUT_OF_TIME", "call", "run_kernels", "smoke"]
 
 # Every kernel, each on its own and so ours for attention too; cuBLAS as the trainer has it.
 ALL_KERNELS = {"HOTLOOP_KERNELS": "triton", "HOTLOOP_ATTENTION": "triton", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -98,14 +98,9 @@ def run_kernels(
     if body:
         for b in body["benchmarks"]:  # the samples of each round: the statistics say enough
             b["stats"].pop("data", None)
-        body["commit_info"]["id"] = body["commit_info"].get("id") or commit()
+        body["commit_info"]["id"] = body["commit_info"].get("id") or results.commit() or "unknown00"
         out.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     return worst
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True)
-    return done.stdout.strip() or "unknown00"
 
 
 def smoke(out: Path, say: Callable[[str], None] = print) -> int:
